@@ -1,0 +1,129 @@
+"""What corrmatch is measured against: other ways to compute the same things. No kernel of ours, nothing private.
+
+Every function takes and returns what the op of the same name does, for maps (B, channels, H, W).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Propagate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The published formulation: the whole map, in the dtype of the inputs."""
+    q, k, v = query.flatten(2), key.flatten(2), value.flatten(2)
+    p = (q.mT @ k / math.sqrt(q.shape[1])).softmax(-1)
+    return (v @ p).view(*v.shape[:2], *key.shape[2:])
+
+
+class _RowChunked(torch.autograd.Function):
+    """A few rows of the map at a time, computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, rows):  # type: ignore[no-untyped-def]
+        q, k, v = query.flatten(2), key.flatten(2), value.flatten(2)
+        scale, out = 1 / math.sqrt(q.shape[1]), torch.zeros_like(v)
+        for i in range(0, q.shape[2], rows):
+            p = (q[:, :, i : i + rows].mT @ k).mul_(scale).softmax(-1)
+            out.baddbmm_(v[:, :, i : i + rows], p)
+        ctx.save_for_backward(query, key, value)
+        ctx.rows = rows
+        return out.view(*v.shape[:2], *key.shape[2:])
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        query, key, value = ctx.saved_tensors
+        q, k, v, g = (x.flatten(2) for x in (query, key, value, grad))
+        scale, rows = 1 / math.sqrt(q.shape[1]), ctx.rows
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.empty_like(v)
+        for i in range(0, q.shape[2], rows):
+            at = slice(i, i + rows)
+            p = (q[:, :, at].mT @ k).mul_(scale).softmax(-1)
+            if ctx.needs_input_grad[2]:
+                dv[:, :, at] = g @ p.mT
+            t = v[:, :, at].mT @ g
+            t.sub_((p * t).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+            dq[:, :, at] = k @ t.mT
+            dk.baddbmm_(q[:, :, at], t)
+        return dq.view_as(query), dk.view_as(key), dv.view_as(value) if ctx.needs_input_grad[2] else None, None
+
+
+def row_chunked(rows: int) -> Propagate:
+    """Row-chunked eager PyTorch with recomputation in the backward."""
+    return lambda query, key, value: _RowChunked.apply(query, key, value, rows)
+
+
+def attention_composition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Two attentions from parts that exist, forward only on a CPU (its lse has no gradient there).
+
+    The first gives lse_i. The second swaps the roles of query and key with -lse_i folded into a spare channel, so its
+    softmax over i is proportional to P_ij; the exponential of its own lse undoes its normalisation.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q, k, v = (x.flatten(2).mT.unsqueeze(1) for x in (query, key, value))
+    scale, channels = 1 / math.sqrt(q.shape[-1]), max(q.shape[-1] + 1, v.shape[-1])
+
+    def widen(x: Tensor, *columns: Tensor) -> Tensor:
+        x = torch.cat([x, *columns], -1)
+        return F.pad(x, (0, channels - x.shape[-1]))
+
+    _, lse = attention(widen(q), widen(k), widen(k), scale=scale)
+    lse = lse.reshape(q.shape[:-1]).unsqueeze(-1).to(q.dtype)
+    out, mass = attention(widen(k, torch.ones_like(k[..., :1])), widen(q * scale, -lse), widen(v), scale=1.0)
+    out = out[..., : v.shape[-1]] * mass.reshape(k.shape[:-1]).unsqueeze(-1).exp().to(v.dtype)
+    return out.squeeze(1).mT.reshape(*value.shape[:2], *key.shape[2:])
+
+
+def region_masks(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
+    """The published steps: rows of the map, enlarged as floats, min-max normalised, cut at one half. Bool."""
+    q, k = query.flatten(2), key.flatten(2)
+    rows = (q[:, :, index].mT @ k / math.sqrt(q.shape[1])).softmax(-1).view(q.shape[0], -1, *key.shape[2:])
+    large = F.interpolate(rows, size=size, mode="bilinear", align_corners=True).flatten(2)
+    low, high = large.min(2, keepdim=True)[0], large.max(2, keepdim=True)[0]
+    return ((large - low) / (high - low) > 0.5).view(q.shape[0], -1, *size)
+
+
+def region_propagate(
+    labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The published kind of loop: over pictures and masks in Python, with a read of the result in each turn."""
+    labels, after = labels.clone(), reliable.clone()
+    for b in range(labels.shape[0]):
+        for region in masks[b]:
+            counted = region & reliable[b]
+            count = counted.sum().float()
+            if count == 0 or count / region.sum().float() < threshold:
+                continue
+            classes, counts = labels[b][counted].unique(return_counts=True)
+            dominant = counts.argmax()
+            if counts[dominant].float() / count > threshold:
+                labels[b][region] = classes[dominant]
+                after[b] |= region
+    return labels, after
+
+
+def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Connected components of a binary picture by the libraries that are installed."""
+    peers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    if importlib.util.find_spec("scipy"):
+        from scipy import ndimage
+
+        structure = np.ones((3, 3)) if connectivity == 8 else None
+        peers["scipy"] = lambda image: ndimage.label(image, structure)[0]
+    if importlib.util.find_spec("cv2"):
+        import cv2
+
+        peers["OpenCV"] = lambda image: cv2.connectedComponents(image, connectivity=connectivity)[1]
+    if importlib.util.find_spec("cc3d"):
+        import cc3d
+
+        peers["cc3d"] = lambda image: cc3d.connected_components(image, connectivity=connectivity)
+    return peers

@@ -1,0 +1,5 @@
+"""`python -m corrmatch`."""
+
+from corrmatch.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,125 @@
+"""Modules to drop into other models: the correlation head and the dynamic threshold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corrmatch import ops
+from corrmatch.masks import RegionMasks
+
+
+class CorrelationOutput(NamedTuple):
+    """What `CorrelationHead` returns: propagated logits (B, C, h, w) and, if asked for, region masks."""
+
+    propagated: Tensor
+    masks: RegionMasks | None
+
+
+class CorrelationHead(nn.Module):
+    """Spreads logits along the correlation map of a feature map.
+
+    A 3 x 3 convolution with batch norm, ReLU and Dropout2d, then two 1 x 1 convolutions to query and key; the logits,
+    shrunk to the feature's size and detached, are the value of `ops.pixel_propagate`.
+
+    Args:
+        in_channels: Channels of the feature map.
+        num_classes: Channels of the logits, and of query and key.
+        hidden_channels: Channels between the convolutions.
+        dropout: Probability of Dropout2d.
+
+    Source: CorrMatch (CVPR 2024, arXiv 2306.04300).
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, *, hidden_channels: int = 256, dropout: float = 0.1):
+        super().__init__()
+        self.project = nn.Sequential(
+            nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
+            nn.BatchNorm2d(hidden_channels),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(dropout),
+        )
+        self.query = nn.Conv2d(hidden_channels, num_classes, 1)
+        self.key = nn.Conv2d(hidden_channels, num_classes, 1)
+
+    def forward(
+        self,
+        feature: Tensor,
+        logits: Tensor,
+        *,
+        num_masks: int = 0,
+        mask_size: tuple[int, int] | None = None,
+        connected: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> CorrelationOutput:
+        """Propagates logits; samples region masks if asked to.
+
+        Args:
+            feature: (B, in_channels, h, w).
+            logits: (B, num_classes, H, W) of any size; no gradient flows to them.
+            num_masks: How many positions, drawn uniformly and shared by the batch, give a region mask each.
+            mask_size: Size of the masks; that of the logits if None.
+            connected: As in `ops.region_masks`.
+            generator: For the draw, on the feature's device.
+        """
+        hidden = self.project(feature)
+        query, key = self.query(hidden), self.key(hidden)
+        value = F.interpolate(logits.detach(), size=feature.shape[2:], mode="bilinear", align_corners=True)
+        masks = None
+        if num_masks > 0:
+            positions = feature.shape[2] * feature.shape[3]
+            index = torch.randint(positions, (num_masks,), generator=generator, device=feature.device)
+            size = mask_size if mask_size is not None else (logits.shape[2], logits.shape[3])
+            masks = ops.region_masks(query, key, index, size, connected=connected)
+        return CorrelationOutput(ops.pixel_propagate(query, key, value), masks)
+
+
+class DynamicThreshold(nn.Module):
+    r"""The confidence threshold that follows the model.
+
+    .. math:: \theta \leftarrow m \theta + (1 - m) \operatorname{mean}_{c\ \mathrm{present}} \mathrm{class\_peak}_c
+
+    The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. Under torch.distributed
+    the peaks of all processes combine by their maximum, so every process holds the same threshold.
+
+    Args:
+        initial: theta before the first update.
+        momentum: m.
+
+    Source: CorrMatch (CVPR 2024, arXiv 2306.04300), "dynamic threshold".
+    """
+
+    threshold: Tensor
+
+    def __init__(self, initial: float = 0.85, momentum: float = 0.999):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("threshold", torch.tensor(float(initial)))
+
+    @torch.no_grad()
+    def update(self, class_peak: Tensor) -> Tensor:
+        """Moves the threshold by the (C,) peaks that `ops.pseudo_label` returns; absent classes have peak 0.
+
+        Without any present class the threshold stays. Returns the buffer.
+        """
+        if dist.is_available() and dist.is_initialized():
+            class_peak = class_peak.clone()
+            dist.all_reduce(class_peak, dist.ReduceOp.MAX)
+        present = class_peak > 0
+        mean = class_peak.sum() / present.sum().clamp(min=1)
+        moved = self.momentum * self.threshold + (1 - self.momentum) * mean
+        self.threshold.copy_(torch.where(present.any(), moved, self.threshold))
+        return self.threshold
+
+    def forward(
+        self, logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pseudo-labels `logits` and, in training mode, updates. Returns labels, confidence and the threshold."""
+        labels, confidence, class_peak = ops.pseudo_label(logits.detach(), size=size, ignore=ignore)
+        if self.training:
+            self.update(class_peak)
+        return labels, confidence, self.threshold

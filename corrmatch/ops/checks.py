@@ -1,0 +1,111 @@
+"""Validation at the door. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """A tensor of one of these dtypes, on the device of `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} as the others, got {x.device}")
+
+
+def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
+    """A floating map (B, channels, H, W), or (B, channels, N) where `flat`, of one channel and one position at least."""
+    tensor(name, x, FLOATING, like)
+    if x.dim() != 4 and not (flat and x.dim() == 3):
+        shapes = "(B, channels, H, W)" + (" or (B, channels, N)" if flat else "")
+        raise ValueError(f"{name}: expected shape {shapes}, got {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected at least one channel and one position, got shape {tuple(x.shape)}")
+    if like is not None and x.shape[0] != like.shape[0]:
+        raise ValueError(f"{name}: expected a batch of {like.shape[0]} as the others, got {x.shape[0]}")
+
+
+def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
+    """Two maps of the same batch and channels."""
+    feature_map("query", query, flat=flat)
+    feature_map("key", key, query, flat=flat)
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key: expected {query.shape[1]} channels as in query, got {key.shape[1]}")
+
+
+def picture(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """A tensor (B, H, W), of the shape of `like`."""
+    tensor(name, x, dtypes, like)
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected shape (B, H, W), got {tuple(x.shape)}")
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(x.shape)}")
+
+
+def row_index(index: Any, query: Tensor) -> None:
+    """int64 (K,) or (B, K) on the device of the query."""
+    tensor("index", index, (torch.int64,), query)
+    if index.dim() not in (1, 2) or (index.dim() == 2 and index.shape[0] != query.shape[0]):
+        raise ValueError(f"index: expected shape (K,) or ({query.shape[0]}, K), got {tuple(index.shape)}")
+
+
+def image_size(size: Any) -> tuple[int, int]:
+    """(H, W), both at least 1."""
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise TypeError(f"size: expected (H, W), got {size!r}") from None
+    if not (isinstance(height, Integral | torch.SymInt) and isinstance(width, Integral | torch.SymInt)):
+        raise TypeError(f"size: expected two integers (H, W), got {size!r}")
+    if height < 1 or width < 1:
+        raise ValueError(f"size: expected at least 1 x 1, got {size!r}")
+    return height, width  # type: ignore[return-value]
+
+
+def real(name: str, x: Any) -> float:
+    """A finite Python number."""
+    if isinstance(x, bool) or not isinstance(x, Real):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite number, got {x}")
+    return float(x)
+
+
+def scale(x: Any, query: Tensor) -> float:
+    """The given scale, or 1 / sqrt(D)."""
+    return 1 / math.sqrt(query.shape[1]) if x is None else real("scale", x)
+
+
+def threshold_tensor(x: Any, like: Tensor) -> Tensor:
+    """The threshold as a 0-d float64 tensor on the device of `like`; a tensor is never read on the host."""
+    if isinstance(x, Tensor):
+        if x.dim() != 0 or not x.dtype.is_floating_point:
+            raise ValueError(f"threshold: expected a number or a 0-d floating tensor, got {tuple(x.shape)} {x.dtype}")
+        return x.detach().to(like.device, torch.float64)
+    return torch.full((), real("threshold", x), dtype=torch.float64, device=like.device)
+
+
+def choice(name: str, x: Any, choices: tuple[Any, ...]) -> None:
+    """One of the choices."""
+    if x not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")
+
+
+def integer(name: str, x: Any, low: int, high: int) -> int:
+    """An integer within [low, high]."""
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(x).__name__}")
+    if not low <= x <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {x}")
+    return int(x)

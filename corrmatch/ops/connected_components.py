@@ -1,0 +1,63 @@
+"""Connected components of label pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from corrmatch import _C, reference
+from corrmatch.ops import checks
+from corrmatch.ops.backend import borrow, choose, threads
+
+
+def connected_components(
+    image: Tensor, *, connectivity: int = 8, background: int = 0, backend: str | None = None
+) -> Tensor:
+    """Numbers the connected regions of equal value.
+
+    Args:
+        image: bool or integer (..., H, W); any leading dimensions, each picture on its own; any strides.
+        connectivity: 4 (edges) or 8 (edges and corners).
+        background: Pixels of this value belong to no component.
+        backend: "cpu", "cuda", "reference", or None for the best available.
+
+    Returns:
+        int32, shape of image: 0 on background, else 1 .. n in raster order of each component's first pixel, as
+        scipy.ndimage.label numbers them. The same on every backend and for any number of threads. No gradient.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape or backend; the message names the argument.
+    """
+    checks.tensor("image", image, (torch.bool, *checks.INTEGER))
+    if image.dim() < 2:
+        raise ValueError(f"image: expected shape (..., H, W), got {tuple(image.shape)}")
+    checks.choice("connectivity", connectivity, (4, 8))
+    background = checks.integer("background", background, -(2**63), 2**63 - 1)
+    backend = choose("connected_components", backend, image)
+    return torch.ops.corrmatch.connected_components(  # type: ignore[no-any-return]
+        image, connectivity, background, backend
+    )
+
+
+@custom_op("corrmatch::connected_components", mutates_args=())
+def connected_components_op(image: Tensor, connectivity: int, background: int, backend: str) -> Tensor:
+    """Component numbers, int32."""
+    out = _empty_result(image)
+    if image.numel() == 0:
+        return out
+    if backend == "reference":
+        return reference.connected_components(image, connectivity=connectivity, background=background)
+    pictures = image.reshape(-1, *image.shape[-2:])
+    results = out.view(pictures.shape)
+    _C.cpu.connected_components(borrow(pictures), connectivity, background, borrow(results), threads())
+    return out
+
+
+def _empty_result(image: Tensor) -> Tensor:
+    return torch.empty(image.shape, dtype=torch.int32, device=image.device)
+
+
+@connected_components_op.register_fake
+def _(image, connectivity, background, backend):  # type: ignore[no-untyped-def]
+    return _empty_result(image)

@@ -1,0 +1,85 @@
+"""Rows of a correlation map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from corrmatch import reference
+from corrmatch.ops import checks
+from corrmatch.ops.backend import check_values
+
+
+def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
+    r"""Softmax rows of the correlation map at some query positions.
+
+    .. math:: P_{rj} = \operatorname{softmax}_j (\mathrm{scale} \, \langle q_r, k_j \rangle)
+
+    Args:
+        query: (B, D, Hq, Wq) or (B, D, N_q); float16, bfloat16, float32 or float64; any strides.
+        key: (B, D, Hk, Wk) or (B, D, N_k), same dtype.
+        index: int64 (K,), shared by the batch, or (B, K): flat query positions.
+        scale: Factor of the scores; 1 / sqrt(D) if None.
+
+    Returns:
+        (B, K, Hk, Wk), or (B, K, N_k) for such a key, in the dtype of query; computed in float32 or better.
+
+    Gradients flow to query and key. The rows are what is returned, so nothing is fused: this is a matrix product and a
+    softmax on any device.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape or device; an index out of range (on a CPU, elsewhere with
+            CORRMATCH_CHECK=1). The message names the argument.
+    """
+    checks.query_key(query, key)
+    if key.dtype != query.dtype:
+        raise TypeError(f"key: expected {query.dtype} as query, got {key.dtype}")
+    checks.row_index(index, query)
+    index = index.expand(query.shape[0], -1)
+    rows = torch.ops.corrmatch.correlation_rows(query.flatten(2), key.flatten(2), index, checks.scale(scale, query))
+    return rows.view(*rows.shape[:2], *key.shape[2:])  # type: ignore[no-any-return]
+
+
+def check_index(index: Tensor, positions: int) -> None:
+    """Raises ValueError for an index out of range, where values are checked."""
+    if index.numel() > 0 and check_values(index):
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= positions:
+            raise ValueError(f"index: expected values in [0, {positions - 1}], got {low if low < 0 else high}")
+
+
+@custom_op("corrmatch::correlation_rows", mutates_args=())
+def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor:
+    """Rows (B, K, N_k) of flat maps; index is (B, K)."""
+    check_index(index, query.shape[2])
+    index = index.clamp(0, query.shape[2] - 1)  # what was not checked never reads out of bounds
+    return reference.correlation_rows(query, key, index, scale=scale).contiguous()
+
+
+@correlation_rows_op.register_fake
+def _(query, key, index, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], index.shape[1], key.shape[2])
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    query, key, index, ctx.scale = inputs
+    ctx.save_for_backward(query, key, index, output)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    query, key, index, rows = ctx.saved_tensors
+    dtype = reference.accumulation(rows).dtype
+    rows, grad = rows.to(dtype), grad.to(dtype)
+    scores = ctx.scale * rows * (grad - (grad * rows).sum(2, keepdim=True))
+    at = index.clamp(0, query.shape[2] - 1).unsqueeze(1).expand(-1, query.shape[1], -1)
+    dquery = dkey = None
+    if ctx.needs_input_grad[0]:
+        parts = key.to(dtype) @ scores.mT
+        dquery = torch.zeros_like(query, dtype=dtype).scatter_add(2, at, parts).to(query.dtype)
+    if ctx.needs_input_grad[1]:
+        dkey = (query.gather(2, at).to(dtype) @ scores).to(key.dtype)
+    return dquery, dkey, None, None
+
+
+correlation_rows_op.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,75 @@
+"""Pseudo-labels: class, confidence and the peaks that drive the dynamic threshold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from corrmatch import _C, reference
+from corrmatch.ops import checks
+from corrmatch.ops.backend import borrow, choose, threads
+
+
+def pseudo_label(
+    logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Most likely class of each pixel, its probability, and the largest such probability of each class.
+
+    Args:
+        logits: (B, C, h, w); float16, bfloat16, float32, or float64 on a CPU; any strides.
+        size: (H, W): logits are enlarged to it bilinearly (align_corners=True) inside the kernel. None keeps (h, w).
+        ignore: bool (B, H, W), True where a pixel does not count for `class_peak`.
+        backend: "cpu", "triton", "reference", or None for the best available.
+
+    Returns:
+        labels: int64 (B, H, W), the argmax (the lowest class on ties).
+        confidence: float32 (B, H, W), the softmax probability of that class.
+        class_peak: float32 (C,), for each class the largest confidence among the pixels of the batch that are predicted
+            as it and not ignored; 0 where there is none.
+        Computed in float32 (float64 for float64 logits). No gradient.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
+
+    Source: CorrMatch (CVPR 2024, arXiv 2306.04300), "dynamic threshold".
+    """
+    checks.feature_map("logits", logits, flat=False)
+    height, width = logits.shape[2:] if size is None else checks.image_size(size)
+    if ignore is not None:
+        checks.tensor("ignore", ignore, (torch.bool,), logits)
+        if tuple(ignore.shape) != (logits.shape[0], height, width):
+            expected = (logits.shape[0], height, width)
+            raise ValueError(f"ignore: expected shape {expected}, got {tuple(ignore.shape)}")
+    backend = choose("pseudo_label", backend, logits)
+    return torch.ops.corrmatch.pseudo_label(logits, ignore, height, width, backend)  # type: ignore[no-any-return]
+
+
+@custom_op("corrmatch::pseudo_label", mutates_args=())
+def pseudo_label_op(
+    logits: Tensor, ignore: Tensor | None, height: int, width: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, confidence and class peaks at (height, width)."""
+    labels, confidence, class_peak = _empty_results(logits, height, width)
+    if labels.numel() == 0:
+        return labels, confidence, class_peak.zero_()
+    if backend == "reference":
+        return reference.pseudo_label(logits, size=(height, width), ignore=ignore)
+    _C.cpu.pseudo_label(
+        borrow(logits), borrow(ignore), borrow(labels), borrow(confidence), borrow(class_peak), threads()
+    )
+    return labels, confidence, class_peak
+
+
+def _empty_results(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, classes = logits.shape[:2]
+    return (
+        torch.empty(batch, height, width, dtype=torch.int64, device=logits.device),
+        torch.empty(batch, height, width, dtype=torch.float32, device=logits.device),
+        torch.empty(classes, dtype=torch.float32, device=logits.device),
+    )
+
+
+@pseudo_label_op.register_fake
+def _(logits, ignore, height, width, backend):  # type: ignore[no-untyped-def]
+    return _empty_results(logits, height, width)

@@ -1,0 +1,112 @@
+"""Region masks: rows of a correlation map, enlarged and cut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from corrmatch import _C, reference
+from corrmatch.masks import RegionMasks
+from corrmatch.ops import checks
+from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops.correlation_rows import check_index
+
+CONNECTED = (None, "peak", "seed")
+
+
+def region_masks(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    threshold: float = 0.5,
+    connected: str | None = None,
+    connectivity: int = 8,
+    backend: str | None = None,
+) -> RegionMasks:
+    r"""Cuts class-agnostic regions out of rows of the correlation map.
+
+    For each sampled query position r, the row x[j] = P[r, j] on the (Hk, Wk) grid is enlarged to `size` bilinearly
+    (align_corners=True), and
+
+    .. math:: \mathrm{mask} = \frac{x - \min x}{\max x - \min x} > \mathrm{threshold}
+
+    with the extrema of the enlarged map. A constant map gives an empty mask.
+
+    Args:
+        query: (B, D, Hq, Wq); float16, bfloat16, float32, or float64 on a CPU; any strides.
+        key: (B, D, Hk, Wk).
+        index: int64 (K,), shared by the batch, or (B, K): flat query positions.
+        size: (H, W) in pixels.
+        scale: Factor of the scores; 1 / sqrt(D) if None.
+        threshold: Number, strict.
+        connected: None keeps the mask; "peak" only its connected region that holds the maximum of the enlarged map (the
+            first in raster order); "seed" the one that holds the sampled position, enlarged and rounded to the nearest
+            pixel (empty if that pixel is not in the mask).
+        connectivity: 4 or 8, for `connected`.
+        backend: "cpu", "cuda", "reference", or None for the best available.
+
+    Returns:
+        RegionMasks with `packed` int32 (B, K, ceil(H * W / 32)). No gradient. A pixel within rounding of the threshold
+        may fall on either side. Neither K x N_k nor K x H x W floats are stored.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device or backend; an index out of range (on a CPU, elsewhere
+            with CORRMATCH_CHECK=1). The message names the argument.
+
+    Source: CorrMatch (CVPR 2024, arXiv 2306.04300), "region propagation".
+    """
+    checks.query_key(query, key, flat=False)
+    checks.row_index(index, query)
+    height, width = checks.image_size(size)
+    scale = checks.scale(scale, query)
+    threshold = checks.real("threshold", threshold)
+    checks.choice("connected", connected, CONNECTED)
+    checks.choice("connectivity", connectivity, (4, 8))
+    backend = choose("region_masks", backend, query)
+    index = index.expand(query.shape[0], -1)
+    packed = torch.ops.corrmatch.region_masks(
+        query, key, index, height, width, scale, threshold, CONNECTED.index(connected), connectivity, backend
+    )
+    return RegionMasks(packed, (height, width))
+
+
+@custom_op("corrmatch::region_masks", mutates_args=())
+def region_masks_op(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    threshold: float,
+    connected: int,
+    connectivity: int,
+    backend: str,
+) -> Tensor:
+    """Packed masks int32 (B, K, words); index is (B, K), connected an index into CONNECTED."""
+    check_index(index, query.shape[2] * query.shape[3])
+    if backend == "reference":
+        return reference.region_masks(
+            query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
+            connectivity=connectivity,
+        ).packed  # fmt: skip
+    packed = _empty_masks(query, index, height, width)
+    if packed.numel() > 0:
+        _C.cpu.region_masks(
+            borrow(query), borrow(key), borrow(index), height, width, scale, threshold, connected, connectivity,
+            borrow(packed), threads(),
+        )  # fmt: skip
+    return packed
+
+
+def _empty_masks(query: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+    return query.new_empty(*index.shape, RegionMasks.words((height, width)), dtype=torch.int32)
+
+
+@region_masks_op.register_fake
+def _(query, key, index, height, width, scale, threshold, connected, connectivity, backend):  # type: ignore[no-untyped-def]
+    return _empty_masks(query, index, height, width)

@@ -1,0 +1,116 @@
+"""Region propagation: each region takes its dominant label."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from corrmatch import _C, reference
+from corrmatch.masks import RegionMasks
+from corrmatch.ops import checks
+from corrmatch.ops.backend import borrow, check_values, choose, threads
+
+MAX_CLASSES = 65536
+
+
+def region_propagate(
+    labels: Tensor,
+    reliable: Tensor,
+    masks: RegionMasks,
+    threshold: float | Tensor,
+    *,
+    num_classes: int,
+    valid: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Gives each region, in order, its dominant label where that label is dominant and the region reliable enough.
+
+    Per picture and for k = 0 .. K-1, sequentially (a later region sees the labels that earlier ones wrote):
+    R = mask_k & valid, Q = R & reliable. Region k is skipped if Q is empty or \|Q\| / \|R\| < threshold. With n_c the
+    number of pixels of Q whose current label is c and c* the most frequent class (the lowest on ties), labels[R] = c* and
+    R becomes reliable if n_c* / \|Q\| > threshold. Divisions are in float32; `reliable` in these tests is the input.
+
+    Args:
+        labels: (B, H, W), uint8, int8, int16, int32 or int64. Only labels of pixels that are valid and reliable count,
+            and they must lie in [0, num_classes); others (255, say) pass through.
+        reliable: bool (B, H, W).
+        masks: RegionMasks of B pictures and this size.
+        threshold: Number or 0-d tensor (read on the device).
+        num_classes: 1 to 65536.
+        valid: bool (B, H, W): the pixels that regions may cover; all if None.
+        backend: "cpu", "cuda", "reference", or None for the best available.
+
+    Returns:
+        labels, in their dtype, and reliable, bool, after propagation: new tensors. No gradient.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device or backend; a label out of range (on a CPU, elsewhere
+            with CORRMATCH_CHECK=1). The message names the argument.
+
+    Source: CorrMatch (CVPR 2024, arXiv 2306.04300), "region propagation".
+    """
+    checks.picture("labels", labels, checks.INTEGER)
+    checks.picture("reliable", reliable, (torch.bool,), labels)
+    if valid is not None:
+        checks.picture("valid", valid, (torch.bool,), labels)
+    if not isinstance(masks, RegionMasks):
+        raise TypeError(f"masks: expected RegionMasks, got {type(masks).__name__}")
+    checks.tensor("masks.packed", masks.packed, (torch.int32,), labels)
+    if tuple(masks.size) != tuple(labels.shape[1:]):
+        raise ValueError(f"masks: expected masks of {tuple(labels.shape[1:])} pixels, got {tuple(masks.size)}")
+    words = RegionMasks.words(masks.size)
+    packed = masks.packed
+    if packed.dim() != 3 or packed.shape[0] != labels.shape[0] or packed.shape[2] != words:
+        raise ValueError(f"masks.packed: expected shape ({labels.shape[0]}, K, {words}), got {tuple(packed.shape)}")
+    num_classes = checks.integer("num_classes", num_classes, 1, MAX_CLASSES)
+    threshold = checks.threshold_tensor(threshold, labels)
+    backend = choose("region_propagate", backend, labels)
+    return torch.ops.corrmatch.region_propagate(  # type: ignore[no-any-return]
+        labels, reliable, packed, threshold, valid, num_classes, backend
+    )
+
+
+@custom_op("corrmatch::region_propagate", mutates_args=())
+def region_propagate_op(
+    labels: Tensor,
+    reliable: Tensor,
+    packed: Tensor,
+    threshold: Tensor,
+    valid: Tensor | None,
+    num_classes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Labels and reliability after propagation; packed is RegionMasks.packed."""
+    if backend == "reference":
+        _check_labels(labels, reliable, valid, num_classes)
+        masks = RegionMasks(packed, (labels.shape[1], labels.shape[2]))
+        return reference.region_propagate(labels, reliable, masks, threshold, num_classes=num_classes, valid=valid)
+    out_labels, out_reliable = _empty_results(labels)
+    if labels.numel() > 0:
+        _C.cpu.region_propagate(
+            borrow(labels), borrow(reliable), borrow(packed), borrow(threshold), borrow(valid), num_classes,
+            borrow(out_labels), borrow(out_reliable), threads(),
+        )  # fmt: skip
+    return out_labels, out_reliable
+
+
+def _check_labels(labels: Tensor, reliable: Tensor, valid: Tensor | None, num_classes: int) -> None:
+    counted = labels[reliable if valid is None else reliable & valid]
+    if counted.numel() > 0 and check_values(labels):
+        low, high = (int(x) for x in counted.aminmax())
+        if low < 0 or high >= num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"labels: expected values in [0, {num_classes - 1}] where reliable, got {wrong}")
+
+
+def _empty_results(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(labels.shape, dtype=labels.dtype, device=labels.device),
+        torch.empty(labels.shape, dtype=torch.bool, device=labels.device),
+    )
+
+
+@region_propagate_op.register_fake
+def _(labels, reliable, packed, threshold, valid, num_classes, backend):  # type: ignore[no-untyped-def]
+    return _empty_results(labels)

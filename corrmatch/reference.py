@@ -1,0 +1,165 @@
+"""The definition of every op, in plain PyTorch that materialises what the fused kernels never store.
+
+Same names, arguments and results as `corrmatch.ops` (whose docstrings describe them), differentiable by autograd alone.
+Half-precision inputs are computed in float32, as the kernels do. S is scale * <query_i, key_j>, P its softmax over j.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corrmatch.masks import RegionMasks
+
+
+def pixel_propagate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    confidence: Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Z[:, j] = sum_i g[i] value[:, i] P[i, j]."""
+    p, v = correlation(query, key, scale), accumulation(value)
+    if threshold is not None:
+        gate = confidence_gate(value, confidence, threshold)
+        p = torch.where(gate.unsqueeze(-1), p, 0)
+    dtype = torch.promote_types(p.dtype, v.dtype)
+    z = v.flatten(2).to(dtype) @ p.to(dtype)
+    if normalize:
+        mass = p.sum(1, keepdim=True)
+        z = torch.where(mass > 0, z / torch.where(mass > 0, mass, 1), 0)
+    return z.unflatten(2, key.shape[2:]).to(value.dtype)
+
+
+def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
+    """Rows `index` of P on the key grid."""
+    rows = index.expand(query.shape[0], -1).unsqueeze(1).expand(-1, query.shape[1], -1)
+    sampled = query.flatten(2).gather(2, rows)
+    return correlation(sampled, key, scale).unflatten(2, key.shape[2:]).to(query.dtype)
+
+
+def region_masks(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    threshold: float = 0.5,
+    connected: str | None = None,
+    connectivity: int = 8,
+) -> RegionMasks:
+    """Rows of P, enlarged, min-max normalised and cut at the threshold."""
+    rows = correlation_rows(accumulation(query), accumulation(key), index, scale=scale)
+    large = F.interpolate(rows, size=size, mode="bilinear", align_corners=True)
+    low, high = large.amin((2, 3), keepdim=True), large.amax((2, 3), keepdim=True)
+    masks = (large - low) / (high - low) > threshold
+    masks &= rows.amin((2, 3), keepdim=True) < rows.amax((2, 3), keepdim=True)  # a constant map has no region
+    if connected is not None:
+        if connected == "peak":
+            marks = large.flatten(2).argmax(2)
+        else:
+            marks = enlarged_position(index, query.shape[2:], size).expand(rows.shape[:2])
+        parts = connected_components(masks, connectivity=connectivity)
+        at_mark = parts.flatten(2).gather(2, marks.unsqueeze(2)).unsqueeze(3)
+        masks = (parts == at_mark) & (at_mark > 0)
+    return RegionMasks.from_bool(masks)
+
+
+def region_propagate(
+    labels: Tensor,
+    reliable: Tensor,
+    masks: RegionMasks,
+    threshold: float | Tensor,
+    *,
+    num_classes: int,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gives each region, in order, its dominant label where that label is dominant and reliable enough."""
+    regions = masks.to_bool() if valid is None else masks.to_bool() & valid.unsqueeze(1)
+    labels, reliable_after = labels.clone(), reliable.clone()
+    theta = torch.as_tensor(threshold).to(torch.float32)
+    for b in range(regions.shape[0]):
+        for region in regions[b]:
+            counted = region & reliable[b]
+            area, count = region.sum().float(), counted.sum().float()
+            if count == 0 or count / area < theta:
+                continue
+            histogram = torch.bincount(labels[b][counted].long(), minlength=num_classes)
+            dominant = histogram.argmax()
+            if histogram[dominant].float() / count > theta:
+                labels[b][region] = dominant.to(labels.dtype)
+                reliable_after[b] |= region
+    return labels, reliable_after
+
+
+def connected_components(image: Tensor, *, connectivity: int = 8, background: int = 0) -> Tensor:
+    """Components of equal value, numbered from 1 in raster order of their first pixel; 0 is background."""
+    height, width = image.shape[-2:]
+    values = image.reshape(-1, height, width).long()
+    front = values != background
+    # Every pixel takes the smallest raster index of its equal neighbours until nothing changes.
+    outside = height * width
+    first = torch.arange(outside, device=image.device).view(1, height, width).expand_as(values)
+    first = torch.where(front, first, outside)
+    steps = [(0, 1), (0, -1), (1, 0), (-1, 0)] + ([(1, 1), (1, -1), (-1, 1), (-1, -1)] if connectivity == 8 else [])
+    padded_values = F.pad(values, (1, 1, 1, 1), value=background)
+    while True:
+        padded, smallest = F.pad(first, (1, 1, 1, 1), value=outside), first
+        for dy, dx in steps:
+            window = (slice(None), slice(1 + dy, 1 + dy + height), slice(1 + dx, 1 + dx + width))
+            smallest = torch.where(padded_values[window] == values, smallest.minimum(padded[window]), smallest)
+        if smallest.equal(first):
+            break
+        first = smallest
+    is_first = first.flatten(1) == torch.arange(outside, device=image.device)
+    number = F.pad(is_first.cumsum(1), (0, 1)).gather(1, first.flatten(1))
+    return torch.where(front.flatten(1), number, 0).to(torch.int32).view(image.shape)
+
+
+def pseudo_label(
+    logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Most likely class, its probability, and for each class the largest probability with which it was chosen."""
+    logits = accumulation(logits)
+    if size is not None and tuple(size) != tuple(logits.shape[2:]):
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    confidence, labels = logits.softmax(1).max(1)
+    confidence = confidence.float()
+    counted = confidence if ignore is None else torch.where(ignore, 0, confidence)
+    class_peak = counted.new_zeros(logits.shape[1])
+    class_peak = class_peak.scatter_reduce(0, labels.flatten(), counted.flatten(), "amax")
+    return labels, confidence, class_peak
+
+
+def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """P (B, N_q, N_k)."""
+    q, k = accumulation(query).flatten(2), accumulation(key).flatten(2)
+    return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
+
+
+def accumulation(x: Tensor) -> Tensor:
+    """Half types as float32; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def confidence_gate(value: Tensor, confidence: Tensor | None, threshold: float | Tensor) -> Tensor:
+    """Which query positions take part: bool (B, N_q)."""
+    if confidence is None:
+        confidence = accumulation(value).softmax(1).amax(1)
+    return accumulation(confidence.flatten(1)) >= threshold
+
+
+def enlarged_position(index: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Flat pixel nearest to a flat grid position when the grid is enlarged with aligned corners; halves round up."""
+    y, x = index // grid[1], index % grid[1]
+    row = (2 * y * (size[0] - 1) + grid[0] - 1) // (2 * max(grid[0] - 1, 1))
+    column = (2 * x * (size[1] - 1) + grid[1] - 1) // (2 * max(grid[1] - 1, 1))
+    return row * size[1] + column

@@ -1,0 +1,65 @@
+// Compiled once, for the oldest processor: chooses among the tables.
+#include <atomic>
+#include <stdexcept>
+
+#include "kernels.hpp"
+
+namespace corrmatch {
+
+// setup.py defines CORRMATCH_X86 exactly when it compiles the wider variants.
+namespace generic {
+extern const CpuKernels kernels;
+}
+#ifdef CORRMATCH_X86
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+#endif
+
+namespace {
+
+std::vector<const CpuKernels*> runnable() {
+  std::vector<const CpuKernels*> tables{&generic::kernels};
+#ifdef CORRMATCH_X86
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+  if (v3) tables.push_back(&avx2::kernels);
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (v4) tables.push_back(&avx512::kernels);
+#endif
+  return tables;
+}
+
+std::atomic<const CpuKernels*>& selected() {
+  static std::atomic<const CpuKernels*> table{runnable().back()};
+  return table;
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() { return *selected().load(std::memory_order_relaxed); }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const CpuKernels* table : runnable()) names.emplace_back(table->isa);
+  return names;
+}
+
+void select_cpu_isa(const std::string& name) {
+  std::string choices;
+  for (const CpuKernels* table : runnable()) {
+    if (name == table->isa) {
+      selected() = table;
+      return;
+    }
+    choices += (choices.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not one that this processor runs: " + choices);
+}
+
+}  // namespace corrmatch

@@ -1,0 +1,65 @@
+// What the forward and the backward of pixel propagation share: packing and the partition of the work.
+//
+// Rows (query positions) with an open gate are cut into groups that depend on the shape alone; each group adds into its
+// own partial result, and the partials are added in order. So the result does not depend on the number of threads, and
+// the memory is (groups <= 16) times the result of the pictures in flight.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.hpp"
+#include "planes.hpp"
+#include "tiles.hpp"
+
+namespace corrmatch::CORRMATCH_ISA {
+
+// Channels of one picture as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
+// plane.
+template <class T>
+void pack_channel(const Tensor& t, int64_t b, int64_t c, int64_t channels, T* tiles, T* scratch) {
+  const int64_t columns = t.size[2] * t.size[3], padded = tile_count<T>(columns) * kWidth<T>;
+  read_plane(t, b, c, scratch);
+  std::fill(scratch + columns, scratch + padded, T(0));
+  for (int64_t j = 0; j < padded; j += kWidth<T>)
+    std::copy_n(scratch + j, kWidth<T>, tiles + j * channels + c * kWidth<T>);
+}
+
+inline int64_t positions(const Tensor& map) { return map.size[2] * map.size[3]; }
+
+// How the rows of a picture are shared out.
+struct Groups {
+  explicit Groups(int64_t rows) {
+    const int64_t blocks = (rows + kBlock - 1) / kBlock;
+    while (count < 16 && blocks >= 8 * count) count *= 2;
+    rows_per_group = (blocks + count - 1) / count * kBlock;
+  }
+  int64_t count = 1;
+  int64_t rows_per_group;
+};
+
+// Pictures worked on at once: enough tasks for every thread, no more, for each costs memory.
+inline int64_t pictures_in_flight(int64_t batch, int64_t groups, int threads) {
+  return std::clamp<int64_t>((4 * int64_t(threads) + groups - 1) / groups, 1, batch);
+}
+
+// Channel c of the sum of all partials, (group, tile, channel, column), as a plane.
+template <class T>
+void add_partials(const T* partials, int64_t groups, int64_t channels, int64_t c, int64_t tiles, T* plane) {
+  const int64_t size = tiles * channels * kWidth<T>;
+  for (int64_t t = 0; t < tiles; ++t, plane += kWidth<T>) {
+    const T* in = partials + (t * channels + c) * kWidth<T>;
+    Vec<T> sum[2] = {load(in), load(in + kLanes<T>)};
+    for (int64_t g = 1; g < groups; ++g)
+      for (int h = 0; h < 2; ++h) sum[h] += load(in + g * size + h * kLanes<T>);
+    for (int h = 0; h < 2; ++h) store(plane + h * kLanes<T>, sum[h]);
+  }
+}
+
+// Clears the columns behind the last in the tile of a row: they hold 2^0, not 0.
+template <class T>
+inline void clear_padding(T* row, int64_t columns_in_tile) {
+  std::fill(row + columns_in_tile, row + kWidth<T>, T(0));
+}
+
+}  // namespace corrmatch::CORRMATCH_ISA

@@ -1,0 +1,236 @@
+// Region propagation on bit maps: reliable and valid pixels and each bit of the labels are one bit map a picture, so
+// counting the labels inside a mask is a matter of intersections and population counts.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "bits.hpp"
+#include "checks.hpp"
+#include "ops.hpp"
+#include "parallel.hpp"
+#include "planes.hpp"
+
+namespace corrmatch::CORRMATCH_ISA {
+namespace {
+
+// One mask: its pixels R = mask & valid, of which Q are counted.
+struct Region {
+  const int32_t* mask;
+  int64_t mask_words;  // of 32 bits
+  int64_t begin, end;  // the 64-bit words that hold all of Q and R
+  int64_t area, counted;
+
+  uint64_t word(int64_t i) const {
+    uint64_t word = 0;
+    std::memcpy(&word, mask + 2 * i, 2 * i + 1 < mask_words ? 8 : 4);
+    return word;
+  }
+};
+
+Region measure(const LabelMaps& maps, const int32_t* mask, int64_t mask_words) {
+  Region region{mask, mask_words, 0, maps.words, 0, 0};
+  while (region.begin < region.end && region.word(region.begin) == 0) ++region.begin;
+  while (region.begin < region.end && region.word(region.end - 1) == 0) --region.end;
+  int64_t area = 0, counted = 0;
+  for (int64_t i = region.begin; i < region.end; ++i) {
+    const uint64_t word = region.word(i);
+    area += popcount(word & maps.valid[i]);
+    counted += popcount(word & maps.counted[i]);
+  }
+  region.area = area;
+  region.counted = counted;
+  return region;
+}
+
+// The class that most pixels of Q carry, if the vote passes: its share of Q is above the threshold.
+class Vote {
+ public:
+  Vote(const LabelMaps& maps, float threshold)
+      : maps_(maps), threshold_(threshold), members_((maps.planes_count + 1) * maps.words) {}
+
+  // -1 where no class passes.
+  int64_t elect(const Region& region) {
+    region_ = &region;
+    uint64_t* members = at_depth(maps_.planes_count);
+    for (int64_t i = 0; i < words(); ++i)
+      members[i] = region.word(region.begin + i) & maps_.counted[region.begin + i];
+    if (threshold_ >= 0.5f) return majority(members);
+    winner_ = -1;
+    most_ = 0;
+    split(maps_.planes_count, region.counted, 0);
+    return winner_;
+  }
+
+ private:
+  int64_t words() const { return region_->end - region_->begin; }
+  const uint64_t* plane(int i) const { return maps_.plane(i) + region_->begin; }
+  uint64_t* at_depth(int depth) { return members_ + depth * maps_.words; }
+  bool passes(int64_t count) const { return float(count) / float(region_->counted) > threshold_; }
+
+  int64_t count_ones(const uint64_t* members, const uint64_t* plane) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < words(); ++i) count += popcount(members[i] & plane[i]);
+    return count;
+  }
+
+  // A class with more than half of Q has the majority in every plane.
+  int64_t majority(const uint64_t* members) const {
+    int64_t candidate = 0, dissent = 0;  // at most `dissent` pixels of Q carry another class
+    for (int i = 0; i < maps_.planes_count; ++i) {
+      const int64_t ones = count_ones(members, plane(i)), most = std::max(ones, region_->counted - ones);
+      if (!passes(most)) return -1;
+      candidate |= int64_t(most == ones) << i;
+      dissent += region_->counted - most;
+    }
+    if (passes(region_->counted - dissent)) return candidate;
+    return passes(count_class(members, candidate)) ? candidate : -1;
+  }
+
+  int64_t count_class(const uint64_t* members, int64_t candidate) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < words(); ++i) {
+      uint64_t word = members[i];
+      for (int k = 0; k < maps_.planes_count; ++k) word &= plane(k)[i] ^ ((candidate >> k & 1) - 1);
+      count += popcount(word);
+    }
+    return count;
+  }
+
+  // Exact counts: the members at `depth` share the bits of `prefix` above the lowest `depth`. Lower classes come first
+  // and win ties, so that a branch with no more pixels than the best class so far is cut off.
+  void split(int depth, int64_t count, int64_t prefix) {
+    if (count <= most_ || !passes(count)) return;
+    if (depth == 0) {
+      most_ = count;
+      winner_ = prefix;
+      return;
+    }
+    const uint64_t *members = at_depth(depth), *bits = plane(depth - 1);
+    const int64_t ones = count_ones(members, bits);
+    uint64_t* half = at_depth(depth - 1);
+    for (int64_t i = 0; i < words(); ++i) half[i] = members[i] & ~bits[i];
+    split(depth - 1, count - ones, prefix);
+    for (int64_t i = 0; i < words(); ++i) half[i] = members[i] & bits[i];
+    split(depth - 1, ones, prefix | int64_t(1) << (depth - 1));
+  }
+
+  const LabelMaps& maps_;
+  const float threshold_;
+  Buffer<uint64_t> members_;  // (planes + 1, words): the pixels of Q on the way down `split`
+  const Region* region_ = nullptr;
+  int64_t winner_ = -1, most_ = 0;
+};
+
+void claim(const LabelMaps& maps, const Region& region, int64_t label, uint64_t* members) {
+  const int64_t begin = region.begin, words = region.end - begin;
+  for (int64_t i = 0; i < words; ++i) members[i] = region.word(begin + i) & maps.valid[begin + i];
+  for (int64_t i = 0; i < words; ++i) maps.claimed[begin + i] |= members[i];
+  for (int k = 0; k < maps.planes_count; ++k) {
+    uint64_t* plane = maps.plane(k) + begin;
+    const uint64_t bit = label >> k & 1 ? ~uint64_t(0) : 0;
+    for (int64_t i = 0; i < words; ++i) plane[i] = (plane[i] & ~members[i]) | (members[i] & bit);
+  }
+}
+
+// Later masks see the labels that earlier ones wrote.
+void propagate(const LabelMaps& maps, const Region* regions, int64_t count, float threshold, Vote& vote) {
+  for (const Region* region = regions; region < regions + count; ++region) {
+    if (region->counted == 0 || float(region->counted) / float(region->area) < threshold) continue;
+    const int64_t label = vote.elect(*region);
+    if (label >= 0) claim(picture, *region, label);
+  }
+}
+
+// The masks with their words one after the other; a copy only where they are not.
+class PackedMasks {
+ public:
+  explicit PackedMasks(const Tensor& packed) : packed_(packed), copy_(packed.stride[3] == 1 ? 0 : total(packed)) {
+    if (packed.stride[3] == 1) return;
+    const auto& size = packed.size;
+    int32_t* out = copy_;
+    for (int64_t b = 0; b < size[1]; ++b)
+      for (int64_t k = 0; k < size[2]; ++k)
+        for (int64_t i = 0; i < size[3]; ++i) *out++ = *packed.at<const int32_t>(0, b, k, i);
+    packed_.data = static_cast<int32_t*>(copy_);
+    packed_.stride = {0, size[2] * size[3], size[3], 1};
+  }
+  const int32_t* at(int64_t b, int64_t k) const { return packed_.at<const int32_t>(0, b, k); }
+
+ private:
+  static int64_t total(const Tensor& t) { return t.size[1] * t.size[2] * t.size[3]; }
+  Tensor packed_;
+  Buffer<int32_t> copy_;
+};
+
+template <class T>
+void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, float threshold, const Tensor& valid,
+         int64_t num_classes, const Tensor& out_labels, const Tensor& out_reliable, int threads) {
+  const int64_t batch = labels.size[1], pixels = labels.size[2] * labels.size[3], masks = packed.size[2];
+  const int64_t words = words_for(pixels), chunks = (pixels + kChunk - 1) / kChunk;
+  const int64_t largest = std::min<int64_t>(num_classes - 1, std::numeric_limits<T>::max());
+  const int planes = std::max(1, int(std::bit_width(uint64_t(largest))));
+  const PackedMasks packed_masks(packed);
+  Buffer<uint64_t> maps(batch * (3 + planes) * words);
+  std::vector<LabelMaps> pictures;
+  std::vector<Vote> votes;
+  pictures.reserve(batch);
+  votes.reserve(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    uint64_t* map = maps + b * (3 + planes) * words;
+    pictures.push_back({map, map + words, map + 2 * words, map + 3 * words, words, planes});
+    votes.emplace_back(pictures[b], threshold);
+  }
+
+  std::vector<Offender> offenders(batch * chunks);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t p = chunk * kChunk;
+      offenders[b * chunks + chunk] =
+          pack_chunk(labels, reliable, valid, b, p, std::min(kChunk, pixels - p), T(largest),
+                     out_labels.at<T>(0, b) + p, out_reliable.at<uint8_t>(0, b) + p, pictures[b]);
+    }
+  }
+  for (const Offender& offender : offenders)
+    if (offender.found) refuse("labels", " at reliable, valid pixels", 0, num_classes - 1, offender.value);
+
+  std::vector<Region> regions(batch * masks);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t k = 0; k < masks; ++k)
+        regions[b * masks + k] = measure(pictures[b], packed_masks.at(b, k), packed.size[3]);
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < batch; ++b) propagate(pictures[b], regions.data() + b * masks, masks, threshold, votes[b]);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t i = 0; i < words; ++i)
+        unpack_word(pictures[b], i, out_labels.at<T>(0, b) + i * kWordBits,
+                    out_reliable.at<uint8_t>(0, b) + i * kWordBits);
+  }
+}
+
+}  // namespace
+
+void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
+                      int64_t num_classes, Tensor out_labels, Tensor out_reliable, int threads) {
+  const auto call = [&](auto zero) {
+    run<decltype(zero)>(labels, reliable, packed, float(*threshold.at<const double>(0)), valid, num_classes, out_labels,
+                        out_reliable, threads);
+  };
+  switch (labels.dtype) {
+    case DType::uint8:
+      return call(uint8_t{});
+    case DType::int8:
+      return call(int8_t{});
+    case DType::int16:
+      return call(int16_t{});
+    case DType::int32:
+      return call(int32_t{});
+    default:
+      return call(int64_t{});
+  }
+}
+
+}  // namespace corrmatch::CORRMATCH_ISA

@@ -1,0 +1,53 @@
+// A tensor as the kernels see it: borrowed memory with a type, sizes and strides. Nothing here knows of torch.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <type_traits>
+
+namespace corrmatch {
+
+enum class DType { boolean, uint8, int8, int16, int32, int64, float16, bfloat16, float32, float64 };
+
+// IEEE half and bfloat16 as stored; arithmetic happens in float32.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Tensor {
+  void* data = nullptr;  // null stands for an optional argument that was not given
+  DType dtype = DType::float32;
+  std::array<int64_t, 4> size{1, 1, 1, 1};    // leading dimensions of lower-rank tensors are 1
+  std::array<int64_t, 4> stride{0, 0, 0, 0};  // in elements
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <class T>
+  T* at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0, int64_t i3 = 0) const {
+    return static_cast<T*>(data) + i0 * stride[0] + i1 * stride[1] + i2 * stride[2] + i3 * stride[3];
+  }
+};
+
+// Calls f with a value of the C++ type that `dtype` names; f is a generic lambda over the floating types.
+template <class F>
+decltype(auto) visit_floating(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float16:
+      return f(Half{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    default:
+      throw std::invalid_argument("corrmatch: a floating dtype was expected");
+  }
+}
+
+}  // namespace corrmatch

@@ -1,0 +1,171 @@
+"""Builds corrmatch._C from csrc/ with ninja. Project metadata lives in pyproject.toml.
+
+Environment:
+  MAX_JOBS               number of parallel compiler processes (default: ninja's own choice)
+  CORRMATCH_BUILD_CUDA   0: leave the CUDA kernels out; 1: fail without nvcc; unset: build them where nvcc is found
+  CORRMATCH_CUDA_ARCHS   architectures, e.g. "80;90a;120+PTX" (default below) or "native"
+  CUDA_HOME              where nvcc is looked for before PATH
+  CXX, CXXFLAGS, LDFLAGS as usual
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHS = "80;86;89;90a;100;120+PTX"
+
+# Every file of csrc/cpu but the dispatcher is compiled once for each of these; the processor chooses at run time.
+# Order matters for the linker: where two variants hold the same inline function it keeps the first, so the narrowest
+# instruction set comes first and no wider code leaks into it.
+GENERIC = {"generic": []}
+X86_VARIANTS = {
+    **GENERIC,
+    "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+X86_VARIANTS["avx512"] = X86_VARIANTS["avx2"] + X86_VARIANTS["avx512"]
+
+
+@dataclass
+class Cuda:
+    """Whether the CUDA kernels are built, and with what."""
+
+    status: str  # shown by `python -m corrmatch info`
+    nvcc: str = ""
+    flags: list[str] = field(default_factory=list)
+
+    @classmethod
+    def detect(cls) -> Cuda:
+        wanted = os.environ.get("CORRMATCH_BUILD_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"CORRMATCH_BUILD_CUDA must be 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            return cls("not built: CORRMATCH_BUILD_CUDA=0 when it was installed")
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+        nvcc = nvcc or shutil.which("nvcc")
+        if nvcc is None:
+            if wanted == "1":
+                raise SystemExit("CORRMATCH_BUILD_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on PATH")
+            return cls("not built: no nvcc in CUDA_HOME/bin or on PATH when it was installed")
+        if not list((ROOT / "csrc/cuda").glob("*.cu")):
+            return cls("not built: this version has no CUDA kernels")
+        archs = os.environ.get("CORRMATCH_CUDA_ARCHS", CUDA_ARCHS)
+        return cls(f"built for {archs}", nvcc, [*cls.gencode(archs), "-cudart=static", "-O3", "-std=c++20"])
+
+    @staticmethod
+    def gencode(archs: str) -> list[str]:
+        if archs == "native":
+            return ["-arch=native"]
+        flags = []
+        for arch in archs.replace(",", ";").split(";"):
+            number = arch.strip().removesuffix("+PTX").replace(".", "")
+            if not number.rstrip("af").isdigit():
+                raise SystemExit(f"CORRMATCH_CUDA_ARCHS: cannot read {arch!r}; expected something like '80;90a;120+PTX'")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.strip().endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+
+def accepts(compiler: list[str], *flags: str) -> bool:
+    """Whether the compiler builds and links an empty program with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("int main() { return 0; }\n")
+        command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(""))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for the extension and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.build_file(target))
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        jobs = os.environ.get("MAX_JOBS")
+        if jobs:
+            command += ["-j", jobs]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("corrmatch: compiling csrc/ failed; the compiler's message stands above")
+
+    def build_file(self, target: Path) -> str:
+        compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+        if not accepts(compiler, "-std=c++20"):
+            raise SystemExit(f"corrmatch needs a C++20 compiler (GCC 11, Clang 14 or newer); {compiler[0]!r} is none")
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        openmp = ["-fopenmp"] if accepts(compiler, "-fopenmp") else []
+        cuda = Cuda.detect()
+
+        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *openmp]
+        flags += [f"-I{path}" for path in (pybind11.get_include(), *self.compiler.include_dirs)]
+        flags += ["-DCORRMATCH_X86"] if x86 else []
+        link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+        link += [*openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+        rules, objects = [], []
+
+        def edge(rule: str, source: Path, name: str, extra: list[str]) -> None:
+            rules.append(f"build {name}.o: {rule} {escape(source)}\n  extra = {' '.join(extra)}")
+            objects.append(f"{name}.o")
+
+        define = f'-DCORRMATCH_CUDA_STATUS="{cuda.status}"'
+        edge("cxx", ROOT / "csrc/binding.cpp", "binding", [shlex.quote(define)])
+        edge("cxx", ROOT / "csrc/cpu/dispatch.cpp", "dispatch", [])
+        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        for variant, variant_flags in (X86_VARIANTS if x86 else GENERIC).items():
+            for source in sources:
+                if source.name != "dispatch.cpp":
+                    name = f"{variant}/{source.stem}"
+                    edge("cxx", source, name, [f"-DCORRMATCH_ISA={variant}", *variant_flags])
+        if cuda.nvcc:
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                edge("nvcc", source, f"cuda/{source.stem}", [])
+            link += ["-L" + str(Path(cuda.nvcc).parent.parent / "lib64"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+        cxx = shlex.join(compiler)
+        return "\n".join(
+            [
+                f"cxx = {cxx}",
+                f"flags = {shlex.join(flags)} {os.environ.get('CXXFLAGS', '')}",
+                f"link = {shlex.join(link)}",
+                "rule cxx\n  command = $cxx -MD -MF $out.d $flags $extra -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc\n  description = $out",
+                f"rule nvcc\n  command = {cuda.nvcc} -MD -MF $out.d {shlex.join(cuda.flags)} -Xcompiler=-fPIC -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc\n  description = $out",
+                "rule link\n  command = $cxx $in $link -o $out\n  description = $out",
+                *rules,
+                f"build {escape(target)}: link {' '.join(objects)}",
+                f"default {escape(target)}",
+                "",
+            ]
+        )
+
+
+def escape(path: Path) -> str:
+    """A path as a word of a ninja file."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension("corrmatch._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)
