@@ -50,6 +50,7 @@ class Cuda:
 
     @classmethod
     def detect(cls) -> Cuda:
+        """Follows CORRMATCH_BUILD_CUDA, CUDA_HOME and PATH."""
         wanted = os.environ.get("CORRMATCH_BUILD_CUDA", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"CORRMATCH_BUILD_CUDA must be 0 or 1, got {wanted!r}")
@@ -65,21 +66,27 @@ class Cuda:
         if not list((ROOT / "csrc/cuda").glob("*.cu")):
             return cls("not built: this version has no CUDA kernels")
         archs = os.environ.get("CORRMATCH_CUDA_ARCHS", CUDA_ARCHS)
-        return cls(f"built for {archs}", nvcc, [*cls.gencode(archs), "-cudart=static", "-O3", "-std=c++20"])
+        return cls(f"built for {archs}", nvcc, [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC"])
 
     @staticmethod
     def gencode(archs: str) -> list[str]:
+        """Flags of nvcc for a list like "80;90a;120+PTX", or "native"."""
         if archs == "native":
             return ["-arch=native"]
         flags = []
         for arch in archs.replace(",", ";").split(";"):
             number = arch.strip().removesuffix("+PTX").replace(".", "")
             if not number.rstrip("af").isdigit():
-                raise SystemExit(f"CORRMATCH_CUDA_ARCHS: cannot read {arch!r}; expected something like '80;90a;120+PTX'")
+                raise SystemExit(f"CORRMATCH_CUDA_ARCHS: cannot read {arch!r}; expected '80;90a;120+PTX' or the like")
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if arch.strip().endswith("+PTX"):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         return flags
+
+    def libraries(self) -> list[str]:
+        """Linker flags; the runtime is static, so the wheel needs nothing of CUDA but the driver."""
+        lib = Path(self.nvcc).resolve().parent.parent / "lib64"
+        return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def accepts(compiler: list[str], *flags: str) -> bool:
@@ -95,6 +102,7 @@ class NinjaBuild(build_ext):
     """Writes one build.ninja for the extension and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compiles and links what changed."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +116,7 @@ class NinjaBuild(build_ext):
             raise SystemExit("corrmatch: compiling csrc/ failed; the compiler's message stands above")
 
     def build_file(self, target: Path) -> str:
+        """The text of build.ninja."""
         compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
         if not accepts(compiler, "-std=c++20"):
             raise SystemExit(f"corrmatch needs a C++20 compiler (GCC 11, Clang 14 or newer); {compiler[0]!r} is none")
@@ -139,7 +148,7 @@ class NinjaBuild(build_ext):
         if cuda.nvcc:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 edge("nvcc", source, f"cuda/{source.stem}", [])
-            link += ["-L" + str(Path(cuda.nvcc).parent.parent / "lib64"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link += cuda.libraries()
 
         cxx = shlex.join(compiler)
         return "\n".join(
@@ -149,7 +158,7 @@ class NinjaBuild(build_ext):
                 f"link = {shlex.join(link)}",
                 "rule cxx\n  command = $cxx -MD -MF $out.d $flags $extra -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
-                f"rule nvcc\n  command = {cuda.nvcc} -MD -MF $out.d {shlex.join(cuda.flags)} -Xcompiler=-fPIC -c $in -o $out",
+                f"rule nvcc\n  command = {cuda.nvcc} -MD -MF $out.d {shlex.join(cuda.flags)} -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
                 "rule link\n  command = $cxx $in $link -o $out\n  description = $out",
                 *rules,

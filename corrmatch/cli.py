@@ -28,8 +28,8 @@ def info() -> str:
         if backend.available and backend.detail:
             lines.append(f"{'':<21} ({backend.detail})")
     lines.append("")
-    for variable in ("CORRMATCH_BACKEND", "CORRMATCH_CHECK"):
-        lines.append(f"{variable:<18} {os.environ.get(variable, 'not set')}")
+    variables = ("CORRMATCH_BACKEND", "CORRMATCH_CHECK")
+    lines += [f"{variable:<18} {os.environ.get(variable, 'not set')}" for variable in variables]
     return "\n".join(lines)
 
 

@@ -14,8 +14,8 @@ WORD = 32
 class RegionMasks:
     """K boolean masks of H x W pixels for each of B pictures, one bit a pixel.
 
-    Bit `p % 32` of word `p // 32` is pixel `p = y * W + x`; the bits behind the last pixel are 0. 128 masks of 321 x 321
-    take 1.65 MB a picture, against 13.2 MB as bool.
+    Bit `p % 32` of word `p // 32` is pixel `p = y * W + x`; the bits behind the last pixel are 0. 128 masks of
+    321 x 321 take 1.65 MB a picture, against 13.2 MB as bool.
 
     Attributes:
         packed: int32 (B, K, ceil(H * W / 32)).

@@ -7,6 +7,7 @@ Half-precision inputs are computed in float32, as the kernels do. S is scale * <
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ def confidence_gate(value: Tensor, confidence: Tensor | None, threshold: float |
     return accumulation(confidence.flatten(1)) >= threshold
 
 
-def enlarged_position(index: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def enlarged_position(index: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:
     """Flat pixel nearest to a flat grid position when the grid is enlarged with aligned corners; halves round up."""
     y, x = index // grid[1], index % grid[1]
     row = (2 * y * (size[0] - 1) + grid[0] - 1) // (2 * max(grid[0] - 1, 1))

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from corrmatch import _C
 
-ALL_OPS = frozenset(
-    {"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label"}
-)
+ALL_OPS = frozenset({"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label"})
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,10 @@ class Backend:
 
     def refusal(self, op: str, tensor: Tensor) -> str | None:
         """Why this backend cannot serve `op` on tensors like this one; None where it can."""
-        if op not in self.ops:
-            return f"it has no {op}"
         if self.missing is not None:
             return self.missing
+        if op not in self.ops:
+            return f"it has no {op}"
         if self.devices is not None and tensor.device.type not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device.type}"
         return None

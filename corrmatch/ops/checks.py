@@ -25,7 +25,7 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
 
 
 def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
-    """A floating map (B, channels, H, W), or (B, channels, N) where `flat`, of one channel and one position at least."""
+    """A floating map (B, channels, H, W), or (B, channels, N) where `flat`; neither channels nor positions empty."""
     tensor(name, x, FLOATING, like)
     if x.dim() != 4 and not (flat and x.dim() == 3):
         shapes = "(B, channels, H, W)" + (" or (B, channels, N)" if flat else "")
@@ -106,6 +106,6 @@ def integer(name: str, x: Any, low: int, high: int) -> int:
     """An integer within [low, high]."""
     if isinstance(x, bool) or not isinstance(x, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(x).__name__}")
-    if not low <= x <= high:
+    if not low <= int(x) <= high:
         raise ValueError(f"{name}: expected {low} to {high}, got {x}")
     return int(x)

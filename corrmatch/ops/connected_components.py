@@ -35,9 +35,7 @@ def connected_components(
     checks.choice("connectivity", connectivity, (4, 8))
     background = checks.integer("background", background, -(2**63), 2**63 - 1)
     backend = choose("connected_components", backend, image)
-    return torch.ops.corrmatch.connected_components(  # type: ignore[no-any-return]
-        image, connectivity, background, backend
-    )
+    return torch.ops.corrmatch.connected_components(image, connectivity, background, backend)
 
 
 @custom_op("corrmatch::connected_components", mutates_args=())
@@ -59,5 +57,5 @@ def _empty_result(image: Tensor) -> Tensor:
 
 
 @connected_components_op.register_fake
-def _(image, connectivity, background, backend):  # type: ignore[no-untyped-def]
+def _(image, connectivity, background, backend):
     return _empty_result(image)

@@ -38,7 +38,7 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
     checks.row_index(index, query)
     index = index.expand(query.shape[0], -1)
     rows = torch.ops.corrmatch.correlation_rows(query.flatten(2), key.flatten(2), index, checks.scale(scale, query))
-    return rows.view(*rows.shape[:2], *key.shape[2:])  # type: ignore[no-any-return]
+    return rows.view(*rows.shape[:2], *key.shape[2:])
 
 
 def check_index(index: Tensor, positions: int) -> None:
@@ -58,16 +58,16 @@ def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float)
 
 
 @correlation_rows_op.register_fake
-def _(query, key, index, scale):  # type: ignore[no-untyped-def]
+def _(query, key, index, scale):
     return query.new_empty(query.shape[0], index.shape[1], key.shape[2])
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     query, key, index, ctx.scale = inputs
     ctx.save_for_backward(query, key, index, output)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     query, key, index, rows = ctx.saved_tensors
     dtype = reference.accumulation(rows).dtype
     rows, grad = rows.to(dtype), grad.to(dtype)

@@ -28,24 +28,24 @@ def pixel_propagate(
         Z[:, j] = \sum_i g_i \, V[:, i] \, P_{ij}, \qquad
         P_{ij} = \operatorname{softmax}_j (\mathrm{scale} \, \langle q_i, k_j \rangle)
 
-    Every query position i hands out its value over the key positions j with weights that sum to 1: the transpose of
-    attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold; a closed row costs nothing.
+    Every query position i hands out its value over the key positions j with weights that sum to 1: the transpose
+    of attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold; closed rows cost nothing.
 
     Args:
         query: (B, D, Hq, Wq) or (B, D, N_q); float16, bfloat16, float32, or float64 on a CPU; any strides.
         key: (B, D, Hk, Wk) or (B, D, N_k).
         value: (B, C, Hq, Wq) or (B, C, N_q). Its dtype may differ from that of query and key.
         scale: Factor of the scores; 1 / sqrt(D) if None.
-        confidence: (B, Hq, Wq) or (B, N_q), compared with the threshold in float32 (float64 if it is float64). If None,
-            the largest softmax probability over the C channels of value, computed inside the kernel.
+        confidence: (B, Hq, Wq) or (B, N_q), compared with the threshold in float32 (float64 if it is float64). If
+            None, the largest softmax probability over the C channels of value, computed inside the kernel.
         threshold: Number or 0-d tensor (read on the device). None opens every gate.
         normalize: Divide by the arriving mass sum_i g_i P_ij; 0 where none arrives.
         backend: "cpu", "triton", "cuda", "reference", or None for the best available.
 
     Returns:
-        (B, C, Hk, Wk), or (B, C, N_k) for such a key, in the dtype of value. Accumulated in float32 (float64 if an input
-        is float64). Memory beyond inputs and outputs is linear in N_q + N_k; results are the same from run to run and,
-        on a CPU, for any number of threads. Under autocast query, key and value are cast to the autocast dtype.
+        (B, C, Hk, Wk), or (B, C, N_k) for such a key, in the dtype of value. Accumulated in float32 (float64 if an
+        input is float64). Memory beyond inputs and outputs is linear in N_q + N_k; results are the same from run to
+        run and, on a CPU, for any number of threads. Under autocast query, key and value are cast to its dtype.
 
     Gradients flow to query, key and value, not through the gate. Second derivatives raise RuntimeError.
 
@@ -57,7 +57,11 @@ def pixel_propagate(
     checks.query_key(query, key)
     checks.feature_map("value", value, query)
     if value.shape[2:] != query.shape[2:]:
-        raise ValueError(f"value: expected the positions of query, {tuple(query.shape[2:])}, got {tuple(value.shape[2:])}")
+        raise ValueError(
+            f"value: expected positions {tuple(query.shape[2:])} as in query, got {tuple(value.shape[2:])}"
+        )
+    if threshold is not None:
+        threshold = checks.threshold_tensor(threshold, query)
     if confidence is not None:
         checks.tensor("confidence", confidence, checks.FLOATING, query)
         if confidence.shape != query.shape[:1] + query.shape[2:]:
@@ -65,8 +69,6 @@ def pixel_propagate(
             raise ValueError(f"confidence: expected shape {expected}, got {tuple(confidence.shape)}")
         if threshold is None:
             raise ValueError("threshold: expected one along with confidence, got None")
-    if threshold is not None:
-        threshold = checks.threshold_tensor(threshold, query)
     scale = checks.scale(scale, query)
     backend = choose("pixel_propagate", backend, query)
     if backend == "reference":
@@ -75,7 +77,7 @@ def pixel_propagate(
         )
 
     gate = None
-    if confidence is not None:
+    if confidence is not None and threshold is not None:
         gate = reference.confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
         threshold = None
     maps = (_as_map(query), _as_map(key), _as_map(value))
@@ -107,17 +109,17 @@ def pixel_propagate_op(
     mass: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Forward. Maps are 4-d.
+    """Forward of 4-d maps.
 
-    Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype with
-    the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
+    Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
+    with the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
     P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed.
     """
     out, normalizer = _empty_results(query, key, value, mass)
     if out.numel() > 0:
         _C.cpu.pixel_propagate_forward(
-            borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold), scale, borrow(out), borrow(normalizer),
-            threads(),
+            borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold), scale,
+            borrow(out), borrow(normalizer), threads(),
         )  # fmt: skip
     return out, normalizer
 
@@ -131,21 +133,29 @@ def _empty_results(query: Tensor, key: Tensor, value: Tensor, mass: bool) -> tup
 
 
 @pixel_propagate_op.register_fake
-def _(query, key, value, gate, threshold, scale, mass, backend):  # type: ignore[no-untyped-def]
+def _(query, key, value, gate, threshold, scale, mass, backend):
     return _empty_results(query, key, value, mass)
 
 
 @custom_op("corrmatch::pixel_propagate_backward", mutates_args=())
 def pixel_propagate_backward_op(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, normalizer: Tensor, scale: float, needs: list[bool], backend: str
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: Tensor,
+    scale: float,
+    needs: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; an empty tensor for each that `needs` leaves out."""
     grads = _empty_gradients(query, key, value, needs)
     if grad_out.numel() > 0:
-        wanted = [borrow(grad) if need else None for grad, need in zip(grads, needs, strict=True)]
+        dquery, dkey, dvalue = (borrow(grad) if need else None for grad, need in zip(grads, needs, strict=True))
         _C.cpu.pixel_propagate_backward(
-            borrow(grad_out), borrow(query), borrow(key), borrow(value), borrow(normalizer), scale, *wanted, threads()
-        )
+            borrow(grad_out), borrow(query), borrow(key), borrow(value), borrow(normalizer), scale,
+            dquery, dkey, dvalue, threads(),
+        )  # fmt: skip
     return grads
 
 
@@ -158,16 +168,16 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, needs: list[bool
 
 
 @pixel_propagate_backward_op.register_fake
-def _(grad_out, query, key, value, normalizer, scale, needs, backend):  # type: ignore[no-untyped-def]
+def _(grad_out, query, key, value, normalizer, scale, needs, backend):
     return _empty_gradients(query, key, value, needs)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     query, key, value, _, _, ctx.scale, _, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, output[1])
 
 
-def _backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_out, _):
     query, key, value, normalizer = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.corrmatch.pixel_propagate_backward(
@@ -176,7 +186,7 @@ def _backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None, None
 
 
-def _refuse(ctx, *grads):  # type: ignore[no-untyped-def]
+def _refuse(ctx, *grads):
     raise RuntimeError("pixel_propagate has no second derivatives; backend='reference' has them")
 
 
@@ -191,7 +201,7 @@ def _register_autocast(device_type: str) -> None:
         dtype = torch.get_autocast_dtype(device_type)
         maps = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.corrmatch.pixel_propagate(*maps, *rest)  # type: ignore[no-any-return]
+            return torch.ops.corrmatch.pixel_propagate(*maps, *rest)
 
     torch.library.impl("corrmatch::pixel_propagate", f"Autocast{device_type.upper()}", func=autocast)
 

@@ -42,7 +42,7 @@ def pseudo_label(
             expected = (logits.shape[0], height, width)
             raise ValueError(f"ignore: expected shape {expected}, got {tuple(ignore.shape)}")
     backend = choose("pseudo_label", backend, logits)
-    return torch.ops.corrmatch.pseudo_label(logits, ignore, height, width, backend)  # type: ignore[no-any-return]
+    return torch.ops.corrmatch.pseudo_label(logits, ignore, height, width, backend)
 
 
 @custom_op("corrmatch::pseudo_label", mutates_args=())
@@ -71,5 +71,5 @@ def _empty_results(logits: Tensor, height: int, width: int) -> tuple[Tensor, Ten
 
 
 @pseudo_label_op.register_fake
-def _(logits, ignore, height, width, backend):  # type: ignore[no-untyped-def]
+def _(logits, ignore, height, width, backend):
     return _empty_results(logits, height, width)

@@ -108,5 +108,5 @@ def _empty_masks(query: Tensor, index: Tensor, height: int, width: int) -> Tenso
 
 
 @region_masks_op.register_fake
-def _(query, key, index, height, width, scale, threshold, connected, connectivity, backend):  # type: ignore[no-untyped-def]
+def _(query, key, index, height, width, scale, threshold, connected, connectivity, backend):
     return _empty_masks(query, index, height, width)

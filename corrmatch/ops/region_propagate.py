@@ -28,8 +28,8 @@ def region_propagate(
 
     Per picture and for k = 0 .. K-1, sequentially (a later region sees the labels that earlier ones wrote):
     R = mask_k & valid, Q = R & reliable. Region k is skipped if Q is empty or \|Q\| / \|R\| < threshold. With n_c the
-    number of pixels of Q whose current label is c and c* the most frequent class (the lowest on ties), labels[R] = c* and
-    R becomes reliable if n_c* / \|Q\| > threshold. Divisions are in float32; `reliable` in these tests is the input.
+    number of pixels of Q whose current label is c and c* the most frequent class (the lowest on ties), labels[R] = c*
+    and R becomes reliable if n_c* / \|Q\| > threshold. Divisions are in float32; these tests see the input `reliable`.
 
     Args:
         labels: (B, H, W), uint8, int8, int16, int32 or int64. Only labels of pixels that are valid and reliable count,
@@ -66,9 +66,7 @@ def region_propagate(
     num_classes = checks.integer("num_classes", num_classes, 1, MAX_CLASSES)
     threshold = checks.threshold_tensor(threshold, labels)
     backend = choose("region_propagate", backend, labels)
-    return torch.ops.corrmatch.region_propagate(  # type: ignore[no-any-return]
-        labels, reliable, packed, threshold, valid, num_classes, backend
-    )
+    return torch.ops.corrmatch.region_propagate(labels, reliable, packed, threshold, valid, num_classes, backend)
 
 
 @custom_op("corrmatch::region_propagate", mutates_args=())
@@ -112,5 +110,5 @@ def _empty_results(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @region_propagate_op.register_fake
-def _(labels, reliable, packed, threshold, valid, num_classes, backend):  # type: ignore[no-untyped-def]
+def _(labels, reliable, packed, threshold, valid, num_classes, backend):
     return _empty_results(labels)
