@@ -88,8 +88,8 @@ def region_masks_op(
     backend: str,
 ) -> Tensor:
     """Packed masks int32 (B, K, words); index is (B, K), connected an index into CONNECTED."""
-    check_index(index, query.shape[2] * query.shape[3])
     if backend == "reference":
+        check_index(index, query.shape[2] * query.shape[3])
         return reference.region_masks(
             query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
             connectivity=connectivity,

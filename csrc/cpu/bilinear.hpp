@@ -46,6 +46,7 @@ class Axis {
   int64_t high(int64_t x) const { return low_[x] + 1 < inputs_ ? low_[x] + 1 : low_[x]; }
 
  private:
+  // Whole vectors of any width.
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
   Buffer<int32_t> low_;

@@ -7,11 +7,11 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// `where` narrows down what the rule applies to, " at reliable pixels" for example.
+// `where` narrows down what the rule applies to, " where reliable" for example.
 [[noreturn]] inline void refuse(const char* argument, const char* where, int64_t low, int64_t high, int64_t got) {
   char message[256];
-  std::snprintf(message, sizeof message, "%s: values%s must lie in [%" PRId64 ", %" PRId64 "], got %" PRId64, argument,
-                where, low, high, got);
+  std::snprintf(message, sizeof message, "%s: expected values in [%" PRId64 ", %" PRId64 "]%s, got %" PRId64, argument,
+                low, high, where, got);
   throw std::invalid_argument(message);
 }
 

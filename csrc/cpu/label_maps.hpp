@@ -11,7 +11,7 @@ namespace corrmatch::CORRMATCH_ISA {
 // Each map has `words` words.
 struct LabelMaps {
   uint64_t* valid;
-  uint64_t* counted;  // reliable before the first mask, and valid
+  uint64_t* counted;  // valid, and reliable before the first mask
   uint64_t* claimed;  // in an accepted region
   uint64_t* planes;   // (planes, words): bits of the labels; only counted and claimed pixels hold anything of use
   int64_t words;
@@ -20,6 +20,7 @@ struct LabelMaps {
   uint64_t* plane(int i) const { return planes + i * words; }
 };
 
+// A label out of range, where one was found.
 struct Offender {
   bool found = false;
   int64_t value = 0;
@@ -64,7 +65,7 @@ inline constexpr int64_t kChunk = 2048;
 template <class T>
 Offender pack_chunk(const Tensor& labels, const Tensor& reliable, const Tensor& valid, int64_t b, int64_t p, int64_t n,
                     T largest, T* out_labels, uint8_t* out_reliable, const LabelMaps& maps) {
-  alignas(64) uint8_t valid_pixels[kChunk];
+  alignas(64) uint8_t valid_pixels[kChunk] = {};
   read_pixels(labels, b, p, n, out_labels);
   read_pixels(reliable, b, p, n, out_reliable);
   if (valid) read_pixels(valid, b, p, n, valid_pixels);

@@ -58,7 +58,7 @@ class Forward {
     std::fill_n(shift_, kBlock, T(0));
     const bool shifted = !(bound <= kSafe);  // NaN included
     for (int64_t t = 0; t < tiles_; ++t) {
-      scores(picture.key, t, count);
+      set_tile<T>(query_, picture.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
       if (!shifted) exponentials<false>(t, count);
     }
     if (shifted) {
@@ -84,15 +84,6 @@ class Forward {
 
   T* score_tile(int64_t t) { return scores_ + t * kBlock * kWidth<T>; }
   int64_t columns_in(int64_t t) const { return std::min<int64_t>(kWidth<T>, n_k_ - t * kWidth<T>); }
-
-  // S of tile t.
-  void scores(const T* key, int64_t t, int64_t count) {
-    for (int64_t row = 0; row < count; row += kRows) {
-      Vec<T> acc[kRows][2] = {};
-      multiply_add<kRows>(query_ + row, kBlock, key + t * depth_ * kWidth<T>, depth_, acc);
-      store_rows(score_tile(t) + row * kWidth<T>, acc);
-    }
-  }
 
   void row_maxima(int64_t count) {
     for (int64_t r = 0; r < count; ++r) {

@@ -51,10 +51,7 @@ class Backward {
   void block(const Picture<T>& picture, const int64_t* rows, int64_t count, T* dkey) {
     gather(picture, rows, count);
     const bool scores_matter = dkey || picture.dquery;
-    for (int64_t t = 0; t < tiles_; ++t) {
-      exponentials(picture.key, t, count);
-      if (scores_matter) products(picture.grad, t, count);
-    }
+    for (int64_t t = 0; t < tiles_; ++t) sweep(picture, t, count, scores_matter);
     for (int64_t r = 0; r < count; ++r) delta_[r] = inverse_sum_[r] * sum_lanes<T>(load(delta_lanes_ + r * kLanes<T>));
     for (int64_t t = 0; t < tiles_; t += kChunk) {
       const int64_t stop = std::min(t + kChunk, tiles_);
@@ -100,33 +97,19 @@ class Backward {
       for (int64_t r = 0; r < count; ++r) value_columns_[c * kBlock + r] = picture.value[c * n_q_ + rows[r]];
   }
 
-  // E of tile t.
-  void exponentials(const T* key, int64_t t, int64_t count) {
+  // E of tile t and, where scores matter, t itself with its part of delta.
+  void sweep(const Picture<T>& picture, int64_t t, int64_t count, bool scores_matter) {
     const int64_t columns = std::min<int64_t>(kWidth<T>, n_k_ - t * kWidth<T>);
-    T* out = tile(weights_, t);
-    for (int64_t row = 0; row < count; row += kRows) {
-      Vec<T> acc[kRows][2] = {};
-      multiply_add<kRows>(query_columns_ + row, kBlock, key + t * depth_ * kWidth<T>, depth_, acc);
-      store_rows(out + row * kWidth<T>, acc);
-    }
-    for (int64_t r = 0; r < count; ++r, out += kWidth<T>) {
-      for (int h = 0; h < 2; ++h) store(out + h * kLanes<T>, exp2<true>(load(out + h * kLanes<T>) - shift_[r]));
+    T *e = tile(weights_, t), *product = tile(products_, t);
+    set_tile<T>(query_columns_, picture.key + t * depth_ * kWidth<T>, depth_, count, e);
+    if (scores_matter) set_tile<T>(value_columns_, picture.grad + t * channels_ * kWidth<T>, channels_, count, product);
+    for (int64_t r = 0; r < count; ++r, e += kWidth<T>, product += kWidth<T>) {
+      for (int h = 0; h < 2; ++h) store(e + h * kLanes<T>, exp2<true>(load(e + h * kLanes<T>) - shift_[r]));
       if (columns < kWidth<T>) [[unlikely]]
-        clear_padding(out, columns);
-    }
-  }
-
-  // t of tile t, and its part of delta.
-  void products(const T* grad, int64_t t, int64_t count) {
-    for (int64_t row = 0; row < count; row += kRows) {
-      Vec<T> acc[kRows][2] = {};
-      multiply_add<kRows>(value_columns_ + row, kBlock, grad + t * channels_ * kWidth<T>, channels_, acc);
-      const T* e = tile(weights_, t) + row * kWidth<T>;
-      T* delta = delta_lanes_ + row * kLanes<T>;
-#pragma GCC unroll 16
-      for (int m = 0; m < kRows; ++m, e += kWidth<T>, delta += kLanes<T>)
-        store(delta, load(delta) + (acc[m][0] * load(e) + acc[m][1] * load(e + kLanes<T>)));
-      store_rows(tile(products_, t) + row * kWidth<T>, acc);
+        clear_padding(e, columns);
+      if (!scores_matter) continue;
+      T* delta = delta_lanes_ + r * kLanes<T>;
+      store(delta, load(delta) + (load(e) * load(product) + load(e + kLanes<T>) * load(product + kLanes<T>)));
     }
   }
 

@@ -14,14 +14,16 @@ namespace {
 
 inline constexpr int64_t kRowsPerTask = 8;
 
-// Rows y of all channels of a picture as a (channels, pitch) array.
+// Row y of all channels of a picture as a (channels, pitch) array; the last column is repeated up to the pitch.
 template <class T>
 void read_row(const Tensor& logits, int64_t b, int64_t y, int64_t pitch, T* out) {
   Tensor row = logits;
   row.size[2] = 1;
   for (int64_t c = 0; c < logits.size[1]; ++c) {
     visit_floating(logits.dtype, [&](auto zero) { row.data = logits.at<decltype(zero)>(b, c, y); });
-    read_plane(row, 0, 0, out + c * pitch);
+    T* channel = out + c * pitch;
+    read_plane(row, 0, 0, channel);
+    std::fill(channel + logits.size[3], channel + pitch, channel[logits.size[3] - 1]);
   }
 }
 
@@ -123,7 +125,7 @@ class Labeller {
   }
 
   const T* enlarge_vertically(int64_t b, int64_t y) {
-    const int64_t low = y_.low()[y], channels = logits_.size[1], inputs = logits_.size[3];
+    const int64_t low = y_.low()[y];
     if (b != loaded_picture_ || low != loaded_row_) {
       read_row<T>(logits_, b, low, pitch_, upper_);
       read_row<T>(logits_, b, y_.high(y), pitch_, lower_);
@@ -131,14 +133,14 @@ class Labeller {
       loaded_row_ = low;
     }
     const T weight = y_.weight()[y];
-    for (int64_t c = 0; c < channels; ++c) {
-      const T *a = upper_ + c * pitch_, *d = lower_ + c * pitch_;
-      T* out = line_ + c * pitch_;
-      for (int64_t x = 0; x < inputs; ++x) out[x] = lerp(a[x], d[x], weight);
-      std::fill(out + inputs, out + pitch_, out[inputs - 1]);
-    }
+    const T *upper = upper_, *lower = lower_;
+    T* line = line_;
+    for (int64_t i = 0; i < logits_.size[1] * pitch_; i += kLanes<T>)
+      store(line + i, lerp(load(upper + i), load(lower + i), weight));
     return line_;
   }
+
+  static Vec<T> exponential(Vec<T> x) { return exp2<true>(x * kLog2e<T>); }
 
   template <Sampling S>
   void label_row(const T* source) {
@@ -155,9 +157,9 @@ class Labeller {
         largest = better ? value : largest;
         label = better ? Int<T>{} + c : label;
       }
-      for (int c = 0; c < channels; ++c)
-        sum += exp2<true>((load<T>(values_ + c * kLanes<T>) - largest) * kLog2e<T>);
-      const Vec<T> confidence = T(1) / sum;
+      for (int c = 0; c < channels; ++c) sum += exponential(load<T>(values_ + c * kLanes<T>) - largest);
+      // Not 1 / sum: so rounding in the exponential of 0 cancels, and certainty is exactly 1.
+      const Vec<T> confidence = exponential(largest - largest) / sum;
       for (int i = 0; i < kLanes<T>; ++i) {
         labels_[x + i] = label[i];
         confidences_[x + i] = float(confidence[i]);

@@ -6,6 +6,7 @@
 
 #include "bits.hpp"
 #include "checks.hpp"
+#include "label_maps.hpp"
 #include "ops.hpp"
 #include "parallel.hpp"
 #include "planes.hpp"
@@ -25,52 +26,80 @@ struct Region {
     std::memcpy(&word, mask + 2 * i, 2 * i + 1 < mask_words ? 8 : 4);
     return word;
   }
+
+  // f(i, word i) for all words; the loop over whole words has no branch.
+  template <class F>
+  void for_each_word(F&& f) const {
+    int64_t i = begin;
+    const int64_t whole = std::min(end, mask_words / 2);
+#pragma GCC unroll 4
+    for (; i < whole; ++i) {
+      uint64_t word;
+      std::memcpy(&word, mask + 2 * i, 8);
+      f(i, word);
+    }
+    for (; i < end; ++i) f(i, word(i));
+  }
 };
 
 Region measure(const LabelMaps& maps, const int32_t* mask, int64_t mask_words) {
   Region region{mask, mask_words, 0, maps.words, 0, 0};
   while (region.begin < region.end && region.word(region.begin) == 0) ++region.begin;
   while (region.begin < region.end && region.word(region.end - 1) == 0) --region.end;
-  int64_t area = 0, counted = 0;
-  for (int64_t i = region.begin; i < region.end; ++i) {
-    const uint64_t word = region.word(i);
-    area += popcount(word & maps.valid[i]);
-    counted += popcount(word & maps.counted[i]);
-  }
+  const uint64_t *valid = maps.valid, *counted = maps.counted;
+  int64_t area = 0, votes = 0;
+  region.for_each_word([&](int64_t i, uint64_t word) {
+    area += popcount(word & valid[i]);
+    votes += popcount(word & counted[i]);
+  });
   region.area = area;
-  region.counted = counted;
+  region.counted = votes;
   return region;
 }
 
-// The class that most pixels of Q carry, if the vote passes: its share of Q is above the threshold.
-class Vote {
+// The masks of one picture in order: later ones see the labels that earlier ones wrote.
+class Propagation {
  public:
-  Vote(const LabelMaps& maps, float threshold)
+  Propagation(const LabelMaps& maps, float threshold)
       : maps_(maps), threshold_(threshold), members_((maps.planes_count + 1) * maps.words) {}
 
-  // -1 where no class passes.
-  int64_t elect(const Region& region) {
-    region_ = &region;
-    uint64_t* members = at_depth(maps_.planes_count);
-    for (int64_t i = 0; i < words(); ++i)
-      members[i] = region.word(region.begin + i) & maps_.counted[region.begin + i];
-    if (threshold_ >= 0.5f) return majority(members);
-    winner_ = -1;
-    most_ = 0;
-    split(maps_.planes_count, region.counted, 0);
-    return winner_;
+  void run(const Region* regions, int64_t count) {
+    for (region_ = regions; region_ < regions + count; ++region_) {
+      if (region_->counted == 0 || float(region_->counted) / float(region_->area) < threshold_) continue;
+      const int64_t label = elect();
+      if (label >= 0) claim(label);
+    }
   }
 
  private:
   int64_t words() const { return region_->end - region_->begin; }
-  const uint64_t* plane(int i) const { return maps_.plane(i) + region_->begin; }
-  uint64_t* at_depth(int depth) { return members_ + depth * maps_.words; }
+  uint64_t* plane(int i) const { return maps_.plane(i) + region_->begin; }
+  uint64_t* members(int depth) { return members_ + depth * maps_.words; }
   bool passes(int64_t count) const { return float(count) / float(region_->counted) > threshold_; }
 
+  // out = words of the region & map.
+  void intersect(const uint64_t* map, uint64_t* out) const {
+    out -= region_->begin;
+    region_->for_each_word([=](int64_t i, uint64_t word) { out[i] = word & map[i]; });
+  }
+
   int64_t count_ones(const uint64_t* members, const uint64_t* plane) const {
+    const int64_t n = words();
     int64_t count = 0;
-    for (int64_t i = 0; i < words(); ++i) count += popcount(members[i] & plane[i]);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n; ++i) count += popcount(members[i] & plane[i]);
     return count;
+  }
+
+  // The class that most pixels of Q carry if its share of Q is above the threshold, otherwise -1.
+  int64_t elect() {
+    uint64_t* all = members(maps_.planes_count);
+    intersect(maps_.counted, all);
+    if (threshold_ >= 0.5f) return majority(all);
+    winner_ = -1;
+    most_ = 0;
+    split(maps_.planes_count, region_->counted, 0);
+    return winner_;
   }
 
   // A class with more than half of Q has the majority in every plane.
@@ -88,7 +117,7 @@ class Vote {
 
   int64_t count_class(const uint64_t* members, int64_t candidate) const {
     int64_t count = 0;
-    for (int64_t i = 0; i < words(); ++i) {
+    for (int64_t i = 0, n = words(); i < n; ++i) {
       uint64_t word = members[i];
       for (int k = 0; k < maps_.planes_count; ++k) word &= plane(k)[i] ^ ((candidate >> k & 1) - 1);
       count += popcount(word);
@@ -96,8 +125,8 @@ class Vote {
     return count;
   }
 
-  // Exact counts: the members at `depth` share the bits of `prefix` above the lowest `depth`. Lower classes come first
-  // and win ties, so that a branch with no more pixels than the best class so far is cut off.
+  // Exact counts: the members at `depth` share the bits of `prefix` from `depth` on. Lower classes come first and win
+  // ties, so that a branch with no more pixels than the best class so far is cut off.
   void split(int depth, int64_t count, int64_t prefix) {
     if (count <= most_ || !passes(count)) return;
     if (depth == 0) {
@@ -105,41 +134,35 @@ class Vote {
       winner_ = prefix;
       return;
     }
-    const uint64_t *members = at_depth(depth), *bits = plane(depth - 1);
-    const int64_t ones = count_ones(members, bits);
-    uint64_t* half = at_depth(depth - 1);
-    for (int64_t i = 0; i < words(); ++i) half[i] = members[i] & ~bits[i];
+    const uint64_t *all = members(depth), *bits = plane(depth - 1);
+    uint64_t* half = members(depth - 1);
+    const int64_t n = words(), ones = count_ones(all, bits);
+    for (int64_t i = 0; i < n; ++i) half[i] = all[i] & ~bits[i];
     split(depth - 1, count - ones, prefix);
-    for (int64_t i = 0; i < words(); ++i) half[i] = members[i] & bits[i];
+    for (int64_t i = 0; i < n; ++i) half[i] = all[i] & bits[i];
     split(depth - 1, ones, prefix | int64_t(1) << (depth - 1));
+  }
+
+  void claim(int64_t label) {
+    uint64_t *pixels = members(0), *claimed = maps_.claimed + region_->begin;
+    const int64_t n = words();
+    intersect(maps_.valid, pixels);
+    for (int64_t i = 0; i < n; ++i) claimed[i] |= pixels[i];
+    for (int k = 0; k < maps_.planes_count; ++k) {
+      uint64_t* bits = plane(k);
+      if (label >> k & 1)
+        for (int64_t i = 0; i < n; ++i) bits[i] |= pixels[i];
+      else
+        for (int64_t i = 0; i < n; ++i) bits[i] &= ~pixels[i];
+    }
   }
 
   const LabelMaps& maps_;
   const float threshold_;
-  Buffer<uint64_t> members_;  // (planes + 1, words): the pixels of Q on the way down `split`
+  Buffer<uint64_t> members_;  // (planes + 1, words): pixels of the region, down the levels of `split`
   const Region* region_ = nullptr;
   int64_t winner_ = -1, most_ = 0;
 };
-
-void claim(const LabelMaps& maps, const Region& region, int64_t label, uint64_t* members) {
-  const int64_t begin = region.begin, words = region.end - begin;
-  for (int64_t i = 0; i < words; ++i) members[i] = region.word(begin + i) & maps.valid[begin + i];
-  for (int64_t i = 0; i < words; ++i) maps.claimed[begin + i] |= members[i];
-  for (int k = 0; k < maps.planes_count; ++k) {
-    uint64_t* plane = maps.plane(k) + begin;
-    const uint64_t bit = label >> k & 1 ? ~uint64_t(0) : 0;
-    for (int64_t i = 0; i < words; ++i) plane[i] = (plane[i] & ~members[i]) | (members[i] & bit);
-  }
-}
-
-// Later masks see the labels that earlier ones wrote.
-void propagate(const LabelMaps& maps, const Region* regions, int64_t count, float threshold, Vote& vote) {
-  for (const Region* region = regions; region < regions + count; ++region) {
-    if (region->counted == 0 || float(region->counted) / float(region->area) < threshold) continue;
-    const int64_t label = vote.elect(*region);
-    if (label >= 0) claim(picture, *region, label);
-  }
-}
 
 // The masks with their words one after the other; a copy only where they are not.
 class PackedMasks {
@@ -172,13 +195,13 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
   const PackedMasks packed_masks(packed);
   Buffer<uint64_t> maps(batch * (3 + planes) * words);
   std::vector<LabelMaps> pictures;
-  std::vector<Vote> votes;
+  std::vector<Propagation> propagations;
   pictures.reserve(batch);
-  votes.reserve(batch);
+  propagations.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     uint64_t* map = maps + b * (3 + planes) * words;
     pictures.push_back({map, map + words, map + 2 * words, map + 3 * words, words, planes});
-    votes.emplace_back(pictures[b], threshold);
+    propagations.emplace_back(pictures[b], threshold);
   }
 
   std::vector<Offender> offenders(batch * chunks);
@@ -192,7 +215,7 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
     }
   }
   for (const Offender& offender : offenders)
-    if (offender.found) refuse("labels", " at reliable, valid pixels", 0, num_classes - 1, offender.value);
+    if (offender.found) refuse("labels", " where reliable", 0, num_classes - 1, offender.value);
 
   std::vector<Region> regions(batch * masks);
 #pragma omp parallel num_threads(threads)
@@ -202,7 +225,7 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
       for (int64_t k = 0; k < masks; ++k)
         regions[b * masks + k] = measure(pictures[b], packed_masks.at(b, k), packed.size[3]);
 #pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < batch; ++b) propagate(pictures[b], regions.data() + b * masks, masks, threshold, votes[b]);
+    for (int64_t b = 0; b < batch; ++b) propagations[b].run(regions.data() + b * masks, masks);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = 0; i < words; ++i)

@@ -65,6 +65,23 @@ inline void for_even_blocks(int64_t n, F&& f) {
   }
 }
 
+// tile[m] = sum_k a[k * kBlock + m] * b[k] for m < rows (rounded up to kRows). Long sums are cut into panels, which
+// keeps their rounding error that of a short one.
+template <class T>
+inline void set_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* tile) {
+  constexpr int64_t panel = 64;
+  for (int64_t row = 0; row < rows; row += kRows, a += kRows, tile += kRows * kWidth<T>) {
+    for (int64_t k = 0; k < depth; k += panel) {
+      Vec<T> acc[kRows][2] = {};
+      multiply_add<kRows>(a + k * kBlock, kBlock, b + k * kWidth<T>, std::min(panel, depth - k), acc);
+      if (k > 0) [[unlikely]]
+        for (int m = 0; m < kRows; ++m)
+          for (int h = 0; h < 2; ++h) acc[m][h] += load(tile + m * kWidth<T> + h * kLanes<T>);
+      store_rows(tile, acc);
+    }
+  }
+}
+
 // tile[m] += sum_k a[k * a_step + m] * b[k] for all m < rows: the tile of a matrix with `rows` rows.
 template <class T>
 inline void accumulate_tile(const T* a, int64_t a_step, const T* b, int64_t depth, int64_t rows, T* tile) {

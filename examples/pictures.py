@@ -1,0 +1,67 @@
+"""Pictures for `propagate_labels`: reading, a drawn sample, and the panel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import Tensor
+
+
+def read_picture(path: str) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
+
+
+def read_labels(path: str, like: Tensor) -> Tensor:
+    """An 8-bit label map of the size of the picture."""
+    labels = torch.from_numpy(np.array(Image.open(path)))
+    if labels.dtype != torch.uint8 or labels.shape != like.shape[1:]:
+        expected = f"expected 8-bit class ids of shape {tuple(like.shape[1:])}"
+        raise SystemExit(f"{path}: {expected}, got {labels.dtype} of shape {tuple(labels.shape)}")
+    return labels.long()
+
+
+def draw_sample(folder: Path) -> list[str]:
+    """Writes a noisy picture of textured shapes and its dense labels; returns their paths and that of the panel."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:240, :320]
+    labels = np.where(y < 110 + 14 * np.sin(x / 40), 0, 1)
+    for cx, cy, radius, kind in ((70, 70, 38, 2), (230, 150, 60, 3), (140, 190, 28, 2), (280, 50, 30, 4)):
+        labels[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = kind
+    labels[(abs(x - 150) < 9) & (y > 20)] = 4
+    palette = np.array([[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]])
+    shade = 18 * np.sin(x / (3 + labels) + y / 7) + 25 * (y / 240 - 0.5)
+    picture = palette[labels] + shade[..., None] + rng.normal(0, 14, (240, 320, 3))
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / "picture.png")
+    Image.fromarray(labels.astype(np.uint8)).save(folder / "labels.png")
+    return [str(folder / name) for name in ("picture.png", "labels.png", "panel.png")]
+
+
+def panel(path: str, picture: Tensor, labels: Tensor, maps: dict[str, Tensor], ignore: int) -> None:
+    """Writes picture, sparse labels (as dots large enough to see) and the label maps side by side."""
+    palette = torch.tensor(colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]
+    share = float((labels != ignore).float().mean())
+    radius = max(1, int(0.2 * share**-0.5))
+    marks = torch.where(labels == ignore, -1, labels)[None, None].float()
+    dots = F.max_pool2d(marks, 2 * radius + 1, 1, radius)[0, 0].long()
+    maps = {f"Sparse labels: {100 * share:.2g} % of the pixels": torch.where(dots < 0, ignore, dots)} | maps
+    figure = Figure(figsize=(12, 1.5 + 12 * labels.shape[0] / labels.shape[1]), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    axes[0].imshow(picture.permute(1, 2, 0).numpy())
+    for ax, title, x in zip(axes[1:], maps, maps.values(), strict=False):
+        ax.imshow(
+            torch.where((x == ignore).unsqueeze(-1), 0.3 * picture.mean(0).unsqueeze(-1), palette[x % 20]).numpy()
+        )
+    for ax, title in zip(axes, ["Picture", *maps, ""], strict=False):
+        ax.set_title(title, fontsize=13)
+        ax.set_axis_off()
+    ids = [c for c in torch.stack(list(maps.values())).unique().tolist() if c != ignore]
+    patches = [Patch(color=palette[c % 20].tolist(), label=f"class {c}") for c in ids]
+    figure.legend(handles=patches, loc="outside lower center", ncols=12, frameon=False)
+    figure.savefig(path, dpi=110)
