@@ -91,6 +91,15 @@ def region_masks(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int
     return ((large - low) / (high - low) > 0.5).view(q.shape[0], -1, *size)
 
 
+def region_masks_chunked(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int], masks: int = 8) -> Tensor:
+    """The same a few masks at a time, so that the enlarged maps stay in the cache."""
+    out = torch.empty(query.shape[0], index.shape[0], *size, dtype=torch.bool, device=query.device)
+    for b in range(query.shape[0]):
+        for i in range(0, index.shape[0], masks):
+            out[b, i : i + masks] = region_masks(query[b : b + 1], key[b : b + 1], index[i : i + masks], size)[0]
+    return out
+
+
 def region_propagate(
     labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
@@ -108,6 +117,43 @@ def region_propagate(
                 labels[b][region] = classes[dominant]
                 after[b] |= region
     return labels, after
+
+
+def region_propagate_filtered(
+    labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The loop over the masks that pass the first test only; it does not depend on labels, so all take it at once."""
+    labels, after = labels.clone(), reliable.clone()
+    for b in range(labels.shape[0]):
+        area = masks[b].flatten(1).sum(1).float()
+        count = (masks[b] & reliable[b]).flatten(1).sum(1).float()
+        passes = (count > 0) & (count / area >= threshold)
+        for k in passes.nonzero().flatten().tolist():
+            counts = labels[b][masks[b, k] & reliable[b]].bincount(minlength=num_classes)
+            dominant = counts.argmax()
+            if counts[dominant].float() / count[k] > threshold:
+                labels[b].masked_fill_(masks[b, k], dominant)
+                after[b] |= masks[b, k]
+    return labels, after
+
+
+def pseudo_label(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Enlargement, softmax, maximum, and the largest confidence of each class."""
+    large = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    confidence, labels = large.softmax(1).max(1)
+    return labels, confidence, _class_peak(confidence, labels, logits.shape[1])
+
+
+def pseudo_label_logsumexp(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without the softmax of every class: the largest logit against the log of the sum."""
+    large = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+    peak, labels = large.max(1)
+    confidence = (peak - large.logsumexp(1)).exp()
+    return labels, confidence, _class_peak(confidence, labels, logits.shape[1])
+
+
+def _class_peak(confidence: Tensor, labels: Tensor, classes: int) -> Tensor:
+    return confidence.new_zeros(classes).scatter_reduce(0, labels.flatten(), confidence.flatten(), "amax")
 
 
 def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
