@@ -119,21 +119,23 @@ def region_propagate(
     return labels, after
 
 
-def region_propagate_filtered(
+def region_propagate_numpy(
     labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The loop over the masks that pass the first test only; it does not depend on labels, so all take it at once."""
+    """The same loop in NumPy, which starts its steps sooner and counts bits faster than PyTorch does on a CPU."""
     labels, after = labels.clone(), reliable.clone()
-    for b in range(labels.shape[0]):
-        area = masks[b].flatten(1).sum(1).float()
-        count = (masks[b] & reliable[b]).flatten(1).sum(1).float()
-        passes = (count > 0) & (count / area >= threshold)
-        for k in passes.nonzero().flatten().tolist():
-            counts = labels[b][masks[b, k] & reliable[b]].bincount(minlength=num_classes)
+    limit = np.float32(threshold)
+    for label, sure, out, regions in zip(labels.numpy(), reliable.numpy(), after.numpy(), masks.numpy(), strict=True):
+        for region in regions:
+            counted = region & sure
+            count = np.float32(np.count_nonzero(counted))
+            if count == 0 or count / np.float32(np.count_nonzero(region)) < limit:
+                continue
+            counts = np.bincount(label[counted], minlength=num_classes)
             dominant = counts.argmax()
-            if counts[dominant].float() / count[k] > threshold:
-                labels[b].masked_fill_(masks[b, k], dominant)
-                after[b] |= masks[b, k]
+            if np.float32(counts[dominant]) / count > limit:
+                label[region] = dominant
+                out |= region
     return labels, after
 
 

@@ -28,8 +28,9 @@ def pixel_propagate(
         Z[:, j] = \sum_i g_i \, V[:, i] \, P_{ij}, \qquad
         P_{ij} = \operatorname{softmax}_j (\mathrm{scale} \, \langle q_i, k_j \rangle)
 
-    Every query position i hands out its value over the key positions j with weights that sum to 1: the transpose
-    of attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold; closed rows cost nothing.
+    Every query position i hands out its value over the key positions j with weights that sum to 1: the transpose of
+    attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold; what it shuts out costs
+    nothing.
 
     Args:
         query: (B, D, Hq, Wq) or (B, D, N_q); float16, bfloat16, float32, or float64 on a CPU; any strides.
