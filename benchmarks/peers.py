@@ -143,7 +143,7 @@ def pseudo_label(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor,
     """Enlargement, softmax, maximum, and the largest confidence of each class."""
     large = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
     confidence, labels = large.softmax(1).max(1)
-    return labels, confidence, _class_peak(confidence, labels, logits.shape[1])
+    return labels, confidence.float(), _class_peak(confidence, labels, logits.shape[1])
 
 
 def pseudo_label_logsumexp(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,11 +151,11 @@ def pseudo_label_logsumexp(logits: Tensor, size: tuple[int, int]) -> tuple[Tenso
     large = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
     peak, labels = large.max(1)
     confidence = (peak - large.logsumexp(1)).exp()
-    return labels, confidence, _class_peak(confidence, labels, logits.shape[1])
+    return labels, confidence.float(), _class_peak(confidence, labels, logits.shape[1])
 
 
 def _class_peak(confidence: Tensor, labels: Tensor, classes: int) -> Tensor:
-    return confidence.new_zeros(classes).scatter_reduce(0, labels.flatten(), confidence.flatten(), "amax")
+    return confidence.new_zeros(classes).scatter_reduce(0, labels.flatten(), confidence.flatten(), "amax").float()
 
 
 def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:

@@ -51,17 +51,24 @@ def panel(path: str, picture: Tensor, labels: Tensor, maps: dict[str, Tensor], i
     marks = torch.where(labels == ignore, -1, labels)[None, None].float()
     dots = F.max_pool2d(marks, 2 * radius + 1, 1, radius)[0, 0].long()
     maps = {f"Sparse labels: {100 * share:.2g} % of the pixels": torch.where(dots < 0, ignore, dots)} | maps
-    figure = Figure(figsize=(12, 1.5 + 12 * labels.shape[0] / labels.shape[1]), layout="constrained")
+    figure = Figure(figsize=(12, 1.2 + 12 * labels.shape[0] / labels.shape[1]), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     axes[0].imshow(picture.permute(1, 2, 0).numpy())
-    for ax, title, x in zip(axes[1:], maps, maps.values(), strict=False):
-        ax.imshow(
-            torch.where((x == ignore).unsqueeze(-1), 0.3 * picture.mean(0).unsqueeze(-1), palette[x % 20]).numpy()
-        )
+    gray = 0.3 * picture.mean(0).unsqueeze(-1)
+    for ax, x in zip(axes[1:], maps.values(), strict=False):
+        ax.imshow(torch.where((x == ignore).unsqueeze(-1), gray, palette[x % len(palette)]).numpy())
     for ax, title in zip(axes, ["Picture", *maps, ""], strict=False):
         ax.set_title(title, fontsize=13)
         ax.set_axis_off()
     ids = [c for c in torch.stack(list(maps.values())).unique().tolist() if c != ignore]
-    patches = [Patch(color=palette[c % 20].tolist(), label=f"class {c}") for c in ids]
-    figure.legend(handles=patches, loc="outside lower center", ncols=12, frameon=False)
+    patches = [Patch(color=palette[c % len(palette)].tolist(), label=f"{c}") for c in ids]
+    figure.legend(
+        handles=patches,
+        title="class",
+        loc="outside lower center",
+        ncols=20,
+        frameon=False,
+        handlelength=1,
+        columnspacing=1.2,
+    )
     figure.savefig(path, dpi=110)

@@ -9,8 +9,8 @@ and the truth side by side. Needs `pip install '.[examples]'`.
 
 How it works: a pixel's features f are its colour, the mean colour around it, and its place. With query = (2 f, -1) and
 key = (f, |f|^2) the score <q_i, k_j> is |f_i|^2 - |f_i - f_j|^2, so its softmax over j is a Gaussian kernel around i.
-`pixel_propagate` lets every labelled position i hand out its label through it over all positions j; the gate closes the
-unlabelled ones, whose rows then cost nothing, and `normalize` makes the result a weighted mean of the labels that arrive.
+`pixel_propagate` lets every labelled position i hand out its label through it over all positions j; the gate closes
+the unlabelled ones, whose rows then cost nothing, and `normalize` makes the result a weighted mean of what arrives.
 """
 
 from __future__ import annotations
@@ -49,21 +49,18 @@ def features(picture: Tensor, grid: tuple[int, int], spacing: float) -> Tensor:
     return torch.cat([colors, PLACE / spacing * place], 1)
 
 
-def spread(f: Tensor, shares: Tensor, confidence: Tensor, threshold: float) -> Tensor:
-    """Weighted mean of the class shares of all positions that are confident enough, by likeness of features."""
+def spread(f: Tensor, shares: Tensor, trust: Tensor, threshold: float) -> Tensor:
+    """Weighted mean of the class shares of all positions that are trusted enough, by likeness of features."""
     square = f.square().sum(1, keepdim=True)
     query, key = torch.cat([2 * f, -torch.ones_like(square)], 1), torch.cat([f, square], 1)
-    return ops.pixel_propagate(
-        query, key, shares, scale=1.0, confidence=confidence, threshold=threshold, normalize=True
-    )
+    return ops.pixel_propagate(query, key, shares, scale=1.0, confidence=trust, threshold=threshold, normalize=True)
 
 
-def propagate(
-    picture: Tensor, labels: Tensor, classes: int, grid: tuple[int, int], ignore: int, refine: bool
-) -> Tensor:
+def propagate(picture: Tensor, labels: Tensor, ignore: int, grid: tuple[int, int], refine: bool) -> Tensor:
     """Dense labels (H, W) from sparse ones."""
     labelled = labels != ignore
-    one_hot = F.one_hot(torch.where(labelled, labels, classes), classes + 1)[..., :classes]
+    classes = int(labels[labelled].max()) + 1
+    one_hot = F.one_hot(torch.where(labelled, labels, classes))[..., :classes]
     shares = F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).unsqueeze(0).float(), grid)  # of the classes in each cell
     known = shares.sum(1) > 0
     shares /= shares.sum(1, keepdim=True).clamp_min(1e-9)
@@ -83,10 +80,10 @@ def nearest_label(labels: Tensor, ignore: int) -> Tensor:
     return torch.cat([known[torch.cdist(part, points).argmin(1)] for part in pixels.split(4096)]).view(labels.shape)
 
 
-def scores(predicted: Tensor, truth: Tensor, counted: Tensor, classes: int) -> str:
-    """Accuracy and mean IoU on the counted pixels."""
-    pairs = classes * truth[counted] + predicted[counted]
-    table = pairs.bincount(minlength=classes**2).view(classes, classes).double()
+def scores(predicted: Tensor, truth: Tensor) -> str:
+    """Accuracy and mean IoU over the classes of the truth."""
+    classes = int(torch.maximum(predicted, truth).max()) + 1
+    table = (classes * truth + predicted).bincount(minlength=classes**2).view(classes, classes).double()
     hits, present = table.diag(), table.sum(1) > 0
     iou = (hits / (table.sum(0) + table.sum(1) - hits))[present].mean()
     return f"accuracy {100 * hits.sum() / table.sum():6.2f} %   mean IoU {100 * iou:6.2f} %"
@@ -107,9 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", metavar="PICTURE LABELS OUT", help="none: a drawn sample")
     parser.add_argument("--truth", help="dense labels to compare with")
     parser.add_argument("--ignore", type=int, default=255, help="id of unlabelled pixels (default: 255)")
-    parser.add_argument(
-        "--sparsify", type=float, metavar="SHARE", help="LABELS is dense: keep this share, compare with all"
-    )
+    parser.add_argument("--sparsify", type=float, metavar="SHARE", help="keep this share of LABELS, compare with all")
     parser.add_argument("--seed", type=int, default=0, help="of --sparsify")
     parser.add_argument("--grid", type=int, default=240, help="positions along the longer side (default: 240)")
     parser.add_argument("--refine", action="store_true", help="a second round from all confident positions; slower")
@@ -126,29 +121,24 @@ def main(arguments: list[str] | None = None) -> int:
         labels, truth = torch.where(kept, labels, options.ignore), labels
     if options.truth is not None:
         truth = read_labels(options.truth, picture)
-    ids = torch.stack([labels, labels if truth is None else truth])
-    classes, labelled = int(ids[ids != options.ignore].max()) + 1, labels != options.ignore
+    labelled, (height, width) = labels != options.ignore, labels.shape
     if not labelled.any():
-        raise SystemExit(f"{options.files[1]}: all pixels are {options.ignore}, which --ignore says is unlabelled")
+        raise SystemExit(f"{options.files[1]}: every pixel is {options.ignore}, which --ignore calls unlabelled")
 
-    height, width = labels.shape
     grid = tuple(max(1, round(n * min(1, options.grid / max(height, width)))) for n in (height, width))
+    spread(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), 0.5)  # torch loads parts at first use
     start, before = time.perf_counter(), peak_memory()
-    dense = propagate(picture, labels, classes, grid, options.ignore, options.refine)
+    dense = propagate(picture, labels, options.ignore, grid, options.refine)
     seconds, after = time.perf_counter() - start, peak_memory()
-
-    positions = grid[0] * grid[1]
-    print(f"{height} x {width} pixels, {int(labelled.sum())} labelled, {classes} classes, grid {grid[0]} x {grid[1]}")
-    print(f"propagated in {seconds:.2f} s; the whole map would take {positions**2 / 2**28:.2f} GiB", end="")
+    print(f"{height} x {width} pixels, {int(labelled.sum())} of them labelled, on a grid of {grid[0]} x {grid[1]}")
+    print(f"propagated in {seconds:.2f} s; the whole map would take {(grid[0] * grid[1]) ** 2 / 2**28:.2f} GiB", end="")
     print("" if after is None else f", peak memory grew by {(after - before) / 2**20:.0f} MiB")
     maps = {"Propagated labels": dense}
     if truth is not None:
         maps["Truth"] = truth
         counted = (truth != options.ignore) & ~labelled
-        print(f"unlabelled pixels: {int(counted.sum())}")
-        baseline = nearest_label(labels, options.ignore)
-        for name, predicted in {"nearest labelled pixel": baseline, "propagated": dense}.items():
-            print(f"  {name:<24}{scores(predicted, truth, counted, classes)}")
+        for name, x in {"nearest labelled pixel": nearest_label(labels, options.ignore), "propagated": dense}.items():
+            print(f"  {name:<24}{scores(x[counted], truth[counted])}")
     panel(options.files[2], picture, labels, maps, options.ignore)
     print(f"panel: {options.files[2]}")
     return 0

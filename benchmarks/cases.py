@@ -1,0 +1,313 @@
+"""What is measured: for each op the inputs, the contenders, the oracle's answer and the distance from it.
+
+The oracle is `corrmatch.reference` on the inputs in float64. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+import torch.nn.functional as F
+from measure import Contender
+from torch import Tensor
+
+from corrmatch import RegionMasks, ops, reference
+
+CHANNELS = 21  # of query, key and value, and the number of classes: Pascal VOC
+MASKS = 128  # regions sampled a picture
+THRESHOLD = 0.85  # of region propagation: Pascal VOC's
+ROWS = (64, 128, 256)  # of the row-chunked peer
+COMPONENT_LIBRARIES = ("scipy", "OpenCV", "cc3d")
+ORACLE_SIDE = 321  # the oracle of components sweeps once for each pixel of the longest path: seconds; minutes at 801
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Case:
+    """One op at one size.
+
+    Attributes:
+        op: Name of the op.
+        size: The size, for people.
+        elements: What `unit` counts, in one call.
+        unit: What elements are.
+        workload: What the inputs are like, for people.
+        contenders: corrmatch first.
+        expected: The oracle's answer, in the form of `Contender.both`.
+        error: Distance of an answer from the oracle's.
+        tolerance: Largest error that passes.
+        positions: N, for the plot.
+        batch: B.
+        oracle_bytes: About what the oracle needs.
+        share: Of the time for this op and setting.
+    """
+
+    op: str
+    size: str
+    elements: int
+    unit: str
+    workload: str
+    contenders: list[Contender]
+    expected: Callable[[], tuple[Any, ...]]
+    error: Callable[[tuple[Any, ...], tuple[Any, ...]], float]
+    tolerance: float
+    positions: int
+    batch: int
+    oracle_bytes: int = 0
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line chose for a case."""
+
+    grid: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    device: str
+    value_grad: bool
+    compiled: bool
+
+    @property
+    def full(self) -> tuple[int, int]:
+        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321."""
+        return 8 * (self.grid[0] - 1) + 1, 8 * (self.grid[1] - 1) + 1
+
+    def generator(self) -> torch.Generator:
+        """Inputs are made on the CPU from the same seed, so every device gets the same."""
+        return torch.Generator().manual_seed(0)
+
+
+def pixel_propagate(s: Setting) -> Iterator[Case]:
+    """The peers, forward and backward."""
+    generator, (height, width) = s.generator(), s.grid
+    query, key, value, upstream = (
+        torch.randn(s.batch, CHANNELS, height, width, generator=generator).to(s.device, s.dtype) for _ in range(4)
+    )
+    leaves = [query, key, value] if s.value_grad else [query, key]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def contender(name: str, f: peers.Propagate, backward: bool = True, **rest: Any) -> Contender:
+        grads = {"leaves": tuple(leaves), "upstream": upstream} if backward else {}
+        return Contender(name, lambda: f(query, key, value), **grads, **rest)
+
+    contenders = [contender("corrmatch", ops.pixel_propagate, ours=True)]
+    contenders += [
+        contender(f"row-chunked, {rows} rows", peers.row_chunked(rows), family="row-chunked") for rows in ROWS
+    ]
+    if s.device == "cpu":
+        contenders.append(contender("attention composition", peers.attention_composition, backward=False))
+    contenders.append(contender("published eager", peers.published))
+    if s.compiled:
+        compiled = torch.compile(peers.published, dynamic=False)
+        with torch.no_grad():  # compiles the form without gradients; verification compiles the other
+            compiled(query, key, value)
+        contenders.append(contender("published, compiled", compiled))
+
+    def expected() -> tuple[Tensor, ...]:
+        exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (query, key, value)]
+        out = reference.pixel_propagate(*exact)
+        wanted = [x for x in exact if x.requires_grad]
+        return out.detach(), *torch.autograd.grad(out, wanted, upstream.double())
+
+    positions = height * width
+    yield Case(
+        "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
+        f"N = {positions}", contenders, expected, _largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
+        oracle_bytes=6 * 8 * s.batch * positions**2,
+    )  # fmt: skip
+
+
+def region_masks(s: Setting) -> Iterator[Case]:
+    """Masks from the rows of smooth features."""
+    query, key, index = _smooth_features(s)
+    size, (height, width) = s.full, s.grid
+    contenders = [
+        Contender("corrmatch", lambda: ops.region_masks(query, key, index, size), ours=True),
+        Contender("eager, 8 masks at a time", lambda: peers.region_masks_chunked(query, key, index, size)),
+        Contender("published eager", lambda: peers.region_masks(query, key, index, size)),
+    ]
+
+    def expected() -> tuple[RegionMasks]:
+        return (reference.region_masks(query.double(), key.double(), index, size),)
+
+    def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
+        masks = got[0].to_bool() if isinstance(got[0], RegionMasks) else got[0]
+        return _share_different(masks, want[0].to_bool())
+
+    pixels = s.batch * index.shape[0] * size[0] * size[1]
+    yield Case(
+        "region_masks", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "mask pixels",
+        f"K = {index.shape[0]} masks a picture", contenders, expected, error, TOLERANCE[s.dtype], height * width,
+        s.batch, oracle_bytes=4 * 8 * pixels,
+    )  # fmt: skip
+
+
+def region_propagate(s: Setting) -> Iterator[Case]:
+    """Masks of smooth features over smooth labels, so that some regions are accepted and some not."""
+    query, key, index = _smooth_features(s)
+    size, generator = s.full, s.generator()
+    masks = ops.region_masks(query, key, index, size)
+    as_bool = masks.to_bool()
+    # Classes follow some of the features' channels, so that many regions lie in one class and many do not.
+    labels = F.interpolate(query[:, : CHANNELS // 3].float(), size=size, mode="bilinear").argmax(1)
+    doubt = _smooth(s.batch, 1, size, 8, generator)[:, 0]
+    reliable = (doubt < doubt.flatten().kthvalue(int(0.85 * doubt.numel())).values).to(s.device)
+    arguments = (as_bool, THRESHOLD, CHANNELS)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return ops.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS)
+
+    contenders = [Contender("corrmatch", ours, ours=True)]
+    if s.device == "cpu":
+        contenders.append(Contender("NumPy loop", lambda: peers.region_propagate_numpy(labels, reliable, *arguments)))
+    contenders.append(Contender("published loop", lambda: peers.region_propagate(labels, reliable, *arguments)))
+
+    def expected() -> tuple[tuple[Tensor, Tensor]]:
+        return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS),)
+
+    def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
+        return _largest(_share_different(x, y) for x, y in zip(got[0], want[0], strict=True))
+
+    after, reliable_after = ours()
+    count = index.shape[0]
+    yield Case(
+        "region_propagate", f"{size[0]}x{size[1]}, B = {s.batch}", as_bool.numel(), "mask pixels",
+        f"K = {count}; {_percent(after != labels)} of the pixels change, reliable are {_percent(reliable)}, then "
+        f"{_percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
+        oracle_bytes=4 * as_bool.numel(),
+    )  # fmt: skip
+
+
+def connected_components(s: Setting) -> Iterator[Case]:
+    """One binary picture: smooth blobs, then noise."""
+    size, generator = s.full, s.generator()
+    pictures = {
+        "smooth blobs": _smooth(1, 1, size, max(2, size[0] // 16), generator)[0, 0] > 0,
+        "noise, half of the pixels set": torch.rand(size, generator=generator) < 0.5,
+    }
+    for kind, picture in pictures.items():
+        yield _component_case(kind, picture.to(s.device, torch.uint8))
+
+
+def _component_case(kind: str, picture: Tensor) -> Case:
+    """Compared with the oracle where that is quick, else a corner is, and the whole with an independent library."""
+    height, width = picture.shape
+    crop = picture[:ORACLE_SIDE, :ORACLE_SIDE].contiguous()
+    arrays = {id(x): x.cpu().numpy() for x in (picture, crop)}
+    libraries = peers.component_peers(connectivity=8)
+
+    def contender(name: str, f: Callable[[Tensor], Any], **rest: Any) -> Contender:
+        return Contender(name, lambda: f(picture), answer=lambda: (f(crop), f(picture)), **rest)
+
+    def peer(name: str) -> Contender:
+        if name not in libraries:
+            return Contender(name, lambda: None, missing="not installed")
+        return contender(name, lambda x: _Numbered(libraries[name](arrays[id(x)])))
+
+    def expected() -> tuple[np.ndarray, np.ndarray]:
+        exact = reference.connected_components(crop).cpu().numpy()
+        if crop.shape == picture.shape:
+            return exact, exact
+        witness = next(iter(libraries.values())) if libraries else None
+        whole = witness(arrays[id(picture)]) if witness else ops.connected_components(picture).cpu().numpy()
+        return exact, raster_order(whole)
+
+    def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
+        answers = (raster_order(x.labels) if isinstance(x, _Numbered) else x.cpu().numpy() for x in got)
+        return _largest(float((x != y).mean()) for x, y in zip(answers, want, strict=True))
+
+    contenders = [contender("corrmatch", ops.connected_components, ours=True)]
+    contenders += [peer(name) for name in COMPONENT_LIBRARIES]
+    return Case(
+        "connected_components", f"{height}x{width}", picture.numel(), "pixels", f"{kind}, 8-connectivity",
+        contenders, expected, error, 0.0, picture.numel(), 1,
+        share=0.5,
+    )  # fmt: skip
+
+
+@dataclass
+class _Numbered:
+    """Components as a library numbers them: any order will do."""
+
+    labels: np.ndarray
+
+
+def raster_order(labels: np.ndarray) -> np.ndarray:
+    """Components numbered from 1 in raster order of their first pixel; 0 stays."""
+    names, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    first[names == 0] = -1
+    rank = np.empty(len(names), np.int64)
+    rank[first.argsort()] = np.arange(len(names))
+    return (rank if (names == 0).any() else rank + 1)[inverse].reshape(labels.shape)
+
+
+def pseudo_label(s: Setting) -> Iterator[Case]:
+    """Smooth logits, enlarged."""
+    size, (height, width) = s.full, s.grid
+    logits = (4 * _smooth(s.batch, CHANNELS, s.grid, 6, s.generator())).to(s.device, s.dtype)
+    contenders = [
+        Contender("corrmatch", lambda: ops.pseudo_label(logits, size=size), ours=True),
+        Contender("eager, logsumexp", lambda: peers.pseudo_label_logsumexp(logits, size)),
+        Contender("eager, softmax", lambda: peers.pseudo_label(logits, size)),
+    ]
+
+    def expected() -> tuple[Any, ...]:
+        return (reference.pseudo_label(logits.double(), size=size),)
+
+    def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
+        return _largest([_share_different(got[0][0], want[0][0]), _largest_relative_error(got[0][1:], want[0][1:])])
+
+    pixels = s.batch * size[0] * size[1]
+    yield Case(
+        "pseudo_label", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
+        f"C = {CHANNELS}", contenders, expected, error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=4 * 8 * CHANNELS * pixels,
+    )  # fmt: skip
+
+
+OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    f.__name__: f for f in (pixel_propagate, region_masks, region_propagate, connected_components, pseudo_label)
+}
+
+
+def _smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generator: torch.Generator) -> Tensor:
+    """Random maps of about so many bumps a side."""
+    coarse = torch.randn(batch, channels, waves, waves, generator=generator)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
+
+
+def _smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key that vary smoothly over the picture, as a network's do, and the sampled positions."""
+    generator = s.generator()
+    features = _smooth(s.batch, CHANNELS, s.grid, 4, generator)
+    query, key = (
+        (features + 0.1 * torch.randn(features.shape, generator=generator)).to(s.device, s.dtype) for _ in range(2)
+    )
+    positions = s.grid[0] * s.grid[1]
+    return query, key, torch.randperm(positions, generator=generator)[:MASKS].to(s.device)
+
+
+def _largest_relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """The largest relative Frobenius norm among results and gradients."""
+    pairs = zip(got, want, strict=False)  # a contender without a backward has no gradients
+    return _largest(float(torch.linalg.vector_norm(x.double() - y) / torch.linalg.vector_norm(y)) for x, y in pairs)
+
+
+def _largest(errors: Iterable[float]) -> float:
+    """The largest error; NaN if any is, which max() might pass over."""
+    return float(np.max(list(errors)))
+
+
+def _share_different(x: Tensor, y: Tensor) -> float:
+    return float((x != y).double().mean())
+
+
+def _percent(x: Tensor) -> str:
+    return f"{100 * float(x.double().mean()):.0f} %"

@@ -1,0 +1,228 @@
+"""How things are measured: interleaved timing, peak memory, and the environment they were measured in."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import corrmatch
+
+LEAST_ROUNDS = 5  # for corrmatch and for every peer that is not far behind
+LEAST_ROUNDS_SLOW = 2  # for a contender that takes more than SLOW times as long as the fastest
+SLOW = 4.0
+MOST_ROUNDS = 300
+
+
+@dataclass
+class Contender:
+    """One way to compute an op on given inputs.
+
+    Attributes:
+        name: What the table calls it.
+        forward: Computes the result.
+        leaves: The inputs whose gradients are wanted; empty where there is no backward to measure.
+        upstream: Gradient of the result, for the backward.
+        family: Variants of one contender share a family; only the fastest of it is raced.
+        ours: Whether this is corrmatch.
+        missing: Why it cannot run here; None where it can.
+        answer: What is compared with the oracle, where that is not simply the result and the gradients.
+    """
+
+    name: str
+    forward: Callable[[], Any]
+    leaves: tuple[Tensor, ...] = ()
+    upstream: Tensor | None = None
+    family: str | None = None
+    ours: bool = False
+    missing: str | None = None
+    answer: Callable[[], tuple[Any, ...]] | None = None
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What can be timed."""
+        return ("forward", "backward", "both") if self.leaves else ("forward",)
+
+    def both(self) -> tuple[Any, ...]:
+        """The result and, where there are leaves, the gradients."""
+        if not self.leaves:
+            with torch.no_grad():
+                return (self.forward(),)
+        out = self.forward()
+        return out.detach(), *torch.autograd.grad(out, self.leaves, self.upstream)
+
+
+def now(device: str) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sample(contender: Contender, device: str) -> dict[str, float]:
+    """Seconds of one call of each pass.
+
+    The forward alone runs without a graph. The backward is timed on the graph that a forward has just built, as in
+    training, so its time includes releasing that graph.
+    """
+    start = now(device)
+    with torch.no_grad():
+        out = contender.forward()
+    times = {"forward": now(device) - start}
+    if contender.leaves:
+        del out
+        start = now(device)
+        out = contender.forward()
+        middle = now(device)
+        grads = torch.autograd.grad(out, contender.leaves, contender.upstream)
+        end = now(device)
+        del grads
+        times |= {"backward": end - middle, "both": end - start}
+    return times
+
+
+def race(contenders: list[Contender], seconds: float, device: str) -> list[dict[str, list[float]]]:
+    """Times contenders against each other: for each, the seconds of every round by pass.
+
+    The next to run is always the one that has had the least time so far. So all get the same share of the time, the
+    rounds of a slow contender are spread over the whole race among many rounds of the fast ones, and whatever else the
+    machine does meanwhile hits all of them alike.
+    """
+    samples: list[dict[str, list[float]]] = [{name: [] for name in contender.passes} for contender in contenders]
+    spent = [0.0] * len(contenders)
+    deadline = time.perf_counter() + seconds
+
+    def rounds(i: int) -> int:
+        return len(samples[i]["forward"])
+
+    def least(i: int) -> int:
+        fastest = min(spent[j] / rounds(j) if rounds(j) > 0 else 0.0 for j in range(len(contenders)))
+        slow = rounds(i) > 0 and spent[i] / rounds(i) > SLOW * fastest and not contenders[i].ours
+        return LEAST_ROUNDS_SLOW if slow else LEAST_ROUNDS
+
+    while True:
+        waiting = [i for i in range(len(contenders)) if rounds(i) < MOST_ROUNDS]
+        if time.perf_counter() > deadline:
+            waiting = [i for i in waiting if rounds(i) < least(i)]
+        if not waiting:
+            return samples
+        i = min(waiting, key=spent.__getitem__)
+        start = time.perf_counter()
+        for name, value in sample(contenders[i], device).items():
+            samples[i][name].append(value)
+        spent[i] += time.perf_counter() - start
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """Median, spread (half the interquartile range over the median) and the samples themselves."""
+    middle = statistics.median(seconds)
+    spread = 0.0
+    if len(seconds) > 1:
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        spread = (high - low) / 2 / middle
+    return {"median": middle, "spread": spread, "rounds": len(seconds), "seconds": seconds}
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """Most memory in use during the call above the level before it, the result included; None where unknown.
+
+    On a GPU that is what torch has allocated. On a CPU it is resident memory, which counts the allocations of torch and
+    of any extension alike; the heap is trimmed first, so that nothing is served from memory freed earlier.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    if platform.system() != "Linux" or not reset.exists():
+        return None
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    try:
+        reset.write_text("5")  # sets the peak back to the present level
+    except OSError:  # some containers forbid it
+        return None
+    before = _resident_bytes("VmRSS")
+    call()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"/proc/self/status has no {field}")
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that can still be had; None where unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "device_type": device,
+        "threads": torch.get_num_threads(),
+        "load": load(),
+        "backends": {b.name: b.detail for b in corrmatch.backends().values() if b.available},
+        "corrmatch": corrmatch.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def load() -> float | None:
+    """Processes that ran or wanted to, on average over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this file lies in, and whether files differ from it; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return commit if commit is None or not changed else f"{commit}, modified"

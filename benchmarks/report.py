@@ -1,0 +1,150 @@
+"""The tables of `bench_corr`. A result is one of the "cases" of its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import Any
+
+WIDTH = 117
+NAME = 25
+TITLES = {
+    "pixel_propagate": "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D)); D = C = 21",
+    "region_masks": "rows of the map, enlarged, normalised, cut at one half; D = 21, 8 pixels a grid step",
+    "region_propagate": "each region in turn takes its dominant label; 21 classes, threshold 0.85",
+    "connected_components": "component numbers of a binary picture",
+    "pseudo_label": "logits enlarged; class, confidence, largest confidence of each class; 21 classes",
+}
+PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+LEGEND = {
+    "ms": "median of the rounds ± half the interquartile range; contenders take turns.",
+    "ratio": "for corrmatch (▸): so many times faster than the fastest peer. For a peer: its time as a multiple of "
+    "corrmatch's.",
+    "per s": "elements in one call over the time of the forward.",
+    "peak": "memory in use during a call above the level before it, the result included; MiB, for forward and, where "
+    "there are two figures, forward + backward.",
+    "error": "against corrmatch.reference in float64: relative Frobenius norm, the largest of result and gradients; "
+    "for masks, labels and components the share of pixels that differ. What fails is not timed.",
+}
+
+UNCERTAIN = "peers that start many small parallel steps suffer most from that. --threads 1 is steadier."
+
+
+def header(environment: dict[str, Any], options: argparse.Namespace) -> str:
+    """What ran where, and how to read the tables."""
+    backends = "; ".join(f"{name}: {detail}" for name, detail in environment["backends"].items() if name != "reference")
+    commit = "not in a checkout" if environment["commit"] is None else f"commit {environment['commit']}"
+    load, threads = environment["load"], environment["threads"]
+    facts = {
+        "device": f"{environment['device']}, {threads} threads, {environment['platform']}",
+        "backends": backends,
+        "versions": f"corrmatch {environment['corrmatch']} ({commit}), torch {environment['torch']}, "
+        f"Python {environment['python']}",
+        "date": environment["date"],
+        "inputs": f"{options.dtype}, random; gradients of query, key{' and value' if options.value_grad else ''}",
+    }
+    if load is not None and load > 0.5 * threads:
+        facts["load"] = f"{load:.1f} at the start: other processes run on this machine, and {UNCERTAIN}"
+    lines = ["corrmatch benchmark"]
+    for term, text in [*facts.items(), ("", ""), *LEGEND.items()]:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {term:<10}", subsequent_indent=" " * 12) or [""]
+    return "\n".join(lines)
+
+
+def passes_of(op: str) -> tuple[str, ...]:
+    """The passes that an op's table shows."""
+    return tuple(PASSES) if op == "pixel_propagate" else ("forward",)
+
+
+def op_header(op: str) -> str:
+    """Title and column heads of an op."""
+    passes = passes_of(op)
+    top, heads = " " * NAME, " " * NAME
+    for name in passes:
+        top += f"   {PASSES[name] if len(passes) > 1 else '':>18}"
+        heads += f"   {'ms':>11} {'ratio':>6}"
+    top, heads = f"{top}{'':>10}{'peak extra':>15}", f"{heads}{'per s':>10}{'MiB':>15}{'error':>9}"
+    return "\n".join(["", f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
+
+
+def block(result: dict[str, Any]) -> str:
+    """One row for each contender of a case."""
+    lines = [f"{result['size']} ({result['workload']}; {_si(result['elements'])} {result['unit']})"]
+    timed = [row for row in result["contenders"] if row["status"] == "ok"]
+    for row in result["contenders"]:
+        name = f"{row['name']:<{NAME - 2}}"
+        if row["status"] == "ok":
+            lines.append(_row(row, timed, passes_of(result["op"]), result["elements"]))
+        elif row["status"] == "wrong":
+            lines.append(f"! {name}   WRONG, not timed: error {row['error']:.1e}, bound {result['tolerance']:.0e}")
+        elif row["status"] == "not installed":
+            lines.append(f"  {name}   not installed")
+    return "\n".join([*lines, ""])
+
+
+def _row(row: dict[str, Any], timed: list[dict[str, Any]], passes: tuple[str, ...], elements: int) -> str:
+    line = f"{'▸' if row['ours'] else ' '} {row['name']:<{NAME - 2}}"
+    for name in passes:
+        time = row["times"].get(name)
+        if time is None:
+            line += f"   {'—':>11} {'—':>6}"
+            continue
+        spread = f"±{min(99, 100 * time['spread']):.0f}%"
+        line += f"   {_milliseconds(time['median']):>6} {spread:>4} {ratio(row, timed, name):>6}"
+    peak = row["peak_extra_bytes"]
+    shown = "".join(f"{_mebibytes(peak[name]) if name in peak else '—':>8}" for name in passes if name != "backward")
+    line += f"{_si(elements / row['times']['forward']['median']):>10}{shown:>15}"
+    return f"{line}{row['error']:>9.0e}" if row["error"] > 0 else f"{line}{'0':>9}"
+
+
+def ratio(row: dict[str, Any], timed: list[dict[str, Any]], name: str) -> str:
+    """For corrmatch the fastest peer's time over its own, for a peer its own over corrmatch's."""
+    ours = [r["times"][name]["median"] for r in timed if r["ours"]]
+    peers = [r["times"][name]["median"] for r in timed if not r["ours"] and name in r["times"]]
+    if not ours or not peers:
+        return "—"
+    ratio = (min(peers) if row["ours"] else row["times"][name]["median"]) / ours[0]
+    shown = f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}"
+    return f"{shown}x" if row["ours"] else f"{shown} "
+
+
+def footer(
+    results: list[dict[str, Any]],
+    failures: int,
+    elapsed: float,
+    environment: dict[str, Any],
+    options: argparse.Namespace,
+) -> str:
+    """What was left out, and the verdict."""
+    notes = []
+    if any(result["op"] == "pixel_propagate" for result in results):
+        if options.device == "cpu":
+            notes.append("The attention composition has no backward on a CPU: its lse carries no gradient there.")
+        notes.append("Row-chunked is the fastest of 64, 128 and 256 rows at each size; it recomputes in the backward.")
+        if not options.compile:
+            notes.append("Left out: the published form under torch.compile. Add it with --compile.")
+    after = environment["load_after"]
+    if after is not None and after > environment["threads"] + 0.7:
+        notes.append(f"Load {after:.1f} at the end: other processes ran meanwhile, and {UNCERTAIN}")
+    verdict = "All agree with the oracle." if failures == 0 else f"{failures} FAILED: wrong, or without an oracle."
+    notes.append(f"{verdict} {elapsed:.0f} s in all.")
+    return "\n".join(textwrap.fill(note, WIDTH) for note in notes)
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _mebibytes(count: int | None) -> str:
+    if count is None:
+        return "n/a"
+    mebibytes = count / 2**20
+    return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.1f}" if mebibytes >= 0.1 else "<0.1"
+
+
+def _si(x: float) -> str:
+    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
+        if x >= 10**power:
+            return f"{x / 10**power:.3g} {prefix}"
+    return f"{x:.3g}"

@@ -1,0 +1,47 @@
+"""The backends under test: which exist here, on which device and with which instruction sets. The only such list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import corrmatch
+from corrmatch import _C
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run an op: `name` is what `backend=` takes."""
+
+    name: str
+    device: str = "cpu"
+    isa: str | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOATING
+
+    def __str__(self) -> str:
+        return self.name if self.isa is None else f"{self.name}-{self.isa}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether results are the same to the last bit for any strides and any number of threads."""
+        return self.name != "reference"
+
+
+def cases(op: str) -> list[Case]:
+    """Every way this installation can run the op."""
+    if op == "correlation_rows":  # one implementation for all devices
+        return [Case("torch")]
+    found = []
+    for backend in corrmatch.backends().values():
+        if not backend.available or op not in backend.ops:
+            continue
+        if backend.name == "cpu":
+            found += [Case("cpu", isa=isa) for isa in _C.cpu.isas()]
+        elif backend.devices is None:
+            found.append(Case(backend.name))
+        else:
+            found.append(Case(backend.name, device=backend.devices[0], dtypes=FLOATING[1:]))
+    return found

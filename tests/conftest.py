@@ -1,0 +1,102 @@
+"""Fixtures of all tests.
+
+A test with the argument `backend` runs once for every backend of the op that its module names in `OP`; with `dtype`
+besides, once for every floating dtype of each; with `sample`, once for every sample call and backend of its op. Every
+test runs with one thread, on fresh random numbers and with uninitialised memory poisoned. A run is repeated with the
+CORRMATCH_TEST_SEED that its header prints.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from backends import cases
+from samples import SAMPLES
+
+from corrmatch import _C
+
+hypothesis.settings.register_profile(
+    "corrmatch",
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("corrmatch")
+
+
+def pytest_configure(config):
+    os.environ.setdefault("CORRMATCH_TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # workers inherit it
+
+
+def pytest_report_header(config):
+    return f"CORRMATCH_TEST_SEED={os.environ['CORRMATCH_TEST_SEED']}"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    if "sample" in metafunc.fixturenames:
+        pairs = [(case, sample) for sample in samples_of(metafunc) for case in cases(SAMPLES[sample][0])]
+        ids = [f"{case}-{sample}" for case, sample in pairs]
+        metafunc.parametrize("backend,sample", pairs, ids=ids, indirect=["backend"])
+        return
+    found = cases(metafunc.module.OP)
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "dtype" in metafunc.fixturenames and not any("dtype" in names for names in given):
+        both = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in found for dtype in case.dtypes]
+        metafunc.parametrize("backend,dtype", both, indirect=["backend"])
+    else:
+        metafunc.parametrize("backend", found, ids=str, indirect=True)
+
+
+def samples_of(metafunc):
+    return getattr(metafunc.function, "samples", SAMPLES)
+
+
+@pytest.fixture
+def backend(request):
+    """A backend; on a CPU with one of the instruction sets selected."""
+    case = request.param
+    before = _C.cpu.isa()
+    if case.isa is not None:
+        _C.cpu.select_isa(case.isa)
+    yield case
+    _C.cpu.select_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_numbers(request):
+    seed = int(os.environ["CORRMATCH_TEST_SEED"]) ^ zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (the legacy state is what libraries use)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, or the largest integer: an element that a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Test workers run side by side; a test of more threads sets its own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_chosen(monkeypatch):
+    monkeypatch.delenv("CORRMATCH_BACKEND", raising=False)
+    monkeypatch.delenv("CORRMATCH_CHECK", raising=False)

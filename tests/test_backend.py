@@ -1,0 +1,124 @@
+"""Which backends there are and which one serves a call."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import corrmatch
+from corrmatch import _C, ops
+from corrmatch.ops import backend as backends_module
+from corrmatch.ops.backend import ALL_OPS, Backend, choose
+
+X = torch.zeros(1)
+
+
+def test_the_cpu_and_the_reference_have_every_op():
+    found = corrmatch.backends()
+    for name in ("cpu", "reference"):
+        assert found[name].available
+        assert found[name].ops == ALL_OPS
+    assert set(ops.__all__) - {"correlation_rows"} == ALL_OPS
+
+
+def test_what_is_missing_says_why():
+    for backend in corrmatch.backends().values():
+        assert backend.available == (backend.missing is None)
+        assert backend.available or len(backend.missing) > 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
+def test_instruction_sets_of_this_processor():
+    """No instruction set that could run is left out of the tests."""
+    lines = (line.split() for line in Path("/proc/cpuinfo").read_text().splitlines())
+    flags = next((set(line) for line in lines if line[:1] == ["flags"]), set())
+    expected = ["generic"]
+    if {"avx2", "fma", "bmi1", "bmi2"} <= flags:
+        expected.append("avx2")
+        if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+            expected.append("avx512")
+    assert _C.cpu.isas() == expected
+
+
+def test_selection_of_an_instruction_set():
+    before = _C.cpu.isa()
+    assert before == _C.cpu.isas()[-1]
+    for isa in _C.cpu.isas():
+        _C.cpu.select_isa(isa)
+        assert _C.cpu.isa() == isa
+        assert corrmatch.backends()["cpu"].detail.startswith(f"{isa} of ")
+    with pytest.raises(ValueError, match="sse9"):
+        _C.cpu.select_isa("sse9")
+    assert _C.cpu.isa() == _C.cpu.isas()[-1]
+    _C.cpu.select_isa(before)
+
+
+def test_best_available_by_default():
+    for op in ALL_OPS:
+        assert choose(op, None, X) == "cpu"
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv("CORRMATCH_BACKEND", "reference")
+    assert choose("pixel_propagate", None, X) == "reference"
+    assert choose("pixel_propagate", "cpu", X) == "cpu"  # the argument wins
+    monkeypatch.setenv("CORRMATCH_BACKEND", "")
+    assert choose("pixel_propagate", None, X) == "cpu"
+    monkeypatch.setenv("CORRMATCH_BACKEND", "gpu")
+    for op in ALL_OPS:
+        with pytest.raises(ValueError, match=r"^backend: expected one of .*, got 'gpu'$"):
+            choose(op, None, X)
+
+
+def test_environment_variable_counts_for_the_ops_of_its_backend(monkeypatch):
+    some = Backend("some", None, frozenset({"pixel_propagate"}))
+    absent = Backend("absent", None, frozenset({"pixel_propagate"}), "it was never built")
+    elsewhere = Backend("elsewhere", ("cuda", "xpu"), frozenset({"pixel_propagate"}))
+    known = (some, absent, elsewhere, *corrmatch.backends().values())
+    monkeypatch.setattr(backends_module, "_BACKENDS", known)
+    monkeypatch.setattr(backends_module, "NAMES", tuple(backend.name for backend in known))
+    for name in ("some", "absent", "elsewhere"):
+        monkeypatch.setenv("CORRMATCH_BACKEND", name)
+        assert choose("region_masks", None, X) == "cpu"
+        reason = "it was never built" if name == "absent" else "it has no region_masks"
+        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve region_masks: {reason}$"):
+            choose("region_masks", name, X)
+    monkeypatch.setenv("CORRMATCH_BACKEND", "absent")
+    with pytest.raises(ValueError, match=r"^backend: 'absent' cannot serve pixel_propagate: it was never built$"):
+        choose("pixel_propagate", None, X)
+    with pytest.raises(ValueError, match=r"it takes tensors on cuda or xpu, not on cpu$"):
+        choose("pixel_propagate", "elsewhere", X)
+    monkeypatch.delenv("CORRMATCH_BACKEND")
+    assert choose("pixel_propagate", None, X) == "some"
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_unavailable_backend_says_why(name):
+    if not corrmatch.backends()[name].available:
+        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve connected_components: "):
+            ops.connected_components(torch.zeros(3, 3, dtype=torch.bool), backend=name)
+    else:
+        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*not on cpu"):
+            ops.pixel_propagate(*(torch.zeros(1, 1, 2, 2),) * 3, backend=name)
+
+
+def test_the_reference_is_what_it_says(monkeypatch):
+    """backend="reference" and the environment variable reach the oracle."""
+    called = []
+    for name in ALL_OPS:
+        original = getattr(corrmatch.reference, name)
+        monkeypatch.setattr(
+            corrmatch.reference, name, lambda *a, f=original, n=name, **k: called.append(n) or f(*a, **k)
+        )
+    monkeypatch.setenv("CORRMATCH_BACKEND", "reference")
+    x = torch.randn(1, 2, 3, 3)
+    ops.pixel_propagate(x, x, x)
+    masks = ops.region_masks(x, x, torch.arange(2), (5, 5))
+    flags = torch.ones(1, 5, 5, dtype=torch.bool)
+    ops.region_propagate(flags.long(), flags, masks, 0.5, num_classes=2)
+    ops.connected_components(flags)
+    ops.pseudo_label(x)
+    assert set(called) == ALL_OPS

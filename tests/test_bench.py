@@ -1,0 +1,211 @@
+"""The benchmark: what it prints, what it writes, and that nothing wrong gets timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_corr
+import cases
+import measure
+import numpy as np
+import peers
+import pytest
+import report
+import torch
+
+SCRIPT = Path(bench_corr.__file__)
+TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1"]
+LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_script_prints_tables_and_writes_figures(tmp_path):
+    figures, picture = tmp_path / "figures.json", tmp_path / "figure.png"
+    command = [sys.executable, str(SCRIPT), *TINY, "--threads", "1", "--json", str(figures), "--plot", str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(figures.read_text())
+
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert {line.split(":")[0] for line in lines} >= set(cases.OPS)
+    assert "All agree with the oracle." in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    assert record["failures"] == 0
+    assert record["command"] == command[2:]
+    assert record["environment"]["threads"] == 1
+    assert {"device", "torch", "python", "corrmatch", "commit", "date", "backends"} <= set(record["environment"])
+    measured = [case["op"] for case in record["cases"]]
+    assert {op: measured.count(op) for op in cases.OPS} == dict.fromkeys(cases.OPS, 2) | {"connected_components": 4}
+    assert sum(line.startswith("▸ corrmatch") for line in lines) == len(measured)
+    for case in record["cases"]:
+        assert case["elements"] > 0
+        check_contenders(case, done.stdout)
+
+
+def check_contenders(case, printed):
+    assert case["contenders"][0]["ours"]
+    for row in case["contenders"]:
+        if row["name"] in LIBRARIES and importlib.util.find_spec(LIBRARIES[row["name"]]) is None:
+            assert row["status"] == "not installed"
+            continue
+        assert row["status"] in ("ok", "slower variant")
+        assert row["error"] <= case["tolerance"]
+        if row["status"] == "slower variant":
+            continue
+        assert row["name"] in printed
+        passes = {"forward", "backward", "both"} if case["op"] == "pixel_propagate" else {"forward"}
+        assert set(row["times"]) == ({"forward"} if row["name"] == "attention composition" else passes)
+        assert set(row["peak_extra_bytes"]) == set(row["times"]) - {"backward"}
+        for times in row["times"].values():
+            assert times["rounds"] == len(times["seconds"]) >= 2
+            assert 0 < min(times["seconds"]) <= times["median"] <= max(times["seconds"])
+            assert times["spread"] >= 0
+
+
+def run(tmp_path, *arguments):
+    figures = tmp_path / "figures.json"
+    code = bench_corr.main([*TINY, "--budget", "0.2", "--json", str(figures), *arguments])
+    return code, json.loads(figures.read_text())
+
+
+def doubled_gradient(query, key, value):
+    out = peers.row_chunked(64)(query, key, value)
+    return out + (out - out.detach())
+
+
+WRONG = {
+    "zeros": lambda query, key, value: 0 * value + 0 * query.sum() + 0 * key.sum(),
+    "NaN": lambda query, key, value: np.nan * value * query.sum() * key.sum(),
+    "wrong gradient only": doubled_gradient,
+}
+
+
+@pytest.mark.parametrize("garbage", WRONG.values(), ids=WRONG)
+def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one_thread, garbage):
+    monkeypatch.setattr(peers, "published", garbage)
+    code, record = run(tmp_path, "--ops", "pixel_propagate")
+    assert code == 1
+    assert record["failures"] == len(record["cases"]) == 2
+    for case in record["cases"]:
+        rows = {row["name"]: row for row in case["contenders"]}
+        assert rows["published eager"]["status"] == "wrong"
+        assert "times" not in rows["published eager"]
+        assert rows["corrmatch"]["status"] == "ok"
+    printed = capsys.readouterr().out
+    assert printed.count("WRONG, not timed") == 2
+    assert "2 FAILED" in printed
+
+
+def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one_thread):
+    monkeypatch.setattr(cases.ops, "connected_components", lambda image: torch.zeros_like(image, dtype=torch.int32))
+    code, record = run(tmp_path, "--ops", "connected_components")
+    assert code == 1
+    assert [row["status"] for case in record["cases"] for row in case["contenders"] if row["ours"]] == ["wrong"] * 4
+    assert "! corrmatch" in capsys.readouterr().out
+
+
+def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys, one_thread):
+    monkeypatch.setattr(peers, "component_peers", lambda connectivity: {})
+    code, record = run(tmp_path, "--ops", "connected_components")
+    assert code == 0
+    for case in record["cases"]:
+        assert [row["status"] for row in case["contenders"]] == ["ok", *["not installed"] * len(LIBRARIES)]
+    assert capsys.readouterr().out.count("not installed") == len(LIBRARIES) * len(record["cases"])
+
+
+def test_oracle_that_does_not_fit_fails(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 1000)
+    code, record = run(tmp_path, "--ops", "pixel_propagate")
+    assert code == 1
+    assert record["cases"] == []
+    assert "nothing measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_dtypes_agree(tmp_path, one_thread, dtype):
+    ops = "pixel_propagate,region_masks,pseudo_label"
+    code, record = run(tmp_path, "--dtype", dtype, "--ops", ops, "--value-grad")
+    assert code == 0
+    assert {case["dtype"] for case in record["cases"]} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "41x"], "expected sizes"),
+        (["--sizes", "1"], "expected sizes"),
+        (["--batch", "0"], "whole number from 1"),
+        (["--ops", "sort"], "no op 'sort'"),
+    ],
+)
+def test_bad_arguments_are_explained(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        bench_corr.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plot_without_its_op_is_refused_first():
+    with pytest.raises(SystemExit, match="pixel_propagate"):
+        bench_corr.main(["--plot", "figure.png", "--ops", "pseudo_label"])
+
+
+def test_race_shares_time_and_keeps_minimum_rounds():
+    calls = []
+
+    def contender(name, seconds, ours=False):
+        return measure.Contender(name, lambda: (calls.append(name), time.sleep(seconds)), ours=ours)
+
+    racing = [contender("ours", 0.002, ours=True), contender("near", 0.004), contender("far", 0.05)]
+    samples = measure.race(racing, 0.2, "cpu")
+    rounds = [len(times["forward"]) for times in samples]
+    assert rounds == [calls.count(name) for name in ("ours", "near", "far")]
+    assert rounds[0] > rounds[1] > rounds[2] >= measure.LEAST_ROUNDS_SLOW
+    assert rounds[1] >= measure.LEAST_ROUNDS
+    between = calls.index("far", calls.index("far") + 1) - calls.index("far")
+    assert between > 5  # the fast ones run while the slow one waits for its turn
+
+
+def test_race_without_time_still_has_minimum_rounds():
+    racing = [measure.Contender(name, lambda: None) for name in "ab"]
+    assert [len(times["forward"]) for times in measure.race(racing, 0.0, "cpu")] == [measure.LEAST_ROUNDS] * 2
+
+
+def test_peak_counts_what_a_call_takes_and_returns():
+    size = 64 * 2**20
+    peak = measure.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    assert peak is None if sys.platform != "linux" else size <= peak < 1.25 * size
+
+
+def test_summary_of_known_samples():
+    summary = measure.summary([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert summary["median"] == 3.0
+    assert summary["spread"] == pytest.approx(1 / 3)
+
+
+def test_ratio_of_known_times():
+    def row(name, seconds, ours=False):
+        return {"name": name, "ours": ours, "times": {"forward": {"median": seconds}}}
+
+    rows = [row("corrmatch", 2.0, ours=True), row("near", 3.0), row("far", 40.0)]
+    assert [report.ratio(r, rows, "forward").strip() for r in rows] == ["1.50x", "1.50", "20.0"]
+
+
+def test_components_are_renumbered_in_raster_order():
+    labels = np.array([[0, 7, 7], [3, 0, 0], [3, 0, 5]])
+    assert cases.raster_order(labels).tolist() == [[0, 1, 1], [2, 0, 0], [2, 0, 3]]
+    assert cases.raster_order(np.array([[4, 2]])).tolist() == [[1, 2]]

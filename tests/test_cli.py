@@ -1,0 +1,87 @@
+"""The command, and what importing the bare source tree says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import corrmatch
+from corrmatch import cli
+
+
+def run(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+
+
+def test_info(tmp_path):
+    done = run("-m", "corrmatch", "info", cwd=tmp_path, CORRMATCH_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"corrmatch {corrmatch.__version__}"
+    table = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines if line.split()[:1]}
+    for name, backend in corrmatch.backends().items():
+        available, note = table[name]
+        assert available == ("yes" if backend.available else "no")
+        assert note == (", ".join(sorted(backend.ops)) if backend.available else backend.missing)
+    assert table["CORRMATCH_BACKEND"] == ["reference"]
+    assert table["CORRMATCH_CHECK"] == ["not", "set"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == corrmatch.__version__
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["info", "--unknown"]])
+def test_wrong_command(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: corrmatch" in capsys.readouterr().err
+
+
+def test_main_returns_the_exit_code(capsys):
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out == cli.info() + "\n"
+
+
+def test_source_tree_without_a_build(tmp_path):
+    source = Path(corrmatch.__file__).parent
+    shutil.copytree(source, tmp_path / "corrmatch", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    # The import hook of an editable installation would find the extension.
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; import corrmatch"
+    done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: corrmatch's compiled extension is missing")
+    assert "pip install -c constraints.txt ." in message
+
+
+def test_import_is_light(tmp_path):
+    """It compiles nothing and opens no CUDA context."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import corrmatch
+assert not torch.cuda.is_initialized()
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+heavy = new & {"triton", "scipy", "cv2", "PIL", "torchvision", "matplotlib", "sympy"}
+assert not heavy, heavy
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,86 @@
+"""The example, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "propagate_labels.py"
+IGNORE = 255
+
+
+def run(folder, *arguments):
+    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+
+
+def accuracies(printed):
+    found = dict(re.findall(r"(nearest labelled pixel|propagated)\s+accuracy\s+([\d.]+) %", printed))
+    return float(found["propagated"]), float(found["nearest labelled pixel"])
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """The run without arguments: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("sample")
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    return Path(re.search(r"panel: (.*)", done.stdout)[1]).parent, done.stdout
+
+
+def test_generated_sample_beats_the_nearest_label(sample):
+    folder, printed = sample
+    propagated, nearest = accuracies(printed)
+    assert propagated > nearest + 2
+    assert propagated > 97
+    assert re.search(r"propagated in [\d.]+ s", printed)
+    with Image.open(folder / "panel.png") as panel:
+        assert panel.width > 1000
+        assert panel.height > 800
+
+
+def test_sparse_labels_with_truth_and_refinement(sample, tmp_path):
+    folder, _ = sample
+    dense = np.array(Image.open(folder / "labels.png"))
+    kept = np.random.default_rng(1).random(dense.shape) < 0.02
+    Image.fromarray(np.where(kept, dense, IGNORE).astype(np.uint8)).save(tmp_path / "sparse.png")
+    files = (folder / "picture.png", tmp_path / "sparse.png", tmp_path / "out.png")
+    done = run(tmp_path, *files, "--truth", folder / "labels.png", "--refine", "--grid", "100")
+    assert done.returncode == 0, done.stderr
+    assert f"{kept.sum()} of them labelled" in done.stdout
+    propagated, nearest = accuracies(done.stdout)
+    assert propagated > nearest
+    assert (tmp_path / "out.png").exists()
+
+
+def test_without_truth_no_accuracy_is_claimed(sample, tmp_path):
+    folder, _ = sample
+    done = run(tmp_path, folder / "picture.png", folder / "labels.png", tmp_path / "out.png", "--grid", "40")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" not in done.stdout
+    assert (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((5, 5), np.uint8), "expected 8-bit class ids"),
+        (np.zeros((240, 320, 3), np.uint8), "expected 8-bit class ids"),
+        (np.full((240, 320), IGNORE, np.uint8), "every pixel is 255"),
+    ],
+    ids=["size", "channels", "empty"],
+)
+def test_unusable_labels_are_explained(sample, tmp_path, labels, message):
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    done = run(tmp_path, sample[0] / "picture.png", tmp_path / "labels.png", tmp_path / "out.png")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

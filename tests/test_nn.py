@@ -1,0 +1,180 @@
+"""The correlation head and the dynamic threshold."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import corrmatch
+from corrmatch import nn, ops
+
+
+@pytest.fixture
+def head():
+    return nn.CorrelationHead(12, 5, hidden_channels=16)
+
+
+def test_head_without_masks(head):
+    feature, logits = torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37)
+    out = head(feature, logits)
+    assert out.propagated.shape == (2, 5, 6, 7)
+    assert out.masks is None
+    head.eval()
+    hidden = head.project(feature)
+    value = F.interpolate(logits, size=(6, 7), mode="bilinear", align_corners=True)
+    expected = ops.pixel_propagate(head.query(hidden), head.key(hidden), value)
+    torch.testing.assert_close(head(feature, logits).propagated, expected)
+
+
+def test_head_gradients(head):
+    feature = torch.randn(2, 12, 6, 7, requires_grad=True)
+    logits = torch.randn(2, 5, 31, 37, requires_grad=True)
+    head(feature, logits).propagated.square().sum().backward()
+    assert logits.grad is None
+    assert feature.grad.abs().sum() > 0
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if name != "key.bias":  # a shift of all keys by the same vector changes nothing
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("size", [None, (9, 8)])
+@pytest.mark.parametrize("connected", [None, "peak"])
+def test_head_with_masks(head, size, connected):
+    feature, logits = torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37)
+    head.eval()
+    generator = torch.Generator().manual_seed(3)
+    masks = head(feature, logits, num_masks=9, mask_size=size, connected=connected, generator=generator).masks
+    assert masks.size == (size or (31, 37))
+    index = torch.randint(42, (9,), generator=torch.Generator().manual_seed(3))
+    hidden = head.project(feature)
+    expected = ops.region_masks(head.query(hidden), head.key(hidden), index, masks.size, connected=connected)
+    assert torch.equal(masks.packed, expected.packed)
+
+
+def test_head_samples_every_position(head, monkeypatch):
+    """The last one too."""
+    drawn = []
+    original = ops.region_masks
+
+    def watched(query, key, index, *arguments, **options):
+        drawn.append(index)
+        return original(query, key, index, *arguments, **options)
+
+    monkeypatch.setattr(corrmatch.nn.ops, "region_masks", watched)
+    for _ in range(4):
+        head(torch.randn(1, 12, 2, 3), torch.randn(1, 5, 4, 6), num_masks=100)
+    counts = torch.bincount(torch.cat(drawn), minlength=6)
+    assert counts.shape == (6,)
+    assert (counts > 20).all()  # 400 draws of 6: fewer than 21 of one has a probability below 1e-9
+    assert len({tuple(index.tolist()) for index in drawn}) == 4
+
+
+def test_head_moves_and_compiles(head):
+    feature, logits = torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37)
+    double = copy.deepcopy(head).double().eval()
+    z = double(feature.double(), logits.double()).propagated
+    assert z.dtype == torch.float64
+    head.eval()
+    torch.testing.assert_close(head(feature, logits).propagated, z.float(), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(head, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(feature, logits).propagated, head(feature, logits).propagated)
+
+
+def test_threshold_formula():
+    theta = nn.DynamicThreshold(0.6, momentum=0.9)
+    theta.update(torch.tensor([0.5, 0.0, 1.0]))
+    assert theta.threshold.item() == pytest.approx(0.9 * 0.6 + 0.1 * 0.75, abs=1e-7)
+    theta.update(torch.tensor([0.0, 0.4, 0.0]))
+    assert theta.threshold.item() == pytest.approx(0.9 * 0.615 + 0.1 * 0.4, abs=1e-7)
+
+
+def test_threshold_defaults():
+    theta = nn.DynamicThreshold()
+    assert theta.threshold.dim() == 0
+    assert theta.threshold.dtype == torch.float32
+    assert theta.threshold.item() == pytest.approx(0.85)
+    assert theta.momentum == 0.999
+
+
+def test_threshold_stays_without_a_present_class():
+    theta = nn.DynamicThreshold(0.6)
+    before = theta.threshold.clone()
+    assert torch.equal(theta.update(torch.zeros(7)), before)
+
+
+def test_threshold_keeps_its_buffer():
+    """What ops were given moves along: an update is in place."""
+    theta = nn.DynamicThreshold(0.6, momentum=0.5)
+    given = theta.threshold
+    returned = theta.update(torch.ones(3))
+    assert given is theta.threshold
+    assert returned is given
+    assert given.item() == pytest.approx(0.8)
+
+
+def test_threshold_forward():
+    theta = nn.DynamicThreshold(0.6)
+    logits, ignore = torch.randn(2, 4, 5, 6, requires_grad=True), torch.rand(2, 9, 11) < 0.3
+    expected = ops.pseudo_label(logits.detach(), size=(9, 11), ignore=ignore)
+    theta.eval()
+    labels, confidence, threshold = theta(logits, size=(9, 11), ignore=ignore)
+    assert torch.equal(labels, expected[0])
+    assert torch.equal(confidence, expected[1])
+    assert threshold.item() == pytest.approx(0.6)
+    theta.train()
+    *_, threshold = theta(logits, size=(9, 11), ignore=ignore)
+    peak = expected[2]
+    assert threshold.item() == pytest.approx(0.999 * 0.6 + 0.001 * peak[peak > 0].mean().item(), abs=1e-6)
+    assert not confidence.requires_grad
+
+
+def test_threshold_state_and_pickle():
+    theta = nn.DynamicThreshold(0.6, momentum=0.9)
+    theta.update(torch.tensor([1.0]))
+    assert list(theta.state_dict()) == ["threshold"]
+    fresh = nn.DynamicThreshold()
+    fresh.load_state_dict(theta.state_dict())
+    assert torch.equal(fresh.threshold, theta.threshold)
+    for copied in (pickle.loads(pickle.dumps(theta)), copy.deepcopy(theta)):
+        assert torch.equal(copied.update(torch.tensor([0.2])), copy.deepcopy(theta).update(torch.tensor([0.2])))
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from corrmatch.nn import DynamicThreshold
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+theta = DynamicThreshold(0.6, momentum=0.9)
+peaks = torch.tensor([[0.5, 0.0, 0.9, 0.0], [0.7, 0.3, 0.0, 0.0]])
+mine = peaks[rank].clone()
+theta.update(mine)
+assert torch.equal(mine, peaks[rank]), "the argument stays"
+theta.update(torch.zeros(4) if rank == 0 else torch.tensor([0.0, 0.0, 0.0, 0.4]))
+print(repr(theta.threshold.item()))
+dist.destroy_process_group()
+"""
+
+
+def test_threshold_of_two_processes(tmp_path):
+    """Both hold the threshold of the classes' maxima over both."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    results = [float(worker.communicate(timeout=180)[0]) for worker in workers]
+    first = 0.9 * 0.6 + 0.1 * (0.7 + 0.3 + 0.9) / 3
+    assert results == pytest.approx([0.9 * first + 0.1 * 0.4] * 2, abs=1e-6)
+    assert results[0] == results[1]

@@ -1,0 +1,109 @@
+"""What setup.py decides from its environment, without building anything."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import setuptools
+
+SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+
+
+@pytest.fixture
+def names(monkeypatch, tmp_path):
+    """The names that setup.py defines. Its build requirements need not be installed for that."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    for module in ("ninja", "pybind11"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    for variable in ("CORRMATCH_BUILD_CUDA", "CORRMATCH_CUDA_ARCHS", "CUDA_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return runpy.run_path(str(SETUP), run_name="setup")
+
+
+def arch(number, kind="sm"):
+    return f"-gencode=arch=compute_{number},code={kind}_{number}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("80", [arch("80")]),
+        ("80;90a", [arch("80"), arch("90a")]),
+        ("8.0, 9.0a", [arch("80"), arch("90a")]),
+        ("120+PTX", [arch("120"), arch("120", "compute")]),
+        ("80;120+PTX", [arch("80"), arch("120"), arch("120", "compute")]),
+        ("100f", [arch("100f")]),
+        ("native", ["-arch=native"]),
+    ],
+)
+def test_architectures(names, given, expected):
+    assert names["Cuda"].gencode(given) == expected
+
+
+def test_default_architectures(names):
+    flags = names["Cuda"].gencode(names["CUDA_ARCHS"])
+    assert flags == [*(arch(a) for a in ("80", "86", "89", "90a", "100", "120")), arch("120", "compute")]
+
+
+@pytest.mark.parametrize("given", ["", "80;", "sm_80", "80 90", "all", "+PTX", "-arch=x"])
+def test_unreadable_architectures(names, given):
+    with pytest.raises(SystemExit, match=r"^CORRMATCH_CUDA_ARCHS: cannot read "):
+        names["Cuda"].gencode(given)
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "off", " 1"])
+def test_build_cuda_must_be_0_or_1(names, monkeypatch, value):
+    monkeypatch.setenv("CORRMATCH_BUILD_CUDA", value)
+    with pytest.raises(SystemExit, match=f"^CORRMATCH_BUILD_CUDA must be 0 or 1, got {value!r}"):
+        names["Cuda"].detect()
+
+
+def test_without_nvcc(names, monkeypatch):
+    assert names["Cuda"].detect().status.startswith("not built: no nvcc")
+    assert names["Cuda"].detect().nvcc == ""
+    monkeypatch.setenv("CORRMATCH_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc is neither in CUDA_HOME/bin nor on PATH"):
+        names["Cuda"].detect()
+
+
+def nvcc_in(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nvcc").write_text("#!/bin/sh\n")
+    (folder / "nvcc").chmod(0o755)
+    return str(folder / "nvcc")
+
+
+def test_with_nvcc(names, monkeypatch, tmp_path):
+    on_path, in_home = nvcc_in(tmp_path), nvcc_in(tmp_path / "home/bin")
+    kernels = tmp_path / "tree/csrc/cuda"
+    kernels.mkdir(parents=True)
+    monkeypatch.setitem(names["Cuda"].detect.__func__.__globals__, "ROOT", tmp_path / "tree")
+    assert names["Cuda"].detect().status == "not built: this version has no CUDA kernels"
+    (kernels / "op.cu").touch()
+    assert names["Cuda"].detect().nvcc == on_path
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    cuda = names["Cuda"].detect()
+    assert cuda.nvcc == in_home
+    assert cuda.status == "built for 80;86;89;90a;100;120+PTX"
+    assert cuda.flags[:7] == names["Cuda"].gencode(names["CUDA_ARCHS"])
+    monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "90a")
+    assert names["Cuda"].detect().flags[0] == arch("90a")
+    monkeypatch.setenv("CORRMATCH_BUILD_CUDA", "0")
+    assert names["Cuda"].detect().nvcc == ""
+
+
+def test_narrowest_instruction_set_first(names):
+    """The linker keeps the first of equal inline functions, so no wider code may come before."""
+    variants = names["X86_VARIANTS"]
+    assert list(variants) == ["generic", "avx2", "avx512"]
+    assert variants["generic"] == []
+    assert set(variants["avx2"]) < set(variants["avx512"])
+
+
+def test_paths_in_ninja_files(names):
+    assert names["escape"](Path("/a b/c:d$e")) == "/a$ b/c$:d$$e"

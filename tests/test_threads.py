@@ -1,0 +1,125 @@
+"""The same results from run to run, for any number of threads, from several Python threads and in forked workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
+
+# Large enough for many groups of row blocks, strips and chunks.
+LARGE = {"pixel_propagate": (23, 29), "region_masks": (23, 29), "connected_components": (230, 150)}
+
+
+def computed(sample, backend, seed):
+    torch.manual_seed(seed)
+    op, make = SAMPLES[sample]
+    call, arguments = make(LARGE.get(op, (61, 53)), device=backend.device, backend=backend.name)
+    return with_gradients(call, arguments) if sample in DIFFERENTIABLE else results(call(*arguments))
+
+
+def assert_identical(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_any_number_of_threads(backend, sample):
+    expected = computed(sample, backend, 0)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        actual = computed(sample, backend, 0)
+        if backend.exact and backend.name != "torch":
+            assert_identical(actual, expected)
+        else:
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_run_to_run(backend, sample):
+    torch.set_num_threads(2)
+    expected = computed(sample, backend, 1)
+    for _ in range(10):
+        assert_identical(computed(sample, backend, 1), expected)
+
+
+def test_several_python_threads(backend, sample):
+    torch.set_num_threads(2)
+    _, make = SAMPLES[sample]
+    inputs = [make((17, 13), device=backend.device, backend=backend.name) for _ in range(4)]
+    run = with_gradients if sample in DIFFERENTIABLE else lambda call, arguments: results(call(*arguments))
+    expected = [run(*x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for actual, wanted in zip(pool.map(lambda x: run(*x), inputs), expected, strict=True):
+                for a, b in zip(actual, wanted, strict=True):
+                    tolerance = 0 if backend.exact else 1e-5
+                    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def run_python(code):
+    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_workers_of_a_data_loader():
+    """A forked worker can call the ops after its parent did."""
+    out = run_python("""
+        import torch
+        from torch.utils.data import DataLoader
+        from corrmatch import ops
+
+        torch.set_num_threads(1)
+        images = torch.randint(3, (6, 70, 90), generator=torch.Generator().manual_seed(0))
+        logits = torch.randn(6, 5, 9, 9, generator=torch.Generator().manual_seed(0))
+        expected = ops.connected_components(images), ops.pseudo_label(logits, size=(33, 33))[1]
+        ops.pixel_propagate(logits, logits, logits)
+
+        class Pictures(torch.utils.data.Dataset):
+            def __len__(self):
+                return 6
+            def __getitem__(self, i):
+                z = ops.pixel_propagate(logits[:1], logits[:1], logits[:1])
+                return ops.connected_components(images[i]), ops.pseudo_label(logits[i:i + 1], size=(33, 33))[1][0], z
+
+        loader = DataLoader(Pictures(), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=120)
+        found = [torch.cat(x) for x in zip(*loader)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+        print("same")
+    """)
+    assert out.strip() == "same"
+
+
+@pytest.mark.parametrize("filler", [0x80, 0x7F])
+def test_no_result_depends_on_fresh_memory(filler, monkeypatch):
+    """With what malloc returns filled by the C library, results are those without."""
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import torch
+        from corrmatch import _C
+        from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
+
+        torch.set_num_threads(1)
+        for isa in _C.cpu.isas():
+            _C.cpu.select_isa(isa)
+            for name, (op, make) in SAMPLES.items():
+                for size in ((3, 5), (9, 14)):
+                    torch.manual_seed(7)
+                    call, arguments = make(size)
+                    run = with_gradients if name in DIFFERENTIABLE else lambda call, x: results(call(*x))
+                    for x in run(call, arguments):
+                        print(isa, name, size, x.double().sum().item(), x.double().square().sum().item())
+    """
+    monkeypatch.delenv("MALLOC_PERTURB_", raising=False)
+    expected = run_python(code)
+    assert "nan" not in expected
+    assert expected.count("\n") > 50
+    monkeypatch.setenv("MALLOC_PERTURB_", str(filler))
+    assert run_python(code) == expected

@@ -1,0 +1,192 @@
+"""The ops under opcheck, torch.compile and autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from corrmatch import RegionMasks, ops
+
+REGISTERED = torch.ops.corrmatch
+F32, F64, F16 = torch.float32, torch.float64, torch.float16
+
+
+def only(*samples):
+    def mark(test):
+        test.samples = samples
+        return test
+
+    return mark
+
+
+def feature(*shape, dtype=F32, grad=True):
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def opcheck_calls():
+    """Registered op and arguments, without the backend."""
+    maps = [feature(2, 3, 4, 5), feature(2, 3, 3, 2), feature(2, 4, 4, 5)]
+    wide = [x.detach().double().requires_grad_() for x in maps]
+    mixed = [maps[0].detach().half(), maps[1], maps[2].detach().double()]
+    gate, threshold = torch.rand(2, 1, 4, 5) < 0.5, torch.tensor(0.4, dtype=F64)
+    strided = [x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in maps]
+    propagate = REGISTERED.pixel_propagate.default
+    for tensors in (maps, wide, mixed, strided):
+        yield propagate, (*tensors, None, None, 0.5, False)
+    yield propagate, (*maps, gate, None, 0.5, True)
+    yield propagate, (*maps, None, threshold, 0.5, False)
+    yield propagate, (*(x.detach()[:0] for x in maps), None, None, 0.5, False)
+
+    normalizer = REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, "cpu")[1].detach()
+    for needs in ([True, True, True], [False, True, False], [True, False, True]):
+        plain = [x.detach() for x in maps]
+        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, normalizer, 0.5, needs)
+
+    index = torch.randint(20, (2, 6))
+    query, key = maps[0].detach(), maps[1].detach()
+    for connected in (0, 1, 2):
+        yield REGISTERED.region_masks.default, (query, key, index, 9, 7, 0.5, 0.3, connected, 8)
+    yield REGISTERED.region_masks.default, (query.double(), key.half(), index[:, :0], 9, 7, 0.5, 0.3, 0, 4)
+
+    labels, reliable, valid = torch.randint(4, (2, 9, 7)), torch.rand(2, 9, 7) < 0.7, torch.rand(2, 9, 7) < 0.7
+    packed = RegionMasks.from_bool(torch.rand(2, 5, 9, 7) < 0.5).packed
+    yield REGISTERED.region_propagate.default, (labels, reliable, packed, threshold, valid, 4)
+    yield REGISTERED.region_propagate.default, (labels.to(torch.uint8), reliable, packed, threshold, None, 4)
+    yield REGISTERED.region_propagate.default, (labels.mT.contiguous().mT, reliable, packed, threshold, None, 4)
+
+    for image in (labels, labels[0], labels.bool(), labels.mT):
+        yield REGISTERED.connected_components.default, (image, 8, 0)
+
+    logits = torch.randn(2, 5, 4, 6)
+    yield REGISTERED.pseudo_label.default, (logits, None, 4, 6)
+    yield REGISTERED.pseudo_label.default, (logits.half(), torch.rand(2, 9, 7) < 0.3, 9, 7)
+
+
+CALLS = [f"{i}-{op.name().removeprefix('corrmatch::')}" for i, (op, _) in enumerate(opcheck_calls())]
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(backend_name, call):
+    op, arguments = list(opcheck_calls())[CALLS.index(call)]
+    if "pixel_propagate" in call and backend_name == "reference":
+        backend_name = "cpu"  # that oracle is not an op of its own
+    assert set(opcheck(op, (*arguments, backend_name)).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("index", [(2, 6), (2, 1)], ids=str)
+def test_opcheck_of_correlation_rows(index):
+    arguments = (feature(2, 3, 20), feature(2, 3, 6), torch.randint(20, index), 0.7)
+    assert set(opcheck(REGISTERED.correlation_rows.default, arguments).values()) == {"SUCCESS"}
+    halves = [x.detach().half().requires_grad_() for x in arguments[:2]]
+    assert set(opcheck(REGISTERED.correlation_rows.default, (*halves, *arguments[2:])).values()) == {"SUCCESS"}
+
+
+def assert_compiles(sample, backend, compiler):
+    """One graph without a break serves every size, with the eager results and gradients."""
+    make = SAMPLES[sample][1]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(compiler)
+    call, _ = make(backend=backend.name)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((9, 12), (11, 14), (13, 10)):  # at first no two sizes are equal, which would count as a rule
+        _, arguments = make(size)
+        if sample in DIFFERENTIABLE:
+            actual, expected = with_gradients(compiled, arguments), with_gradients(call, arguments)
+        else:
+            actual, expected = results(compiled(*arguments)), results(call(*arguments))
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1, "a new size was compiled anew"
+
+
+def test_compile(backend, sample):
+    assert_compiles(sample, backend, "aot_eager")
+
+
+@only("pixel_propagate_thresholded")
+def test_compile_with_inductor(backend, sample):
+    assert_compiles(sample, backend, "inductor")
+
+
+def test_compile_with_numbers_as_arguments():
+    """Python numbers, which torch.compile takes for variable as well."""
+
+    def call(query, key, value, index, scale, threshold):
+        z = ops.pixel_propagate(query, key, value, scale=scale, threshold=threshold)
+        masks = ops.region_masks(query, key, index, (9, 7), scale=scale, threshold=threshold)
+        return z, masks.packed, ops.correlation_rows(query, key, index, scale=scale)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    maps = [torch.randn(2, 6, 4, 5), torch.randn(2, 6, 3, 7), torch.randn(2, 3, 4, 5)]
+    for numbers in ((0.5, 0.3), (0.7, 0.4), (1, 0)):
+        arguments = (*maps, torch.arange(8), *numbers)
+        for a, b in zip(compiled(*arguments), call(*arguments), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_of_a_training_step():
+    """All ops in one graph."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def step(query, key, logits, index, box):
+        labels, confidence, peak = ops.pseudo_label(logits)
+        masks = ops.region_masks(query, key, index, (logits.shape[2], logits.shape[3]))
+        theta = peak.mean()
+        after = ops.region_propagate(labels, (confidence >= theta) & ~box, masks, theta, num_classes=4, valid=~box)
+        parts = ops.connected_components(after[0])
+        value = torch.nn.functional.interpolate(logits, size=query.shape[2:], mode="bilinear", align_corners=True)
+        return ops.pixel_propagate(query, key, value, threshold=theta), *after, parts
+
+    for size in ((5, 6), (7, 4)):
+        query, key = feature(2, 3, *size), feature(2, 3, *size)
+        logits, box = torch.randn(2, 4, 21, 25), torch.rand(2, 21, 25) < 0.2
+        index = torch.randint(size[0] * size[1], (9,))
+        z, after, _, parts = step(query, key, logits, index, box)
+        assert z.shape == (2, 4, *size)
+        assert torch.equal(parts, ops.connected_components(after))
+        z.sum().backward()
+        assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"normalize": True}], ids=str)
+def test_autocast_of_pixel_propagation(options):
+    """Maps are cast to the autocast dtype, float64 stays; gradients come in the dtypes of the leaves."""
+    call = lambda *x: ops.pixel_propagate(*x, **options)  # noqa: E731
+    maps = [feature(2, 6, 5, 7), feature(2, 6, 5, 7), feature(2, 4, 5, 7)]
+    for dtype in (torch.bfloat16, F16):
+        with torch.autocast("cpu", dtype):
+            z = call(*maps)
+            wide = call(*(x.double() for x in maps))
+        assert z.dtype == dtype
+        assert wide.dtype == F64
+        assert torch.equal(wide, call(*(x.double() for x in maps)))
+        assert torch.equal(z, call(*(x.to(dtype) for x in maps)))
+        gradients = torch.autograd.grad(z.float().sum(), maps)
+        assert [x.dtype for x in gradients] == [F32, F32, F32]
+
+
+def test_autocast_leaves_the_confidence_alone():
+    """A confidence that rounds to the threshold in bfloat16 stays below it."""
+    maps = [feature(1, 3, 2, 2), feature(1, 3, 2, 2), feature(1, 2, 2, 2)]
+    confidence = torch.full((1, 2, 2), 0.9999)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = ops.pixel_propagate(*maps, confidence=confidence, threshold=1.0)
+    assert torch.equal(z, torch.zeros_like(z))
+
+
+def test_autocast_changes_no_other_op(backend, sample):
+    """All but pixel propagation compute as they do without it, in float32 or better."""
+    call, arguments = SAMPLES[sample][1](backend=backend.name)
+    expected = results(call(*arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = results(call(*arguments))
+    for a, b in zip(actual, expected, strict=True):
+        if sample.startswith("pixel"):
+            assert a.dtype == torch.bfloat16
+            torch.testing.assert_close(a.float(), b, rtol=0.1, atol=0.1)
+        else:
+            assert torch.equal(a, b)
