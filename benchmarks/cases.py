@@ -130,7 +130,7 @@ def region_masks(s: Setting) -> Iterator[Case]:
     size, (height, width) = s.full, s.grid
     contenders = [
         Contender("corrmatch", lambda: ops.region_masks(query, key, index, size), ours=True),
-        Contender("eager, 8 masks at a time", lambda: peers.region_masks_chunked(query, key, index, size)),
+        Contender("eager, 8 masks at once", lambda: peers.region_masks_chunked(query, key, index, size)),
         Contender("published eager", lambda: peers.region_masks(query, key, index, size)),
     ]
 

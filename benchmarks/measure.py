@@ -139,7 +139,8 @@ def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
     """Most memory in use during the call above the level before it, the result included; None where unknown.
 
     On a GPU that is what torch has allocated. On a CPU it is resident memory, which counts the allocations of torch and
-    of any extension alike; the heap is trimmed first, so that nothing is served from memory freed earlier.
+    of any extension alike; the heap is trimmed first, so that nothing is served from memory freed earlier. The
+    kernel counts to within about half a MiB.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import Any
 
-WIDTH = 117
+WIDTH = 116
 NAME = 25
 TITLES = {
     "pixel_propagate": "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D)); D = C = 21",
@@ -48,7 +48,7 @@ def header(environment: dict[str, Any], options: argparse.Namespace) -> str:
     lines = ["corrmatch benchmark"]
     for term, text in [*facts.items(), ("", ""), *LEGEND.items()]:
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {term:<10}", subsequent_indent=" " * 12) or [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def passes_of(op: str) -> tuple[str, ...]:
@@ -61,10 +61,12 @@ def op_header(op: str) -> str:
     passes = passes_of(op)
     top, heads = " " * NAME, " " * NAME
     for name in passes:
-        top += f"   {PASSES[name] if len(passes) > 1 else '':>18}"
-        heads += f"   {'ms':>11} {'ratio':>6}"
-    top, heads = f"{top}{'':>10}{'peak extra':>15}", f"{heads}{'per s':>10}{'MiB':>15}{'error':>9}"
-    return "\n".join(["", f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
+        top += f"  {PASSES[name] if len(passes) > 1 else '':>18}"
+        heads += f"  {'ms':>11} {'ratio':>6}"
+    mebibytes = 14 if len(passes) > 1 else 11
+    top = f"{top}{'':>9}{'peak extra':>{mebibytes}}"
+    heads = f"{heads}{'per s':>9}{'MiB':>{mebibytes}}{'error':>8}"
+    return "\n".join([f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
 
 
 def block(result: dict[str, Any]) -> str:
@@ -87,14 +89,16 @@ def _row(row: dict[str, Any], timed: list[dict[str, Any]], passes: tuple[str, ..
     for name in passes:
         time = row["times"].get(name)
         if time is None:
-            line += f"   {'—':>11} {'—':>6}"
+            line += f"  {'—':>11} {'—':>6}"
             continue
         spread = f"±{min(99, 100 * time['spread']):.0f}%"
-        line += f"   {_milliseconds(time['median']):>6} {spread:>4} {ratio(row, timed, name):>6}"
+        line += f"  {_milliseconds(time['median']):>6} {spread:>4} {ratio(row, timed, name):>6}"
     peak = row["peak_extra_bytes"]
-    shown = "".join(f"{_mebibytes(peak[name]) if name in peak else '—':>8}" for name in passes if name != "backward")
-    line += f"{_si(elements / row['times']['forward']['median']):>10}{shown:>15}"
-    return f"{line}{row['error']:>9.0e}" if row["error"] > 0 else f"{line}{'0':>9}"
+    width = 7 if len(passes) > 1 else 11
+    weighed = [name for name in passes if name != "backward"]
+    line += f"{_si(elements / row['times']['forward']['median']):>9}"
+    line += "".join(f"{_mebibytes(peak[name]) if name in peak else '—':>{width}}" for name in weighed)
+    return line + (f"{row['error']:>8.0e}" if row["error"] > 0 else f"{'0':>8}")
 
 
 def ratio(row: dict[str, Any], timed: list[dict[str, Any]], name: str) -> str:

@@ -31,7 +31,9 @@ hypothesis.settings.load_profile("corrmatch")
 
 
 def pytest_configure(config):
-    os.environ.setdefault("CORRMATCH_TEST_SEED", str(random.SystemRandom().randrange(2**31)))  # workers inherit it
+    # Workers inherit both. Threads that wait without spinning leave the processor to the other workers.
+    os.environ.setdefault("CORRMATCH_TEST_SEED", str(random.SystemRandom().randrange(2**31)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_report_header(config):
@@ -47,8 +49,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend,sample", pairs, ids=ids, indirect=["backend"])
         return
     found = cases(metafunc.module.OP)
-    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "dtype" in metafunc.fixturenames and not any("dtype" in names for names in given):
+    if "dtype" in metafunc.fixturenames:
         both = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in found for dtype in case.dtypes]
         metafunc.parametrize("backend,dtype", both, indirect=["backend"])
     else:

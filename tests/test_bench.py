@@ -39,7 +39,7 @@ def test_script_prints_tables_and_writes_figures(tmp_path):
     record = json.loads(figures.read_text())
 
     lines = done.stdout.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert [line for line in lines if len(line) > 120] == []
     assert {line.split(":")[0] for line in lines} >= set(cases.OPS)
     assert "All agree with the oracle." in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -181,14 +181,15 @@ def test_race_shares_time_and_keeps_minimum_rounds():
 
 
 def test_race_without_time_still_has_minimum_rounds():
-    racing = [measure.Contender(name, lambda: None) for name in "ab"]
+    racing = [measure.Contender(name, lambda: time.sleep(0.005)) for name in "ab"]
     assert [len(times["forward"]) for times in measure.race(racing, 0.0, "cpu")] == [measure.LEAST_ROUNDS] * 2
 
 
 def test_peak_counts_what_a_call_takes_and_returns():
     size = 64 * 2**20
     peak = measure.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    assert peak is None if sys.platform != "linux" else size <= peak < 1.25 * size
+    assert peak is None or 0.99 * size < peak < 1.25 * size
+    assert (peak is None) == (sys.platform != "linux")
 
 
 def test_summary_of_known_samples():

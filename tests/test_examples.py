@@ -65,7 +65,7 @@ def test_without_truth_no_accuracy_is_claimed(sample, tmp_path):
     folder, _ = sample
     done = run(tmp_path, folder / "picture.png", folder / "labels.png", tmp_path / "out.png", "--grid", "40")
     assert done.returncode == 0, done.stderr
-    assert "accuracy" not in done.stdout
+    assert "mean IoU" not in done.stdout
     assert (tmp_path / "out.png").exists()
 
 

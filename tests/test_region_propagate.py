@@ -169,6 +169,19 @@ def test_sizes_around_words(backend, size):
         assert_equal(found, [x.numpy() for x in expected])
 
 
+def test_bits_behind_the_last_pixel_do_not_count(backend):
+    labels, reliable, masks, valid = (x.to(backend.device) for x in scene((9, 13), 12, 6))
+    clean = RegionMasks.from_bool(masks)
+    packed = clean.packed.clone()
+    packed[..., -1] |= -1 << (9 * 13 % 32)
+    for v in (None, valid):
+        found, expected = (
+            ops.region_propagate(labels, reliable, m, 0.4, num_classes=6, valid=v, backend=backend.name)
+            for m in (RegionMasks(packed, (9, 13)), clean)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("threshold", [0.2, 0.6, 0.9])
 def test_published_size(backend, threshold):
     labels, reliable, masks, valid = scene((161, 161), 64, 21, batch=3, coherent=0.9)

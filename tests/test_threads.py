@@ -8,18 +8,17 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 import torch
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 
 # Large enough for many groups of row blocks, strips and chunks.
-LARGE = {"pixel_propagate": (23, 29), "region_masks": (23, 29), "connected_components": (230, 150)}
+LARGE = {"pixel_propagate": (23, 19), "region_masks": (19, 23), "connected_components": (130, 150)}
 
 
 def computed(sample, backend, seed):
     torch.manual_seed(seed)
     op, make = SAMPLES[sample]
-    call, arguments = make(LARGE.get(op, (61, 53)), device=backend.device, backend=backend.name)
+    call, arguments = make(LARGE.get(op, (51, 43)), device=backend.device, backend=backend.name)
     return with_gradients(call, arguments) if sample in DIFFERENTIABLE else results(call(*arguments))
 
 
@@ -96,9 +95,8 @@ def test_workers_of_a_data_loader():
     assert out.strip() == "same"
 
 
-@pytest.mark.parametrize("filler", [0x80, 0x7F])
-def test_no_result_depends_on_fresh_memory(filler, monkeypatch):
-    """With what malloc returns filled by the C library, results are those without."""
+def test_no_result_depends_on_fresh_memory(monkeypatch):
+    """With what malloc returns filled by the C library, with huge numbers if read as floats, results are the same."""
     code = """
         import sys
         sys.path.insert(0, sys.argv[1])
@@ -121,5 +119,5 @@ def test_no_result_depends_on_fresh_memory(filler, monkeypatch):
     expected = run_python(code)
     assert "nan" not in expected
     assert expected.count("\n") > 50
-    monkeypatch.setenv("MALLOC_PERTURB_", str(filler))
+    monkeypatch.setenv("MALLOC_PERTURB_", str(0x80))  # fills with its complement, 0x7f
     assert run_python(code) == expected
