@@ -36,6 +36,7 @@ import measure
 import plot
 import report
 import torch
+import workload
 
 import corrmatch
 
@@ -53,7 +54,7 @@ SHARE = {  # of the time budget, for one size
 QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
 
 
-def measure_case(case: cases.Case, seconds: float, device: str) -> dict[str, Any]:
+def measure_case(case: workload.Case, seconds: float, device: str) -> dict[str, Any]:
     """Verifies, weighs and races the contenders of a case."""
     rows = verify(case, device)
     racing = [(c, row) for c, row in zip(case.contenders, rows, strict=True) if row["status"] == "ok"]
@@ -70,7 +71,7 @@ def measure_case(case: cases.Case, seconds: float, device: str) -> dict[str, Any
     return {name: getattr(case, name) for name in fields} | {"contenders": rows}
 
 
-def verify(case: cases.Case, device: str) -> list[dict[str, Any]]:
+def verify(case: workload.Case, device: str) -> list[dict[str, Any]]:
     """Compares every contender with the oracle, and picks the fastest of each family."""
     expected = case.expected()
     rows: list[dict[str, Any]] = []
@@ -101,7 +102,7 @@ def verify(case: cases.Case, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def chosen_cases(options: argparse.Namespace) -> list[tuple[str, cases.Setting]]:
+def chosen_cases(options: argparse.Namespace) -> list[tuple[str, workload.Setting]]:
     """What to measure, in order. Inputs are made later, a case at a time."""
     chosen = []
     for op in options.ops:
@@ -110,7 +111,9 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, cases.Setting]]
             if batch is None:
                 batch = 4 if 4 * (height * width) ** 2 <= MAP_LIMIT else 1
             dtype = DTYPES[options.dtype]
-            setting = cases.Setting((height, width), batch, dtype, options.device, options.value_grad, options.compile)
+            setting = workload.Setting(
+                (height, width), batch, dtype, options.device, options.value_grad, options.compile
+            )
             chosen.append((op, setting))
     return chosen
 
@@ -126,7 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="add the published form under torch.compile")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--threads", type=_count, help="CPU threads (default: torch's)")
-    parser.add_argument("--budget", type=float, default=45.0, help="seconds of timing, roughly (default: 45)")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of timing, roughly (default: 40)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory of pixel_propagate against N")
     return parser.parse_args(arguments)

@@ -5,7 +5,7 @@ The oracle is `corrmatch.reference` on the inputs in float64. Nothing here is ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,72 +15,25 @@ import torch
 import torch.nn.functional as F
 from measure import Contender
 from torch import Tensor
+from workload import (
+    CHANNELS,
+    Case,
+    Setting,
+    largest,
+    largest_relative_error,
+    percent,
+    share_different,
+    smooth,
+    smooth_features,
+)
 
 from corrmatch import RegionMasks, ops, reference
 
-CHANNELS = 21  # of query, key and value, and the number of classes: Pascal VOC
-MASKS = 128  # regions sampled a picture
 THRESHOLD = 0.85  # of region propagation: Pascal VOC's
 ROWS = (64, 128, 256)  # of the row-chunked peer
 COMPONENT_LIBRARIES = ("scipy", "OpenCV", "cc3d")
 ORACLE_SIDE = 321  # the oracle of components sweeps once for each pixel of the longest path: seconds; minutes at 801
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass
-class Case:
-    """One op at one size.
-
-    Attributes:
-        op: Name of the op.
-        size: The size, for people.
-        elements: What `unit` counts, in one call.
-        unit: What elements are.
-        workload: What the inputs are like, for people.
-        contenders: corrmatch first.
-        expected: The oracle's answer, in the form of `Contender.both`.
-        error: Distance of an answer from the oracle's.
-        tolerance: Largest error that passes.
-        positions: N, for the plot.
-        batch: B.
-        oracle_bytes: About what the oracle needs.
-        share: Of the time for this op and setting.
-    """
-
-    op: str
-    size: str
-    elements: int
-    unit: str
-    workload: str
-    contenders: list[Contender]
-    expected: Callable[[], tuple[Any, ...]]
-    error: Callable[[tuple[Any, ...], tuple[Any, ...]], float]
-    tolerance: float
-    positions: int
-    batch: int
-    oracle_bytes: int = 0
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the command line chose for a case."""
-
-    grid: tuple[int, int]
-    batch: int
-    dtype: torch.dtype
-    device: str
-    value_grad: bool
-    compiled: bool
-
-    @property
-    def full(self) -> tuple[int, int]:
-        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321."""
-        return 8 * (self.grid[0] - 1) + 1, 8 * (self.grid[1] - 1) + 1
-
-    def generator(self) -> torch.Generator:
-        """Inputs are made on the CPU from the same seed, so every device gets the same."""
-        return torch.Generator().manual_seed(0)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 
 def pixel_propagate(s: Setting) -> Iterator[Case]:
@@ -119,14 +72,14 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
     positions = height * width
     yield Case(
         "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
-        f"N = {positions}", contenders, expected, _largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
+        f"N = {positions}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
         oracle_bytes=6 * 8 * s.batch * positions**2,
     )  # fmt: skip
 
 
 def region_masks(s: Setting) -> Iterator[Case]:
     """Masks from the rows of smooth features."""
-    query, key, index = _smooth_features(s)
+    query, key, index = smooth_features(s)
     size, (height, width) = s.full, s.grid
     contenders = [
         Contender("corrmatch", lambda: ops.region_masks(query, key, index, size), ours=True),
@@ -139,7 +92,7 @@ def region_masks(s: Setting) -> Iterator[Case]:
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
         masks = got[0].to_bool() if isinstance(got[0], RegionMasks) else got[0]
-        return _share_different(masks, want[0].to_bool())
+        return share_different(masks, want[0].to_bool())
 
     pixels = s.batch * index.shape[0] * size[0] * size[1]
     yield Case(
@@ -151,13 +104,13 @@ def region_masks(s: Setting) -> Iterator[Case]:
 
 def region_propagate(s: Setting) -> Iterator[Case]:
     """Masks of smooth features over smooth labels, so that some regions are accepted and some not."""
-    query, key, index = _smooth_features(s)
+    query, key, index = smooth_features(s)
     size, generator = s.full, s.generator()
     masks = ops.region_masks(query, key, index, size)
     as_bool = masks.to_bool()
     # Classes follow some of the features' channels, so that many regions lie in one class and many do not.
     labels = F.interpolate(query[:, : CHANNELS // 3].float(), size=size, mode="bilinear").argmax(1)
-    doubt = _smooth(s.batch, 1, size, 8, generator)[:, 0]
+    doubt = smooth(s.batch, 1, size, 8, generator)[:, 0]
     reliable = (doubt < doubt.flatten().kthvalue(int(0.85 * doubt.numel())).values).to(s.device)
     arguments = (as_bool, THRESHOLD, CHANNELS)
 
@@ -173,14 +126,14 @@ def region_propagate(s: Setting) -> Iterator[Case]:
         return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS),)
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
-        return _largest(_share_different(x, y) for x, y in zip(got[0], want[0], strict=True))
+        return largest(share_different(x, y) for x, y in zip(got[0], want[0], strict=True))
 
     after, reliable_after = ours()
     count = index.shape[0]
     yield Case(
         "region_propagate", f"{size[0]}x{size[1]}, B = {s.batch}", as_bool.numel(), "mask pixels",
-        f"K = {count}; {_percent(after != labels)} of the pixels change, reliable are {_percent(reliable)}, then "
-        f"{_percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
+        f"K = {count}; {percent(after != labels)} of the pixels change, reliable are {percent(reliable)}, then "
+        f"{percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
         oracle_bytes=4 * as_bool.numel(),
     )  # fmt: skip
 
@@ -189,7 +142,7 @@ def connected_components(s: Setting) -> Iterator[Case]:
     """One binary picture: smooth blobs, then noise."""
     size, generator = s.full, s.generator()
     pictures = {
-        "smooth blobs": _smooth(1, 1, size, max(2, size[0] // 16), generator)[0, 0] > 0,
+        "smooth blobs": smooth(1, 1, size, max(2, size[0] // 16), generator)[0, 0] > 0,
         "noise, half of the pixels set": torch.rand(size, generator=generator) < 0.5,
     }
     for kind, picture in pictures.items():
@@ -221,7 +174,7 @@ def _component_case(kind: str, picture: Tensor) -> Case:
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
         answers = (raster_order(x.labels) if isinstance(x, _Numbered) else x.cpu().numpy() for x in got)
-        return _largest(float((x != y).mean()) for x, y in zip(answers, want, strict=True))
+        return largest(float((x != y).mean()) for x, y in zip(answers, want, strict=True))
 
     contenders = [contender("corrmatch", ops.connected_components, ours=True)]
     contenders += [peer(name) for name in COMPONENT_LIBRARIES]
@@ -251,7 +204,7 @@ def raster_order(labels: np.ndarray) -> np.ndarray:
 def pseudo_label(s: Setting) -> Iterator[Case]:
     """Smooth logits, enlarged."""
     size, (height, width) = s.full, s.grid
-    logits = (4 * _smooth(s.batch, CHANNELS, s.grid, 6, s.generator())).to(s.device, s.dtype)
+    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, s.generator())).to(s.device, s.dtype)
     contenders = [
         Contender("corrmatch", lambda: ops.pseudo_label(logits, size=size), ours=True),
         Contender("eager, logsumexp", lambda: peers.pseudo_label_logsumexp(logits, size)),
@@ -262,7 +215,7 @@ def pseudo_label(s: Setting) -> Iterator[Case]:
         return (reference.pseudo_label(logits.double(), size=size),)
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
-        return _largest([_share_different(got[0][0], want[0][0]), _largest_relative_error(got[0][1:], want[0][1:])])
+        return largest([share_different(got[0][0], want[0][0]), largest_relative_error(got[0][1:], want[0][1:])])
 
     pixels = s.batch * size[0] * size[1]
     yield Case(
@@ -275,39 +228,3 @@ def pseudo_label(s: Setting) -> Iterator[Case]:
 OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     f.__name__: f for f in (pixel_propagate, region_masks, region_propagate, connected_components, pseudo_label)
 }
-
-
-def _smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generator: torch.Generator) -> Tensor:
-    """Random maps of about so many bumps a side."""
-    coarse = torch.randn(batch, channels, waves, waves, generator=generator)
-    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
-
-
-def _smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key that vary smoothly over the picture, as a network's do, and the sampled positions."""
-    generator = s.generator()
-    features = _smooth(s.batch, CHANNELS, s.grid, 4, generator)
-    query, key = (
-        (features + 0.1 * torch.randn(features.shape, generator=generator)).to(s.device, s.dtype) for _ in range(2)
-    )
-    positions = s.grid[0] * s.grid[1]
-    return query, key, torch.randperm(positions, generator=generator)[:MASKS].to(s.device)
-
-
-def _largest_relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
-    """The largest relative Frobenius norm among results and gradients."""
-    pairs = zip(got, want, strict=False)  # a contender without a backward has no gradients
-    return _largest(float(torch.linalg.vector_norm(x.double() - y) / torch.linalg.vector_norm(y)) for x, y in pairs)
-
-
-def _largest(errors: Iterable[float]) -> float:
-    """The largest error; NaN if any is, which max() might pass over."""
-    return float(np.max(list(errors)))
-
-
-def _share_different(x: Tensor, y: Tensor) -> float:
-    return float((x != y).double().mean())
-
-
-def _percent(x: Tensor) -> str:
-    return f"{100 * float(x.double().mean()):.0f} %"

@@ -169,6 +169,7 @@ def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.nd
     if importlib.util.find_spec("cv2"):
         import cv2
 
+        cv2.setNumThreads(torch.get_num_threads())
         peers["OpenCV"] = lambda image: cv2.connectedComponents(image, connectivity=connectivity)[1]
     if importlib.util.find_spec("cc3d"):
         import cc3d

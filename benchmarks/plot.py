@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import report
+
 COLORS = {
     "corrmatch": "#c1121f",
     "row-chunked": "#1d6fa5",
@@ -13,7 +15,7 @@ COLORS = {
     "published eager": "#444444",
     "published, compiled": "#8d5fb8",
 }
-APART = 1.16  # least ratio between the heights of two labels
+APART = 0.05  # least distance between two labels, as a share of the axis
 
 
 def require(ops: list[str]) -> None:
@@ -41,7 +43,7 @@ def draw(results: list[dict[str, Any]], environment: dict[str, Any], path: Path)
         fontsize=12,
     )
     figure.supxlabel(
-        f"{environment['device']}, {environment['threads']} threads; corrmatch {environment['corrmatch']}{commit}, "
+        f"{environment['device']}, {report.threads(environment)}; corrmatch {environment['corrmatch']}{commit}, "
         f"torch {environment['torch']}, {environment['date'][:10]}",
         fontsize=8,
         color="#555555",
@@ -94,9 +96,10 @@ def panel(axes: Any, found: dict[tuple[str, str], list[tuple[int, float]]], resu
         )
         if both or label not in ends:
             ends[label] = points[-1]
-    height = 0.0
+    bottom, top = axes.get_ylim()
+    apart, height = (top / bottom) ** APART, 0.0
     for label, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        height = max(y, APART * height)
+        height = max(y, apart * height)
         axes.annotate(
             label, (x, height), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9,
             color=COLORS.get(label, "#000000"), fontweight="bold" if label == "corrmatch" else "normal",

@@ -34,21 +34,26 @@ def header(environment: dict[str, Any], options: argparse.Namespace) -> str:
     """What ran where, and how to read the tables."""
     backends = "; ".join(f"{name}: {detail}" for name, detail in environment["backends"].items() if name != "reference")
     commit = "not in a checkout" if environment["commit"] is None else f"commit {environment['commit']}"
-    load, threads = environment["load"], environment["threads"]
+    load = environment["load"]
     facts = {
-        "device": f"{environment['device']}, {threads} threads, {environment['platform']}",
+        "device": f"{environment['device']}, {threads(environment)}, {environment['platform']}",
         "backends": backends,
         "versions": f"corrmatch {environment['corrmatch']} ({commit}), torch {environment['torch']}, "
         f"Python {environment['python']}",
         "date": environment["date"],
         "inputs": f"{options.dtype}, random; gradients of query, key{' and value' if options.value_grad else ''}",
     }
-    if load is not None and load > 0.5 * threads:
+    if load is not None and load > 0.5 * environment["threads"]:
         facts["load"] = f"{load:.1f} at the start: other processes run on this machine, and {UNCERTAIN}"
     lines = ["corrmatch benchmark"]
     for term, text in [*facts.items(), ("", ""), *LEGEND.items()]:
         lines += textwrap.wrap(text, WIDTH, initial_indent=f"  {term:<10}", subsequent_indent=" " * 12) or [""]
     return "\n".join([*lines, ""])
+
+
+def threads(environment: dict[str, Any]) -> str:
+    """Number of CPU threads, for people."""
+    return "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
 
 
 def passes_of(op: str) -> tuple[str, ...]:

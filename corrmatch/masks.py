@@ -38,8 +38,9 @@ class RegionMasks:
         if masks.dim() != 4:
             raise ValueError(f"masks: expected shape (B, K, H, W), got {tuple(masks.shape)}")
         batch, count, height, width = masks.shape
-        padding = cls.words((height, width)) * WORD - height * width
-        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, -1, 8)
+        words = cls.words((height, width))
+        padding = words * WORD - height * width
+        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, 4 * words, 8)
         # Eight bits make a byte here and four bytes a word by reinterpretation: the low byte comes first in memory.
         octets = (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(-1, dtype=torch.uint8)
         return cls(octets.view(torch.int32), (height, width))

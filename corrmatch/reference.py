@@ -85,7 +85,10 @@ def region_propagate(
 ) -> tuple[Tensor, Tensor]:
     """Gives each region, in order, its dominant label where that label is dominant and reliable enough."""
     regions = masks.to_bool() if valid is None else masks.to_bool() & valid.unsqueeze(1)
-    labels, reliable_after = labels.clone(), reliable.clone()
+    labels, reliable_after = (
+        labels.clone(memory_format=torch.contiguous_format),
+        reliable.clone(memory_format=torch.contiguous_format),
+    )
     theta = torch.as_tensor(threshold).to(torch.float32)
     for b in range(regions.shape[0]):
         for region in regions[b]:

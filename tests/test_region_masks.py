@@ -222,7 +222,7 @@ def test_connected_to_the_peak(backend, dtype, grid, size, connectivity):
 
 
 @CONNECTIVITY
-@pytest.mark.parametrize(("grid", "size"), [SIZES[i] for i in (0, 2, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize(("grid", "size"), [*(SIZES[i] for i in (0, 2, 3, 5, 7)), ((5, 7), (7, 10))], ids=str)
 def test_connected_to_the_seed(backend, grid, size, connectivity):
     query, key = features(grid, query_grid=grid)
     index = torch.randperm(grid[0] * grid[1])[:24]

@@ -77,7 +77,7 @@ def real(name: str, x: Any) -> float:
     """A finite Python number."""
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    if not math.isfinite(x):
+    if not -math.inf < float(x) < math.inf:  # NaN included; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name}: expected a finite number, got {x}")
     return float(x)
 

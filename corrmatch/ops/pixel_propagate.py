@@ -72,10 +72,12 @@ def pixel_propagate(
             raise ValueError("threshold: expected one along with confidence, got None")
     scale = checks.scale(scale, query)
     backend = choose("pixel_propagate", backend, query)
+    query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
-        return reference.pixel_propagate(
-            query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.pixel_propagate(
+                query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
+            )
 
     gate = None
     if confidence is not None and threshold is not None:
@@ -88,6 +90,15 @@ def pixel_propagate(
         arrived = mass > 0
         out = torch.where(arrived, out / torch.where(arrived, mass, 1), 0).to(value.dtype)
     return out.view(*out.shape[:2], *key.shape[2:])
+
+
+def _autocast_maps(*maps: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the three maps are cast to its dtype, as those of matrix products are; float64 stays."""
+    device_type = maps[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return maps
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in maps)
 
 
 def _as_map(x: Tensor) -> Tensor:
@@ -196,11 +207,8 @@ pixel_propagate_backward_op.register_autograd(_refuse)
 
 
 def _register_autocast(device_type: str) -> None:
-    """Under autocast the three maps are cast to its dtype, as matrix products are; float64 stays."""
-
     def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        maps = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+        maps = _autocast_maps(query, key, value)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.corrmatch.pixel_propagate(*maps, *rest)
 

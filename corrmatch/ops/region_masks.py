@@ -88,18 +88,19 @@ def region_masks_op(
     backend: str,
 ) -> Tensor:
     """Packed masks int32 (B, K, words); index is (B, K), connected an index into CONNECTED."""
+    packed = _empty_masks(query, index, height, width)
+    if packed.numel() == 0:
+        return packed
     if backend == "reference":
         check_index(index, query.shape[2] * query.shape[3])
         return reference.region_masks(
             query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
             connectivity=connectivity,
         ).packed  # fmt: skip
-    packed = _empty_masks(query, index, height, width)
-    if packed.numel() > 0:
-        _C.cpu.region_masks(
-            borrow(query), borrow(key), borrow(index), height, width, scale, threshold, connected, connectivity,
-            borrow(packed), threads(),
-        )  # fmt: skip
+    _C.cpu.region_masks(
+        borrow(query), borrow(key), borrow(index), height, width, scale, threshold, connected, connectivity,
+        borrow(packed), threads(),
+    )  # fmt: skip
     return packed
 
 
