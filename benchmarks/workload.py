@@ -1,0 +1,110 @@
+"""What a case of the benchmark is made of: its description, its inputs, its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measure import Contender
+from torch import Tensor
+
+CHANNELS = 21  # of query, key and value, and the number of classes: Pascal VOC
+MASKS = 128  # regions sampled a picture
+
+
+@dataclass
+class Case:
+    """One op at one size.
+
+    Attributes:
+        op: Name of the op.
+        size: The size, for people.
+        elements: What `unit` counts, in one call.
+        unit: What elements are.
+        workload: What the inputs are like, for people.
+        contenders: corrmatch first.
+        expected: The oracle's answer, in the form of `Contender.both`.
+        error: Distance of an answer from the oracle's.
+        tolerance: Largest error that passes.
+        positions: N, for the plot.
+        batch: B.
+        oracle_bytes: About what the oracle needs.
+        share: Of the time for this op and setting.
+    """
+
+    op: str
+    size: str
+    elements: int
+    unit: str
+    workload: str
+    contenders: list[Contender]
+    expected: Callable[[], tuple[Any, ...]]
+    error: Callable[[tuple[Any, ...], tuple[Any, ...]], float]
+    tolerance: float
+    positions: int
+    batch: int
+    oracle_bytes: int = 0
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line chose for a case."""
+
+    grid: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    device: str
+    value_grad: bool
+    compiled: bool
+
+    @property
+    def full(self) -> tuple[int, int]:
+        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321."""
+        return 8 * (self.grid[0] - 1) + 1, 8 * (self.grid[1] - 1) + 1
+
+    def generator(self) -> torch.Generator:
+        """Inputs are made on the CPU from the same seed, so every device gets the same."""
+        return torch.Generator().manual_seed(0)
+
+
+def smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generator: torch.Generator) -> Tensor:
+    """Random maps of about so many bumps a side."""
+    coarse = torch.randn(batch, channels, waves, waves, generator=generator)
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
+
+
+def smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key that vary smoothly over the picture, as a network's do, and the sampled positions."""
+    generator = s.generator()
+    features = smooth(s.batch, CHANNELS, s.grid, 4, generator)
+    query, key = (
+        (features + 0.1 * torch.randn(features.shape, generator=generator)).to(s.device, s.dtype) for _ in range(2)
+    )
+    positions = s.grid[0] * s.grid[1]
+    return query, key, torch.randperm(positions, generator=generator)[:MASKS].to(s.device)
+
+
+def largest_relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """The largest relative Frobenius norm among results and gradients."""
+    pairs = zip(got, want, strict=False)  # a contender without a backward has no gradients
+    return largest(float(torch.linalg.vector_norm(x.double() - y) / torch.linalg.vector_norm(y)) for x, y in pairs)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; NaN if any is, which max() might pass over."""
+    return float(np.max(list(errors)))
+
+
+def share_different(x: Tensor, y: Tensor) -> float:
+    """Share of the elements that differ."""
+    return float((x != y).double().mean())
+
+
+def percent(x: Tensor) -> str:
+    """Share of the elements that are set, for people."""
+    return f"{100 * float(x.double().mean()):.0f} %"
