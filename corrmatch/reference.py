@@ -146,7 +146,8 @@ def pseudo_label(
 def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """P (B, N_q, N_k)."""
     q, k = accumulation(query).flatten(2), accumulation(key).flatten(2)
-    return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
+    with torch.autocast(query.device.type, enabled=False):  # it would compute the product in half precision
+        return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
 
 
 def accumulation(x: Tensor) -> Tensor:
