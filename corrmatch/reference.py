@@ -27,15 +27,15 @@ def pixel_propagate(
     normalize: bool = False,
 ) -> Tensor:
     """Z[:, j] = sum_i g[i] value[:, i] P[i, j]."""
-    p, v = correlation(query, key, scale), accumulation(value)
+    q, k, v = accumulation(query, key, value)
+    p, v = correlation(q, k, scale), v.flatten(2)
     if threshold is not None:
         gate = confidence_gate(value, confidence, threshold)
-        p = torch.where(gate.unsqueeze(-1), p, 0)
-    dtype = torch.promote_types(p.dtype, v.dtype)
-    z = v.flatten(2).to(dtype) @ p.to(dtype)
+        p, v = torch.where(gate.unsqueeze(2), p, 0), torch.where(gate.unsqueeze(1), v, 0)
+    z = v @ p
     if normalize:
         mass = p.sum(1, keepdim=True)
-        z = torch.where(mass > 0, z / torch.where(mass > 0, mass, 1), 0)
+        z = torch.where(mass == 0, 0, z / torch.where(mass == 0, 1, mass))
     return z.unflatten(2, key.shape[2:]).to(value.dtype)
 
 
@@ -58,7 +58,8 @@ def region_masks(
     connectivity: int = 8,
 ) -> RegionMasks:
     """Rows of P, enlarged, min-max normalised and cut at the threshold."""
-    rows = correlation_rows(accumulation(query), accumulation(key), index, scale=scale)
+    query, key = accumulation(query, key)
+    rows = correlation_rows(query, key, index, scale=scale)
     large = F.interpolate(rows, size=size, mode="bilinear", align_corners=True)
     low, high = large.amin((2, 3), keepdim=True), large.amax((2, 3), keepdim=True)
     masks = (large - low) / (high - low) > threshold
@@ -109,12 +110,13 @@ def connected_components(image: Tensor, *, connectivity: int = 8, background: in
     height, width = image.shape[-2:]
     values = image.reshape(-1, height, width).long()
     front = values != background
-    # Every pixel takes the smallest raster index of its equal neighbours until nothing changes.
+    # Every pixel takes the smallest raster index of its equal neighbours until nothing changes. Background and what is
+    # beyond the border hold an index larger than all.
     outside = height * width
     first = torch.arange(outside, device=image.device).view(1, height, width).expand_as(values)
     first = torch.where(front, first, outside)
     steps = [(0, 1), (0, -1), (1, 0), (-1, 0)] + ([(1, 1), (1, -1), (-1, 1), (-1, -1)] if connectivity == 8 else [])
-    padded_values = F.pad(values, (1, 1, 1, 1), value=background)
+    padded_values = F.pad(values, (1, 1, 1, 1))
     while True:
         padded, smallest = F.pad(first, (1, 1, 1, 1), value=outside), first
         for dy, dx in steps:
@@ -132,7 +134,7 @@ def pseudo_label(
     logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Most likely class, its probability, and for each class the largest probability with which it was chosen."""
-    logits = accumulation(logits)
+    (logits,) = accumulation(logits)
     if size is not None and tuple(size) != tuple(logits.shape[2:]):
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
     confidence, labels = logits.softmax(1).max(1)
@@ -145,21 +147,26 @@ def pseudo_label(
 
 def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """P (B, N_q, N_k)."""
-    q, k = accumulation(query).flatten(2), accumulation(key).flatten(2)
+    q, k = (x.flatten(2) for x in accumulation(query, key))
     with torch.autocast(query.device.type, enabled=False):  # it would compute the product in half precision
         return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
 
 
-def accumulation(x: Tensor) -> Tensor:
-    """Half types as float32; float32 and float64 as they are."""
-    return x if x.dtype == torch.float64 else x.float()
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """What to compute in: float64 if any is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def accumulation(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype to compute in."""
+    return tuple(x.to(accumulation_dtype(*tensors)) for x in tensors)
 
 
 def confidence_gate(value: Tensor, confidence: Tensor | None, threshold: float | Tensor) -> Tensor:
     """Which query positions take part: bool (B, N_q)."""
     if confidence is None:
-        confidence = accumulation(value).softmax(1).amax(1)
-    return accumulation(confidence.flatten(1)) >= threshold
+        confidence = accumulation(value)[0].softmax(1).amax(1)
+    return accumulation(confidence)[0].flatten(1) >= threshold
 
 
 def enlarged_position(index: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from corrmatch import RegionMasks, ops
 
 REGISTERED = torch.ops.corrmatch
 F32, F64, F16 = torch.float32, torch.float64, torch.float16
+SIZES = ((9, 12), (11, 14), (13, 10))  # no two of the first are equal, which would count as a rule
 
 
 def only(*samples):
@@ -92,7 +93,7 @@ def assert_compiles(sample, backend, compiler):
     counter = CompileCounterWithBackend(compiler)
     call, _ = make(backend=backend.name)
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    for size in ((9, 12), (11, 14), (13, 10)):  # at first no two sizes are equal, which would count as a rule
+    for size in SIZES:
         _, arguments = make(size)
         if sample in DIFFERENTIABLE:
             actual, expected = with_gradients(compiled, arguments), with_gradients(call, arguments)
@@ -100,7 +101,9 @@ def assert_compiles(sample, backend, compiler):
             actual, expected = results(compiled(*arguments)), results(call(*arguments))
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1, "a new size was compiled anew"
+        if size == SIZES[0]:
+            compiled_at_first = counter.frame_count
+    assert counter.frame_count == compiled_at_first, "a new size was compiled anew"
 
 
 def test_compile(backend, sample):
@@ -179,14 +182,12 @@ def test_autocast_leaves_the_confidence_alone():
 
 
 def test_autocast_changes_no_other_op(backend, sample):
-    """All but pixel propagation compute as they do without it, in float32 or better."""
+    """All but pixel propagation, whose maps are cast, compute as they do without it."""
     call, arguments = SAMPLES[sample][1](backend=backend.name)
-    expected = results(call(*arguments))
+    cast = [x.bfloat16() if sample.startswith("pixel") and x.dim() == 4 else x for x in arguments]
+    expected = results(call(*cast))
     with torch.autocast("cpu", torch.bfloat16):
         actual = results(call(*arguments))
     for a, b in zip(actual, expected, strict=True):
-        if sample.startswith("pixel"):
-            assert a.dtype == torch.bfloat16
-            torch.testing.assert_close(a.float(), b, rtol=0.1, atol=0.1)
-        else:
-            assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
 from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops.registration import register
 
 
 def connected_components(
@@ -38,7 +38,6 @@ def connected_components(
     return torch.ops.corrmatch.connected_components(image, connectivity, background, backend)
 
 
-@custom_op("corrmatch::connected_components", mutates_args=())
 def connected_components_op(image: Tensor, connectivity: int, background: int, backend: str) -> Tensor:
     """Component numbers, int32."""
     out = _empty_result(image)
@@ -56,6 +55,8 @@ def _empty_result(image: Tensor) -> Tensor:
     return torch.empty(image.shape, dtype=torch.int32, device=image.device)
 
 
-@connected_components_op.register_fake
-def _(image, connectivity, background, backend):
+def _fake(image, connectivity, background, backend):
     return _empty_result(image)
+
+
+register("connected_components", connected_components_op, fake=_fake)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import reference
 from corrmatch.ops import checks
 from corrmatch.ops.backend import check_values
+from corrmatch.ops.registration import register
 
 
 def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
@@ -49,7 +49,6 @@ def check_index(index: Tensor, positions: int) -> None:
             raise ValueError(f"index: expected values in [0, {positions - 1}], got {low if low < 0 else high}")
 
 
-@custom_op("corrmatch::correlation_rows", mutates_args=())
 def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor:
     """Rows (B, K, N_k) of flat maps; index is (B, K)."""
     check_index(index, query.shape[2])
@@ -57,8 +56,7 @@ def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float)
     return reference.correlation_rows(query, key, index, scale=scale).contiguous()
 
 
-@correlation_rows_op.register_fake
-def _(query, key, index, scale):
+def _fake(query, key, index, scale):
     return query.new_empty(query.shape[0], index.shape[1], key.shape[2])
 
 
@@ -69,7 +67,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     query, key, index, rows = ctx.saved_tensors
-    dtype = reference.accumulation(rows).dtype
+    dtype = reference.accumulation_dtype(rows)
     rows, grad = rows.to(dtype), grad.to(dtype)
     scores = ctx.scale * rows * (grad - (grad * rows).sum(2, keepdim=True))
     at = index.clamp(0, query.shape[2] - 1).unsqueeze(1).expand(-1, query.shape[1], -1)
@@ -82,4 +80,4 @@ def _backward(ctx, grad):
     return dquery, dkey, None, None
 
 
-correlation_rows_op.register_autograd(_backward, setup_context=_save)
+register("correlation_rows", correlation_rows_op, fake=_fake, save=_save, backward=_backward)

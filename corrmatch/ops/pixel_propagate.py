@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
 from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops.registration import register
 
 
 def pixel_propagate(
@@ -87,8 +87,8 @@ def pixel_propagate(
     out, _ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, backend)
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
-        arrived = mass > 0
-        out = torch.where(arrived, out / torch.where(arrived, mass, 1), 0).to(value.dtype)
+        none = mass == 0  # a NaN has arrived
+        out = torch.where(none, 0, out / torch.where(none, 1, mass)).to(value.dtype)
     return out.view(*out.shape[:2], *key.shape[2:])
 
 
@@ -105,12 +105,6 @@ def _as_map(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 3 else x
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-@custom_op("corrmatch::pixel_propagate", mutates_args=())
 def pixel_propagate_op(
     query: Tensor,
     key: Tensor,
@@ -137,19 +131,17 @@ def pixel_propagate_op(
 
 
 def _empty_results(query: Tensor, key: Tensor, value: Tensor, mass: bool) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(query, key, value)
+    dtype = reference.accumulation_dtype(query, key, value)
     shape = (value.shape[0], value.shape[1] + mass, *key.shape[2:])
     out = torch.empty(shape, dtype=dtype if mass else value.dtype, device=value.device)
     normalizer = torch.empty(query.shape[0], 2, query.shape[2] * query.shape[3], dtype=dtype, device=query.device)
     return out, normalizer
 
 
-@pixel_propagate_op.register_fake
-def _(query, key, value, gate, threshold, scale, mass, backend):
+def _fake(query, key, value, gate, threshold, scale, mass, backend):
     return _empty_results(query, key, value, mass)
 
 
-@custom_op("corrmatch::pixel_propagate_backward", mutates_args=())
 def pixel_propagate_backward_op(
     grad_out: Tensor,
     query: Tensor,
@@ -179,8 +171,7 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, needs: list[bool
     return dquery, dkey, dvalue
 
 
-@pixel_propagate_backward_op.register_fake
-def _(grad_out, query, key, value, normalizer, scale, needs, backend):
+def _fake_backward(grad_out, query, key, value, normalizer, scale, needs, backend):
     return _empty_gradients(query, key, value, needs)
 
 
@@ -202,8 +193,8 @@ def _refuse(ctx, *grads):
     raise RuntimeError("pixel_propagate has no second derivatives; backend='reference' has them")
 
 
-pixel_propagate_op.register_autograd(_backward, setup_context=_save)
-pixel_propagate_backward_op.register_autograd(_refuse)
+register("pixel_propagate", pixel_propagate_op, fake=_fake, save=_save, backward=_backward)
+register("pixel_propagate_backward", pixel_propagate_backward_op, fake=_fake_backward, backward=_refuse)
 
 
 def _register_autocast(device_type: str) -> None:

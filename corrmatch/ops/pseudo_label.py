@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
 from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops.registration import register
 
 
 def pseudo_label(
@@ -45,7 +45,6 @@ def pseudo_label(
     return torch.ops.corrmatch.pseudo_label(logits, ignore, height, width, backend)
 
 
-@custom_op("corrmatch::pseudo_label", mutates_args=())
 def pseudo_label_op(
     logits: Tensor, ignore: Tensor | None, height: int, width: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,6 +69,8 @@ def _empty_results(logits: Tensor, height: int, width: int) -> tuple[Tensor, Ten
     )
 
 
-@pseudo_label_op.register_fake
-def _(logits, ignore, height, width, backend):
+def _fake(logits, ignore, height, width, backend):
     return _empty_results(logits, height, width)
+
+
+register("pseudo_label", pseudo_label_op, fake=_fake)

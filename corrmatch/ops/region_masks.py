@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks
 from corrmatch.ops.backend import borrow, choose, threads
 from corrmatch.ops.correlation_rows import check_index
+from corrmatch.ops.registration import register
 
 CONNECTED = (None, "peak", "seed")
 
@@ -74,7 +74,6 @@ def region_masks(
     return RegionMasks(packed, (height, width))
 
 
-@custom_op("corrmatch::region_masks", mutates_args=())
 def region_masks_op(
     query: Tensor,
     key: Tensor,
@@ -108,6 +107,8 @@ def _empty_masks(query: Tensor, index: Tensor, height: int, width: int) -> Tenso
     return query.new_empty(*index.shape, RegionMasks.words((height, width)), dtype=torch.int32)
 
 
-@region_masks_op.register_fake
-def _(query, key, index, height, width, scale, threshold, connected, connectivity, backend):
+def _fake(query, key, index, height, width, scale, threshold, connected, connectivity, backend):
     return _empty_masks(query, index, height, width)
+
+
+register("region_masks", region_masks_op, fake=_fake)

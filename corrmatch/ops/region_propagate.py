@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks
 from corrmatch.ops.backend import borrow, check_values, choose, threads
+from corrmatch.ops.registration import register
 
 MAX_CLASSES = 65536
 
@@ -69,7 +69,6 @@ def region_propagate(
     return torch.ops.corrmatch.region_propagate(labels, reliable, packed, threshold, valid, num_classes, backend)
 
 
-@custom_op("corrmatch::region_propagate", mutates_args=())
 def region_propagate_op(
     labels: Tensor,
     reliable: Tensor,
@@ -109,6 +108,8 @@ def _empty_results(labels: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@region_propagate_op.register_fake
-def _(labels, reliable, packed, threshold, valid, num_classes, backend):
+def _fake(labels, reliable, packed, threshold, valid, num_classes, backend):
     return _empty_results(labels)
+
+
+register("region_propagate", region_propagate_op, fake=_fake)
