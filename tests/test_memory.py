@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from child import run_python
 
 from corrmatch import _C
 
@@ -41,12 +39,7 @@ _C.cpu.select_isa(sys.argv[1])
 
 def measure(isa, threads, expression):
     """Bytes beyond the inputs, gradients and results of the call included."""
-    code = PROBE + f"print({expression})"
-    done = subprocess.run(
-        [sys.executable, "-c", code, isa, str(threads)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return int(run_python(PROBE + f"print({expression})", isa, str(threads)))
 
 
 @pytest.mark.parametrize("isa", _C.cpu.isas())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from child import run_python
 
 import corrmatch
 from corrmatch import nn, ops
@@ -168,13 +168,9 @@ dist.destroy_process_group()
 
 def test_threshold_of_two_processes(tmp_path):
     """Both hold the threshold of the classes' maxima over both."""
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    results = [float(worker.communicate(timeout=180)[0]) for worker in workers]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda rank: run_python(WORKER, rank, str(tmp_path / "store")), ("0", "1"))
+    results = [float(output) for output in outputs]
     first = 0.9 * 0.6 + 0.1 * (0.7 + 0.3 + 0.9) / 3
     assert results == pytest.approx([0.9 * first + 0.1 * 0.4] * 2, abs=1e-6)
     assert results[0] == results[1]

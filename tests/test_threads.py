@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
+from child import run_python
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 
 # Large enough for many groups of row blocks, strips and chunks.
@@ -60,13 +57,6 @@ def test_several_python_threads(backend, sample):
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def run_python(code):
-    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_workers_of_a_data_loader():
     """A forked worker can call the ops after its parent did."""
     out = run_python("""
@@ -98,8 +88,6 @@ def test_workers_of_a_data_loader():
 def test_no_result_depends_on_fresh_memory(monkeypatch):
     """With what malloc returns filled by the C library, with huge numbers if read as floats, results are the same."""
     code = """
-        import sys
-        sys.path.insert(0, sys.argv[1])
         import torch
         from corrmatch import _C
         from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
