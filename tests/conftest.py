@@ -1,9 +1,9 @@
 """Fixtures of all tests.
 
-A test with the argument `backend` runs once for every backend of the op that its module names in `OP`; with `dtype`
-besides, once for every floating dtype of each; with `sample`, once for every sample call and backend of its op. Every
-test runs with one thread, on fresh random numbers and with uninitialised memory poisoned. A run is repeated with the
-CORRMATCH_TEST_SEED that its header prints.
+A test with the argument `backend` runs once for every backend of the op that its module names in `OP`, or the test
+itself in its attribute `op`; with `dtype` besides, once for every floating dtype of each; with `sample`, once for every
+sample call and backend of its op. Every test runs with one thread, on fresh random numbers and with uninitialised
+memory poisoned. A run is repeated with the CORRMATCH_TEST_SEED that its header prints.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from backends import cases
 from samples import SAMPLES
 
 from corrmatch import _C
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run here as well
 
 hypothesis.settings.register_profile(
     "corrmatch",
@@ -48,7 +51,7 @@ def pytest_generate_tests(metafunc):
         ids = [f"{case}-{sample}" for case, sample in pairs]
         metafunc.parametrize("backend,sample", pairs, ids=ids, indirect=["backend"])
         return
-    found = cases(metafunc.module.OP)
+    found = cases(getattr(metafunc.function, "op", metafunc.module.OP))
     if "dtype" in metafunc.fixturenames:
         both = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in found for dtype in case.dtypes]
         metafunc.parametrize("backend,dtype", both, indirect=["backend"])

@@ -100,6 +100,11 @@ def test_unavailable_backend_says_why(name):
     if not corrmatch.backends()[name].available:
         with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve connected_components: "):
             ops.connected_components(torch.zeros(3, 3, dtype=torch.bool), backend=name)
+    elif corrmatch.backends()[name].devices == ("cpu",):
+        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*does not take float64"):
+            ops.pixel_propagate(*(torch.zeros(1, 1, 2, 2, dtype=torch.float64),) * 3, backend=name)
+        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*at most 256 channels, not 257"):
+            ops.pixel_propagate(*(torch.zeros(1, 257, 2, 2),) * 3, backend=name)
     else:
         with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*not on cpu"):
             ops.pixel_propagate(*(torch.zeros(1, 1, 2, 2),) * 3, backend=name)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from corrmatch import RegionMasks, nn, ops
 
-OP = "pixel_propagate"  # the one that every backend has
+OP = "pixel_propagate"
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [ROOT / "tests/data", Path(os.environ.get("CORRMATCH_GOLDEN", ROOT.parent / "shared/golden"))]
 FILES = {path.stem: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("*.npz"))}
@@ -72,6 +72,9 @@ def test_region_masks(backend, name):
     assert (found.to_bool().cpu() != expected).float().mean() <= 1e-4
 
 
+test_region_masks.op = "region_masks"
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("step")])
 def test_training_steps(backend, name):
     """What the ops give in two steps: labels, the threshold, labels and reliability after region propagation."""
@@ -103,3 +106,6 @@ def test_training_steps(backend, name):
         # The strong view gets a gradient just where its pixels are reliable after region propagation.
         for gradient in ("grad_out_s", "grad_corr_s"):
             assert torch.equal(reliable_after.cpu(), at[gradient].abs().sum(1) > 0)
+
+
+test_training_steps.op = "region_propagate"

@@ -64,7 +64,7 @@ def check(backend, tensors, *, gate=None, options=None, **form):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_is_as_accurate_as_the_plain_formulation(backend, dtype, shape):
-    check(backend, maps(shape, dtype))
+    check(backend, maps(backend.fit(shape), dtype))
 
 
 def test_picture_of_the_published_size(backend):
@@ -73,7 +73,7 @@ def test_picture_of_the_published_size(backend):
 
 @pytest.mark.parametrize("logit", [26, 30, 90, 180, 1000])
 def test_large_scores(backend, dtype, logit):
-    tensors = maps((32, 16, 5, (5, 7), (6, 6)), dtype)
+    tensors = maps(backend.fit((32, 16, 5, (5, 7), (6, 6))), dtype)
     largest = (tensors[0].double().flatten(2).mT @ tensors[1].double().flatten(2) / 4).abs().max()
     factor = (logit / largest).sqrt().item()
     query, key = ((x * factor).to(dtype) for x in tensors[:2])
@@ -111,8 +111,8 @@ def test_value_of_another_dtype(backend, dtype, value_dtype):
     value, grad = value.to(value_dtype), grad.to(value_dtype)
     actual = propagate(backend, query, key, value, grad)
     assert [x.dtype for x in actual] == [value_dtype, dtype, dtype, value_dtype]
-    accumulation = torch.promote_types(torch.promote_types(dtype, value_dtype), torch.float32)
-    peer = plain(*(x.to(accumulation) for x in (query, key, value, grad)))
+    common = torch.promote_types(dtype, value_dtype)
+    peer = plain(*(x.to(common) for x in (query, key, value, grad)))
     peer = Propagated(*(p.to(a.dtype) for p, a in zip(peer, actual, strict=True)))
     oracle, terms = exact(query, key, value, grad)
     assert_all_accurate(actual, oracle, peer, terms)
@@ -131,6 +131,7 @@ GATES = {
 @pytest.mark.parametrize("gate_name", GATES)
 @pytest.mark.parametrize("shape", [(64, 5, 4, (7, 9), (5, 11)), (32, 3, 2, (17, 13), (5, 6))], ids=str)
 def test_given_confidence(backend, dtype, shape, gate_name, normalize):
+    shape = backend.fit(shape)
     tensors = maps(shape, dtype)
     confidence = torch.rand(shape[0], *shape[3])
     gate = GATES[gate_name](confidence)
@@ -195,6 +196,15 @@ def test_scores_far_below_the_largest_count_for_nothing(backend, dtype):
     query = torch.ones_like(key[..., :1])
     z = ops.pixel_propagate(query, key, query, backend=backend.name)
     assert z.tolist() == [[[[1.0, 0.0]]]]
+
+
+def test_ties_round_to_even(backend, dtype):
+    """With a single key P is 1, and the sum of two values lies half-way between two numbers of the dtype."""
+    value = (2 / torch.finfo(dtype).eps + torch.arange(0, 16, 2)).to(dtype)
+    value = torch.stack([value, torch.ones_like(value)], 1).view(8, 1, 1, 2).to(backend.device)
+    feature = torch.zeros_like(value)
+    z = ops.pixel_propagate(feature, feature[..., :1], value, backend=backend.name)
+    assert torch.equal(z, value.double().sum(3, keepdim=True).to(dtype))
 
 
 def test_mean_of_equal_values_is_that_value(backend):

@@ -114,7 +114,7 @@ GATES = [
 
 def leaves_and_function(backend, options):
     options = {k: v.to(backend.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    leaves = [x.to(backend.device).requires_grad_() for x in maps((2, 3, 2, (3, 2), (2, 5)), torch.float64)[:3]]
+    leaves = [x.to(backend.device).requires_grad_() for x in maps((2, 3, 2, (3, 2), (2, 5)), backend.dtypes[0])[:3]]
     return leaves, lambda *x: ops.pixel_propagate(*x, backend=backend.name, **options)
 
 

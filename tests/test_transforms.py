@@ -36,15 +36,15 @@ def opcheck_calls():
     strided = [x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in maps]
     propagate = REGISTERED.pixel_propagate.default
     for tensors in (maps, wide, mixed, strided):
-        yield propagate, (*tensors, None, None, 0.5, False)
-    yield propagate, (*maps, gate, None, 0.5, True)
-    yield propagate, (*maps, None, threshold, 0.5, False)
-    yield propagate, (*(x.detach()[:0] for x in maps), None, None, 0.5, False)
+        yield propagate, (*tensors, None, None, 0.5, False, True)
+    yield propagate, (*maps, gate, None, 0.5, True, True)
+    yield propagate, (*maps, None, threshold, 0.5, False, True)
+    yield propagate, (*(x.detach()[:0] for x in maps), None, None, 0.5, False, False)
 
-    normalizer = REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, "cpu")[1].detach()
+    saved = [x.detach() for x in REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, True, "cpu")[1:]]
     for needs in ([True, True, True], [False, True, False], [True, False, True]):
         plain = [x.detach() for x in maps]
-        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, normalizer, 0.5, needs)
+        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, False, 0.5, needs)
 
     index = torch.randint(20, (2, 6))
     query, key = maps[0].detach(), maps[1].detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ class Backend:
         name: What `backend=` calls it.
         devices: Device types whose tensors it takes; None for any.
         ops: Names of the ops it has.
+        dtypes: Floating dtypes that it takes; None for any.
+        channels: The most channels that it takes; None for any number.
+        unasked: Whether it may be chosen where no backend is named.
         missing: Why it cannot run in this installation; None where it can.
         detail: What is in use, for people.
     """
@@ -30,20 +34,29 @@ class Backend:
     ops: frozenset[str]
     missing: str | None = None
     detail: str = ""
+    dtypes: tuple[torch.dtype, ...] | None = None
+    channels: int | None = None
+    unasked: bool = True
 
     @property
     def available(self) -> bool:
         """Whether it can run in this installation."""
         return self.missing is None
 
-    def refusal(self, op: str, tensor: Tensor) -> str | None:
-        """Why this backend cannot serve `op` on tensors like this one; None where it can."""
+    def refusal(self, op: str, *tensors: Tensor) -> str | None:
+        """Why this backend cannot serve `op` on these tensors, which are on one device; None where it can."""
         if self.missing is not None:
             return self.missing
         if op not in self.ops:
             return f"it has no {op}"
-        if self.devices is not None and tensor.device.type not in self.devices:
-            return f"it takes tensors on {' or '.join(self.devices)}, not on {tensor.device.type}"
+        device = tensors[0].device.type
+        if self.devices is not None and device not in self.devices:
+            return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
+        for tensor in tensors:
+            if self.dtypes is not None and tensor.dtype not in self.dtypes:
+                return f"it does not take {str(tensor.dtype).removeprefix('torch.')}"
+            if self.channels is not None and tensor.shape[1] > self.channels:
+                return f"it takes at most {self.channels} channels, not {tensor.shape[1]}"
         return None
 
 
@@ -51,9 +64,28 @@ def _known() -> tuple[Backend, ...]:
     """All backends, best first."""
     return (
         Backend("cuda", ("cuda",), frozenset(), _C.cuda_status),
-        Backend("triton", ("cuda",), frozenset(), "this version has no Triton kernels"),
+        _triton(),
         Backend("cpu", ("cpu",), ALL_OPS, detail=f"{_C.cpu.isa()} of {', '.join(_C.cpu.isas())}"),
         Backend("reference", None, ALL_OPS, detail="plain PyTorch, materialises; for checks"),
+    )
+
+
+def _triton() -> Backend:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    missing = None
+    if importlib.util.find_spec("triton") is None:
+        missing = "triton is not installed"
+    elif not interpreted and not torch.cuda.is_available():
+        missing = "no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+    return Backend(
+        "triton",
+        ("cpu",) if interpreted else ("cuda",),
+        frozenset({"pixel_propagate"}),
+        missing,
+        detail="interpreted on the CPU; for checks" if interpreted else "",
+        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        channels=256,
+        unasked=not interpreted,
     )
 
 
@@ -66,8 +98,8 @@ def backends() -> dict[str, Backend]:
     return {backend.name: backend for backend in _known()}
 
 
-def choose(op: str, backend: str | None, tensor: Tensor) -> str:
-    """Name of the backend that serves `op` on tensors like `tensor`.
+def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
+    """Name of the backend that serves `op` on these tensors.
 
     An explicit backend that cannot serve raises ValueError with the reason. `CORRMATCH_BACKEND` counts as explicit for
     every op that the backend it names has.
@@ -78,13 +110,13 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
             backend = None
     if backend is None:
         for candidate in _BACKENDS:
-            if candidate.refusal(op, tensor) is None:
+            if candidate.unasked and candidate.refusal(op, *tensors) is None:
                 return candidate.name
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
     if backend not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend!r}")
-    reason = _BACKENDS[NAMES.index(backend)].refusal(op, tensor)
+    reason = _BACKENDS[NAMES.index(backend)].refusal(op, *tensors)
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {op}: {reason}")
     return backend

@@ -71,7 +71,7 @@ def pixel_propagate(
         if threshold is None:
             raise ValueError("threshold: expected one along with confidence, got None")
     scale = checks.scale(scale, query)
-    backend = choose("pixel_propagate", backend, query)
+    backend = choose("pixel_propagate", backend, query, key, value)
     query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
         with torch.autocast(query.device.type, enabled=False):
@@ -84,7 +84,8 @@ def pixel_propagate(
         gate = reference.confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
         threshold = None
     maps = (_as_map(query), _as_map(key), _as_map(value))
-    out, _ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, backend)
+    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    out, _, _ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, gradient, backend)
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
         none = mass == 0  # a NaN has arrived
@@ -113,33 +114,43 @@ def pixel_propagate_op(
     threshold: Tensor | None,
     scale: float,
     mass: bool,
+    gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Forward of 4-d maps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward of 4-d maps; `gradient`: whether there will be a backward.
 
     Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
     with the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
-    P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed.
+    P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed; and, for the backward of "triton",
+    the mean key (B, D, N_q), sum_j P_ij key_j, where the gate is open.
     """
-    out, normalizer = _empty_results(query, key, value, mass)
-    if out.numel() > 0:
+    out, normalizer, mean_key = _empty_results(query, key, value, mass, gradient, backend)
+    if out.numel() > 0 and backend == "triton":
+        from corrmatch.kernels import pixel_propagate as kernels
+
+        kernels.forward(query, key, value, gate, threshold, scale, out, normalizer, mean_key if gradient else None)
+    elif out.numel() > 0:
         _C.cpu.pixel_propagate_forward(
             borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold), scale,
             borrow(out), borrow(normalizer), threads(),
         )  # fmt: skip
-    return out, normalizer
+    return out, normalizer, mean_key
 
 
-def _empty_results(query: Tensor, key: Tensor, value: Tensor, mass: bool) -> tuple[Tensor, Tensor]:
+def _empty_results(
+    query: Tensor, key: Tensor, value: Tensor, mass: bool, gradient: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = reference.accumulation_dtype(query, key, value)
     shape = (value.shape[0], value.shape[1] + mass, *key.shape[2:])
     out = torch.empty(shape, dtype=dtype if mass else value.dtype, device=value.device)
-    normalizer = torch.empty(query.shape[0], 2, query.shape[2] * query.shape[3], dtype=dtype, device=query.device)
-    return out, normalizer
+    batch, depth, positions = query.shape[0], query.shape[1], query.shape[2] * query.shape[3]
+    normalizer = torch.empty(batch, 2, positions, dtype=dtype, device=query.device)
+    mean_key = (batch, depth, positions) if gradient and backend == "triton" else (0,)
+    return out, normalizer, torch.empty(mean_key, dtype=dtype, device=query.device)
 
 
-def _fake(query, key, value, gate, threshold, scale, mass, backend):
-    return _empty_results(query, key, value, mass)
+def _fake(query, key, value, gate, threshold, scale, mass, gradient, backend):
+    return _empty_results(query, key, value, mass, gradient, backend)
 
 
 def pixel_propagate_backward_op(
@@ -148,17 +159,25 @@ def pixel_propagate_backward_op(
     key: Tensor,
     value: Tensor,
     normalizer: Tensor,
+    mean_key: Tensor,
+    gated: bool,
     scale: float,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; an empty tensor for each that `needs` leaves out."""
     grads = _empty_gradients(query, key, value, needs)
-    if grad_out.numel() > 0:
-        dquery, dkey, dvalue = (borrow(grad) if need else None for grad, need in zip(grads, needs, strict=True))
+    if grad_out.numel() == 0:
+        return grads
+    dquery, dkey, dvalue = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    if backend == "triton":
+        from corrmatch.kernels import pixel_propagate_backward as kernels
+
+        kernels.backward(grad_out, query, key, value, normalizer, mean_key, gated, scale, dquery, dkey, dvalue)
+    else:
         _C.cpu.pixel_propagate_backward(
             borrow(grad_out), borrow(query), borrow(key), borrow(value), borrow(normalizer), scale,
-            dquery, dkey, dvalue, threads(),
+            borrow(dquery), borrow(dkey), borrow(dvalue), threads(),
         )  # fmt: skip
     return grads
 
@@ -171,22 +190,22 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, needs: list[bool
     return dquery, dkey, dvalue
 
 
-def _fake_backward(grad_out, query, key, value, normalizer, scale, needs, backend):
+def _fake_backward(grad_out, query, key, value, normalizer, mean_key, gated, scale, needs, backend):
     return _empty_gradients(query, key, value, needs)
 
 
 def _save(ctx, inputs, output):
-    query, key, value, _, _, ctx.scale, _, ctx.backend = inputs
-    ctx.save_for_backward(query, key, value, output[1])
+    query, key, value, gate, threshold, ctx.scale, _, _, ctx.backend = inputs
+    ctx.gated = gate is not None or threshold is not None
+    ctx.save_for_backward(query, key, value, *output[1:])
 
 
-def _backward(ctx, grad_out, _):
-    query, key, value, normalizer = ctx.saved_tensors
+def _backward(ctx, grad_out, *_):
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.corrmatch.pixel_propagate_backward(
-        grad_out, query, key, value, normalizer, ctx.scale, needs, ctx.backend
+        grad_out, *ctx.saved_tensors, ctx.gated, ctx.scale, needs, ctx.backend
     )
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None, None
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
 
 
 def _refuse(ctx, *grads):
@@ -198,7 +217,7 @@ register("pixel_propagate_backward", pixel_propagate_backward_op, fake=_fake_bac
 
 
 def _register_autocast(device_type: str) -> None:
-    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
         maps = _autocast_maps(query, key, value)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.corrmatch.pixel_propagate(*maps, *rest)

@@ -1,0 +1,176 @@
+"""Compiles every kernel configuration ahead of time, without a GPU, and prints what the machine code costs.
+
+    python -m corrmatch.kernels.inspect [--arch 80 90 100] [--dtype bfloat16 float16 float32] [--channels 21]
+
+For each kernel: registers a thread, spilled bytes, shared memory, matrix instructions and, an element of the scores in
+the inner loop, exponentials and floating-point divisions or logarithms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from corrmatch.kernels import pixel_propagate, pixel_propagate_backward
+from corrmatch.kernels.configs import Config, configs
+from corrmatch.kernels.packing import SPARE, padded_channels
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+MATRIX = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b"
+POINTERS = {
+    "query": "data", "key": "data", "value": "data", "grad": "data", "out": "data", "dquery": "data", "dkey": "data",
+    "dvalue": "data", "shift": "fp32", "normalizer": "fp32", "mean_key": "fp32", "delta": "fp32", "count": "i32",
+    "index": "i32",
+}  # fmt: skip
+FLOATS = ("factor", "unbias", "scale")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture. Counts are of instructions in the inner loop, an element of its score tile."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    config: Config
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+    exponentials: float
+    divisions: float
+
+    def __str__(self) -> str:
+        tile = f"{self.config.rows}x{self.config.columns}, {self.config.warps} warps"
+        return (
+            f"{self.kernel:16} sm_{self.arch:<4} {self.dtype:9} {tile:15} {self.registers:9} {self.spilled:8} "
+            f"{self.shared / 1024:8.1f}  {self.matrix:15} {self.exponentials:11.2f} {self.divisions:10.2f}"
+        )
+
+
+HEADER = (
+    f"{'kernel':16} {'arch':7} {'dtype':9} {'tile':15} {'registers':>9} {'spilled':>8} {'shared K':>8}  "
+    f"{'matrix':15} {'exp/element':>11} {'div, log':>10}"
+)
+
+
+def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
+    """Every kernel of a problem with so many channels of query and of value."""
+    tuned = configs(getattr(torch, dtype), padded_channels(channels))
+    folded = dtype == "bfloat16" and padded_channels(channels) - channels >= SPARE.value
+    kernels = {
+        "row": (pixel_propagate.row_kernel, {"EXACT": dtype == "float32", "MEAN": False}),
+        "row, mean key": (pixel_propagate.row_kernel, {"EXACT": dtype == "float32", "MEAN": True}),
+        "column": (pixel_propagate.column_kernel, {}),
+        "backward row": (pixel_propagate_backward.backward_row_kernel, {"DQUERY": True, "DVALUE": True}),
+        "backward column": (pixel_propagate_backward.backward_column_kernel, {}),
+    }
+    common = {
+        "GATED": False,
+        "FOLDED": folded,
+        "DEPTH": padded_channels(channels),
+        "CHANNELS": padded_channels(channels),
+        "PRECISION": "tf32x3",
+    }
+    for name, (kernel, flags) in kernels.items():
+        config = getattr(tuned, name.split(",")[0].replace(" ", "_"))
+        constants = {**common, **flags, "ROWS": config.rows, "COLUMNS": config.columns}
+        yield compile_one(name, kernel, arch, dtype, config, constants)
+
+
+def compile_one(name: str, kernel: Any, arch: int, dtype: str, config: Config, constants: dict[str, Any]) -> Compiled:
+    """Compiles one kernel and reads its PTX and the assembler's report."""
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in POINTERS:
+            kind = POINTERS[argument]
+            signature[argument] = "*" + (DTYPES[dtype] if kind == "data" else kind)
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument in FLOATS else "i32"
+            if argument in ("packed_q", "packed_k"):  # multiples of 128
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = made.asm["ptx"]
+    registers, spilled = assembled(ptx, arch)
+    loop = inner_loop(ptx)
+    per_element = 32 * config.warps / (config.rows * config.columns)
+    matrix = re.findall(MATRIX, loop)
+    return Compiled(
+        name, arch, dtype, config, registers, spilled, made.metadata.shared,
+        matrix[0] if matrix else "none",
+        len(re.findall(r"\bex2\.approx", loop)) * per_element,
+        len(re.findall(r"\b(?:div|rcp|lg2|sqrt)\.", loop)) * per_element,
+    )  # fmt: skip
+
+
+def inner_loop(ptx: str) -> str:
+    """The longest stretch of PTX between a label and a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if re.match(r"\s*\$L\w+:", line)}
+    longest = ""
+    for n, line in enumerate(lines):
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if branch and labels.get(branch[1], n) < n:
+            body = "\n".join(lines[labels[branch[1]] : n])
+            longest = max(longest, body, key=len)
+    return longest
+
+
+def assembled(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread and spilled bytes, as ptxas reports them."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = folder / ("ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)
+    if target is None:
+        raise ValueError("ptx: expected a .target directive, got none")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [str(ptxas), "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if registers is None or spills is None:
+        raise ValueError(f"ptxas: expected registers and spills in its report, got {report!r}")
+    return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; the exit code is 1 if a kernel spills or lacks matrix instructions."""
+    parser = argparse.ArgumentParser(prog="python -m corrmatch.kernels.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--channels", type=int, default=21)
+    options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}, D = C = {options.channels}")
+    print(HEADER)
+    failed = False
+    for arch in options.arch:
+        for dtype in options.dtype:
+            for compiled in compile_all(arch, dtype, options.channels):
+                print(compiled, flush=True)
+                failed |= compiled.spilled > 0 or compiled.matrix == "none"
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

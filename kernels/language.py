@@ -1,0 +1,32 @@
+"""What all kernels share: products and roundings."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import triton
+import triton.language as tl
+
+# TRITON_INTERPRET=1 runs the kernels as NumPy programs on CPU tensors. It counts when this package is first imported.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """The sum of acc and a b, in float32; PRECISION is the `input_precision` of tl.dot."""
+    if INTERPRETED:  # it would multiply the bit patterns of bfloat16, and NumPy's sums are not those of tensor cores
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """The float32 numbers x in another dtype, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)

@@ -1,0 +1,37 @@
+"""The machine code of the Triton kernels, compiled ahead of time without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from child import FOLDER
+
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+LINE = re.compile(
+    r"^(?P<kernel>.+?) +sm_(?P<arch>\d+) +\w+ +\S+ \d warps +(?P<registers>\d+) +(?P<spilled>\d+) +[\d.]+ +"
+    r"(?P<matrix>\S+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+)$"
+)
+
+
+@pytest.mark.parametrize("arch", MATRIX)
+def test_published_channels(arch, tmp_path):
+    """At D = C = 21 nothing spills, products are matrix instructions, and an element costs one exponential."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "corrmatch.kernels.inspect", "--arch", str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [LINE.match(line) for line in done.stdout.splitlines()[2:]]
+    assert len(found) == 15, done.stdout
+    for match in found:
+        assert match is not None, done.stdout
+        assert int(match["arch"]) == arch
+        assert 32 <= int(match["registers"]) <= 255
+        assert int(match["spilled"]) == 0
+        assert match["matrix"] == MATRIX[arch]
+        assert float(match["divisions"]) == 0
+        # The online softmax of the row pass has one exponential a row and tile besides.
+        assert 1 <= float(match["exponentials"]) <= (1.2 if match["kernel"].startswith("row") else 1)
