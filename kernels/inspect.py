@@ -3,7 +3,8 @@
     python -m corrmatch.kernels.inspect [--arch 80 90 100] [--dtype bfloat16 float16 float32] [--channels 21]
 
 For each kernel: registers a thread, spilled bytes, shared memory, matrix instructions and, an element of the scores in
-the inner loop, exponentials and floating-point divisions or logarithms.
+the inner loop, all instructions of a thread (slots: an H100 has 8 in the time of one exponential), exponentials and
+divisions or logarithms.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Compiled:
     spilled: int
     shared: int
     matrix: str
+    slots: float
     exponentials: float
     divisions: float
 
@@ -57,13 +59,14 @@ class Compiled:
         tile = f"{self.config.rows}x{self.config.columns}, {self.config.warps} warps"
         return (
             f"{self.kernel:16} sm_{self.arch:<4} {self.dtype:9} {tile:15} {self.registers:9} {self.spilled:8} "
-            f"{self.shared / 1024:8.1f}  {self.matrix:15} {self.exponentials:11.2f} {self.divisions:10.2f}"
+            f"{self.shared / 1024:8.1f}  {self.matrix:15} {self.slots:5.1f} {self.exponentials:11.2f} "
+            f"{self.divisions:10.2f}"
         )
 
 
 HEADER = (
     f"{'kernel':16} {'arch':7} {'dtype':9} {'tile':15} {'registers':>9} {'spilled':>8} {'shared K':>8}  "
-    f"{'matrix':15} {'exp/element':>11} {'div, log':>10}"
+    f"{'matrix':15} {'slots':>5} {'exp/element':>11} {'div, log':>10}"
 )
 
 
@@ -110,33 +113,34 @@ def compile_one(name: str, kernel: Any, arch: int, dtype: str, config: Config, c
     options = {"num_warps": config.warps, "num_stages": config.stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
-    registers, spilled = assembled(ptx, arch)
-    loop = inner_loop(ptx)
+    registers, spilled, sass = assembled(ptx, arch)
+    loop, machine_loop = inner_loop(ptx), inner_loop(sass)
     per_element = 32 * config.warps / (config.rows * config.columns)
     matrix = re.findall(MATRIX, loop)
     return Compiled(
         name, arch, dtype, config, registers, spilled, made.metadata.shared,
         matrix[0] if matrix else "none",
+        len(re.findall(r"/\*[0-9a-f]{4,}\*/", machine_loop)) * per_element,
         len(re.findall(r"\bex2\.approx", loop)) * per_element,
         len(re.findall(r"\b(?:div|rcp|lg2|sqrt)\.", loop)) * per_element,
     )  # fmt: skip
 
 
-def inner_loop(ptx: str) -> str:
-    """The longest stretch of PTX between a label and a branch back to it."""
-    lines = ptx.splitlines()
-    labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if re.match(r"\s*\$L\w+:", line)}
+def inner_loop(code: str) -> str:
+    """The longest stretch of PTX or SASS between a label and a branch back to it."""
+    lines = code.splitlines()
+    labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if re.match(r"\s*[$.]L\w+:", line)}
     longest = ""
     for n, line in enumerate(lines):
-        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        branch = re.search(r"\bbra\b[^$`]*[`(]*([$.]L\w+)", line, re.IGNORECASE)
         if branch and labels.get(branch[1], n) < n:
             body = "\n".join(lines[labels[branch[1]] : n])
             longest = max(longest, body, key=len)
     return longest
 
 
-def assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, as ptxas reports them."""
+def assembled(ptx: str, arch: int) -> tuple[int, int, str]:
+    """Registers a thread and spilled bytes, as ptxas reports them, and the machine code."""
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     ptxas = folder / ("ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
     target = re.search(r"\.target\s+(sm_\w+)", ptx)
@@ -147,11 +151,13 @@ def assembled(ptx: str, arch: int) -> tuple[int, int]:
         path.write_text(ptx)
         command = [str(ptxas), "-v", f"-arch={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [str(folder / "nvdisasm"), "-c", str(path.with_suffix(".cubin"))]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if registers is None or spills is None:
         raise ValueError(f"ptxas: expected registers and spills in its report, got {report!r}")
-    return int(registers[1]), int(spills[1]) + int(spills[2])
+    return int(registers[1]), int(spills[1]) + int(spills[2]), sass
 
 
 def main(arguments: list[str] | None = None) -> int:

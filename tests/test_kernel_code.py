@@ -12,8 +12,8 @@ from child import FOLDER
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 LINE = re.compile(
-    r"^(?P<kernel>.+?) +sm_(?P<arch>\d+) +\w+ +\S+ \d warps +(?P<registers>\d+) +(?P<spilled>\d+) +[\d.]+ +"
-    r"(?P<matrix>\S+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+)$"
+    r"^(?P<kernel>.+?) +sm_(?P<arch>\d+) +(?P<dtype>\w+) +\S+ \d warps +(?P<registers>\d+) +(?P<spilled>\d+) +[\d.]+ +"
+    r"(?P<matrix>\S+) +(?P<slots>[\d.]+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+)$"
 )
 
 
@@ -33,5 +33,8 @@ def test_published_channels(arch, tmp_path):
         assert int(match["spilled"]) == 0
         assert match["matrix"] == MATRIX[arch]
         assert float(match["divisions"]) == 0
+        assert float(match["slots"]) > 1
+        if arch == 90 and match["dtype"] == "bfloat16":
+            assert float(match["slots"]) <= 8, "more than an H100 issues in the time of one exponential"
         # The online softmax of the row pass has one exponential a row and tile besides.
         assert 1 <= float(match["exponentials"]) <= (1.2 if match["kernel"].startswith("row") else 1)
