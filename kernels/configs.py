@@ -1,4 +1,4 @@
-"""Tile shapes: one small table an architecture family and class of shapes. Nothing is tuned at run time."""
+"""Tile shapes: one small table for each class of dtypes and channels. Nothing is tuned at run time."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def configs(dtype: torch.dtype, channels: int) -> Configs:
     if INTERPRETED.value:
         return INTERPRETER
     table = SINGLE if dtype == torch.float32 else HALF
-    return table[min(size for size in table if size >= channels)]
+    return table[min((size for size in table if size >= channels), default=max(table))]  # 256 and the mass make 512

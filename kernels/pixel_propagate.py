@@ -27,7 +27,7 @@ from corrmatch.kernels.packing import SPARE, Rows, confidence_gate, fold, pack, 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one problem is computed; the same for its forward and its backward.
+    """How one problem is computed.
 
     Attributes:
         dtype: Of the packed maps: the common dtype of the inputs.

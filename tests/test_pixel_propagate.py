@@ -213,6 +213,11 @@ def test_mean_of_equal_values_is_that_value(backend):
     torch.testing.assert_close(z, torch.full_like(z, -2.5))
 
 
+def test_mean_of_the_most_channels(backend):
+    """The mass is a channel more."""
+    check(backend, maps((1, 256, 256, (3, 5), (4, 4))), normalize=True)
+
+
 def test_rows_hand_out_all_of_their_value(backend):
     query, key, value, _ = (x.to(backend.device) for x in maps((2, 5, 4, (17, 9), (5, 11))))
     z = ops.pixel_propagate(query, key, value, backend=backend.name)

@@ -84,7 +84,7 @@ def pixel_propagate(
         gate = reference.confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
         threshold = None
     maps = (_as_map(query), _as_map(key), _as_map(value))
-    gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    gradient = torch.is_grad_enabled() and query.requires_grad
     out, _, _ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, gradient, backend)
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
@@ -117,7 +117,7 @@ def pixel_propagate_op(
     gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward of 4-d maps; `gradient`: whether there will be a backward.
+    """Forward of 4-d maps; `gradient`: whether query will be given one.
 
     Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
     with the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
