@@ -4,7 +4,7 @@
 
 For each kernel: registers a thread, spilled bytes, shared memory, matrix instructions and, an element of the scores in
 the inner loop, all instructions of a thread (slots: an H100 has 8 in the time of one exponential), exponentials and
-divisions or logarithms.
+divisions or logarithms. Kernels that are linear in the positions have no such loop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corrmatch.kernels import pixel_propagate, pixel_propagate_backward
+from corrmatch.kernels import packing, pixel_propagate, pixel_propagate_backward, pseudo_label
 from corrmatch.kernels.configs import Config, configs
-from corrmatch.kernels.packing import SPARE, padded_channels
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -34,34 +33,50 @@ MATRIX = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b"
 POINTERS = {
     "query": "data", "key": "data", "value": "data", "grad": "data", "out": "data", "dquery": "data", "dkey": "data",
     "dvalue": "data", "shift": "fp32", "normalizer": "fp32", "mean_key": "fp32", "delta": "fp32", "count": "i32",
-    "index": "i32",
+    "index": "i32", "source": "data", "packed": "data", "divisor": "fp32", "gate": "i1", "threshold": "fp64",
+    "logits": "data", "ignore": "i1", "labels": "i64", "confidence": "fp32", "class_peak": "i32",
 }  # fmt: skip
-FLOATS = ("factor", "unbias", "scale")
+FLOATS = ("factor", "unbias", "scale", "inverse_factor", "log2e")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel on one architecture. Counts are of instructions in the inner loop, an element of its score tile."""
+class Loop:
+    """Instructions of the inner loop, an element of its score tile."""
 
-    kernel: str
-    arch: int
-    dtype: str
-    config: Config
-    registers: int
-    spilled: int
-    shared: int
-    matrix: str
     slots: float
     exponentials: float
     divisions: float
 
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    tile: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+    loop: Loop | None
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing spills, and products are matrix instructions."""
+        return self.spilled == 0 and (self.loop is None or self.matrix != "none")
+
     def __str__(self) -> str:
-        tile = f"{self.config.rows}x{self.config.columns}, {self.config.warps} warps"
-        return (
-            f"{self.kernel:16} sm_{self.arch:<4} {self.dtype:9} {tile:15} {self.registers:9} {self.spilled:8} "
-            f"{self.shared / 1024:8.1f}  {self.matrix:15} {self.slots:5.1f} {self.exponentials:11.2f} "
-            f"{self.divisions:10.2f}"
+        line = (
+            f"{self.kernel:16} sm_{self.arch:<4} {self.dtype:9} {f'{self.tile}, {self.warps} warps':15} "
+            f"{self.registers:9} {self.spilled:8} {self.shared / 1024:8.1f}"
         )
+        if self.loop is not None:
+            line += f"  {self.matrix:15} {self.loop.slots:5.1f}"
+            line += f" {self.loop.exponentials:11.2f} {self.loop.divisions:10.2f}"
+        return line
 
 
 HEADER = (
@@ -72,30 +87,37 @@ HEADER = (
 
 def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
     """Every kernel of a problem with so many channels of query and of value."""
-    tuned = configs(getattr(torch, dtype), padded_channels(channels))
-    folded = dtype == "bfloat16" and padded_channels(channels) - channels >= SPARE.value
-    kernels = {
-        "row": (pixel_propagate.row_kernel, {"EXACT": dtype == "float32", "MEAN": False}),
-        "row, mean key": (pixel_propagate.row_kernel, {"EXACT": dtype == "float32", "MEAN": True}),
-        "column": (pixel_propagate.column_kernel, {}),
-        "backward row": (pixel_propagate_backward.backward_row_kernel, {"DQUERY": True, "DVALUE": True}),
-        "backward column": (pixel_propagate_backward.backward_column_kernel, {}),
+    padded = packing.padded_channels(channels)
+    tuned = configs(arch, getattr(torch, dtype), padded)
+    folded = dtype == "bfloat16" and padded - channels >= packing.SPARE.value
+    flags: dict[str, Any] = {"GATED": False, "FOLDED": folded, "DEPTH": padded, "CHANNELS": padded}
+    flags |= {"PRECISION": "tf32x3", "EXACT": dtype == "float32", "DQUERY": True, "DVALUE": True}
+    passes: dict[str, tuple[Any, Config, dict[str, Any]]] = {
+        "row": (pixel_propagate.row_kernel, tuned.row, {"MEAN": False}),
+        "row, mean key": (pixel_propagate.row_kernel, tuned.row, {"MEAN": True}),
+        "column": (pixel_propagate.column_kernel, tuned.column, {}),
+        "backward row": (pixel_propagate_backward.backward_row_kernel, tuned.backward_row, {}),
+        "backward column": (pixel_propagate_backward.backward_column_kernel, tuned.backward_column, {}),
     }
-    common = {
-        "GATED": False,
-        "FOLDED": folded,
-        "DEPTH": padded_channels(channels),
-        "CHANNELS": padded_channels(channels),
-        "PRECISION": "tf32x3",
+    for name, (kernel, config, own) in passes.items():
+        constants = {**flags, **own, "ROWS": config.rows, "COLUMNS": config.columns}
+        yield compile_one(name, kernel, arch, dtype, constants, config)
+
+    block = packing.block_size(padded)
+    linear: dict[str, tuple[Any, dict[str, Any]]] = {
+        "pack": (packing.pack_kernel, {"GATHER": True, "DIVIDE": True, "BLOCK": block}),
+        "fold": (packing.fold_kernel, {"BLOCK": packing.ALIGNMENT}),
+        "gate": (packing.confidence_gate_kernel, {"BLOCK": block}),
+        "label": (pseudo_label.label_kernel, {"RESIZE": True, "IGNORE": True, "CLASSES": padded, "BLOCK": block}),
     }
-    for name, (kernel, flags) in kernels.items():
-        config = getattr(tuned, name.split(",")[0].replace(" ", "_"))
-        constants = {**common, **flags, "ROWS": config.rows, "COLUMNS": config.columns}
-        yield compile_one(name, kernel, arch, dtype, config, constants)
+    for name, (kernel, own) in linear.items():
+        yield compile_one(name, kernel, arch, dtype, {"CHANNELS": padded, **own}, None)
 
 
-def compile_one(name: str, kernel: Any, arch: int, dtype: str, config: Config, constants: dict[str, Any]) -> Compiled:
-    """Compiles one kernel and reads its PTX and the assembler's report."""
+def compile_one(
+    name: str, kernel: Any, arch: int, dtype: str, constants: dict[str, Any], config: Config | None
+) -> Compiled:
+    """Compiles one kernel and reads its PTX, its machine code and the assembler's report."""
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -106,24 +128,27 @@ def compile_one(name: str, kernel: Any, arch: int, dtype: str, config: Config, c
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in FLOATS else "i32"
-            if argument in ("packed_q", "packed_k"):  # multiples of 128
+            if argument in ("packed_q", "packed_k", "packed_positions"):  # multiples of 128
                 attributes[(position,)] = [["tt.divisibility", 16]]
     constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    warps, stages = (4, 2) if config is None else (config.warps, config.stages)
+    options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
     registers, spilled, sass = assembled(ptx, arch)
-    loop, machine_loop = inner_loop(ptx), inner_loop(sass)
-    per_element = 32 * config.warps / (config.rows * config.columns)
-    matrix = re.findall(MATRIX, loop)
-    return Compiled(
-        name, arch, dtype, config, registers, spilled, made.metadata.shared,
-        matrix[0] if matrix else "none",
-        len(re.findall(r"/\*[0-9a-f]{4,}\*/", machine_loop)) * per_element,
-        len(re.findall(r"\bex2\.approx", loop)) * per_element,
-        len(re.findall(r"\b(?:div|rcp|lg2|sqrt)\.", loop)) * per_element,
-    )  # fmt: skip
+    matrix, loop, tile = "", None, str(constants.get("BLOCK"))
+    if config is not None:
+        tile = f"{config.rows}x{config.columns}"
+        body, machine_body = inner_loop(ptx), inner_loop(sass)
+        per_element = 32 * warps / (config.rows * config.columns)
+        matrix = next(iter(re.findall(MATRIX, body)), "none")
+        loop = Loop(
+            len(re.findall(r"/\*[0-9a-f]{4,}\*/", machine_body)) * per_element,
+            len(re.findall(r"\bex2\.approx", body)) * per_element,
+            len(re.findall(r"\b(?:div|rcp|lg2|sqrt)\.", body)) * per_element,
+        )
+    return Compiled(name, arch, dtype, tile, warps, registers, spilled, made.metadata.shared, matrix, loop)
 
 
 def inner_loop(code: str) -> str:
@@ -174,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in options.dtype:
             for compiled in compile_all(arch, dtype, options.channels):
                 print(compiled, flush=True)
-                failed |= compiled.spilled > 0 or compiled.matrix == "none"
+                failed |= not compiled.sound
     return int(failed)
 
 

@@ -1,16 +1,24 @@
-"""What all kernels share: products and roundings."""
+"""What all kernels share: products, roundings and where they are launched."""
 
 from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # TRITON_INTERPRET=1 runs the kernels as NumPy programs on CPU tensors. It counts when this package is first imported.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = math.log2(math.e)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device and its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -55,6 +55,11 @@ def padded_channels(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
+def block_size(channels: int) -> int:
+    """Positions of a block that holds all channels of each; a divisor of ALIGNMENT."""
+    return min(ALIGNMENT, max(16, 4096 // channels))
+
+
 def pack(
     source: Tensor,
     channels: int,
@@ -72,11 +77,11 @@ def pack(
     batch, width, positions = source.shape[0], source.shape[3], source.shape[2] * source.shape[3]
     packed = torch.empty(batch, channels, padded(positions), dtype=dtype, device=source.device)
     index = None if rows is None else rows.index
-    block = max(16, 4096 // channels)
-    pack_kernel[(packed.shape[2] // min(block, ALIGNMENT), batch)](
+    block = block_size(channels)
+    pack_kernel[(packed.shape[2] // block, batch)](
         source, packed, index, divisor, source.shape[1], positions, packed.shape[2], width, *source.stride(), ones,
         factor, 0 if divisor is None else divisor.stride(0),
-        GATHER=index is not None, DIVIDE=divisor is not None, CHANNELS=channels, BLOCK=min(block, ALIGNMENT),
+        GATHER=index is not None, DIVIDE=divisor is not None, CHANNELS=channels, BLOCK=block,
     )  # fmt: skip
     return packed
 
@@ -134,7 +139,7 @@ def confidence_gate(value: Tensor, threshold: Tensor) -> Tensor:
     batch, channels, height, width = value.shape
     gate = torch.empty(batch, height * width, dtype=torch.bool, device=value.device)
     padded_to = triton.next_power_of_2(channels)
-    block = max(16, 4096 // padded_to)
+    block = block_size(padded_to)
     confidence_gate_kernel[(triton.cdiv(height * width, block), batch)](
         value, threshold, gate, channels, height * width, width, *value.stride(), LOG2E, CHANNELS=padded_to, BLOCK=block
     )

@@ -12,7 +12,6 @@ shift is the largest score, which its own recomputation cancels, and V is divide
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.configs import Configs, configs
-from corrmatch.kernels.language import LOG2E, dot, narrow
+from corrmatch.kernels.configs import Configs, architecture, configs, launch
+from corrmatch.kernels.language import LOG2E, dot, narrow, on_device_of
 from corrmatch.kernels.packing import SPARE, Rows, confidence_gate, fold, pack, padded_channels
 
 
@@ -81,13 +80,8 @@ class Plan:
             folded,
             bias,
             precision,
-            configs(dtype, max(depth, channels)),
+            configs(architecture(query), dtype, max(depth, channels)),
         )
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device and its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def pack_features(plan: Plan, query: Tensor, key: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -117,7 +111,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Fills `out` (B, C or, with the mass, C + 1, Hk, Wk), `normalizer` (B, 2, N_q) and `mean_key` (B, D, N_q).
 
-    What they are is said in `corrmatch.ops.pixel_propagate`; of closed rows, `mean_key` keeps what it holds.
+    What they are is said in `corrmatch.ops.pixel_propagate`.
     """
     with on_device_of(query):
         depth, n_q, n_k = query.shape[1], normalizer.shape[2], key.shape[2] * key.shape[3]
@@ -129,22 +123,23 @@ def forward(
         q, k = pack_features(plan, query, key, rows)
         shape = (n_q, n_k, q.shape[2], k.shape[2])
 
-        normalizer[:, 0].zero_()
-        normalizer[:, 1].fill_(float("inf"))
-        config = plan.configs.row
-        row_kernel[(triton.cdiv(n_q, config.rows), query.shape[0])](
+        if gate is not None:
+            normalizer[:, 0].zero_()
+            normalizer[:, 1].fill_(float("inf"))
+            if mean_key is not None:
+                mean_key.zero_()
+        launch(
+            row_kernel, plan.configs.row, "ROWS", n_q, query.shape[0],
             q, k, rows.index, rows.count, normalizer, mean_key, *shape, depth, plan.factor,
             GATED=gate is not None, EXACT=plan.exact, MEAN=mean_key is not None, DEPTH=plan.depth,
-            ROWS=config.rows, COLUMNS=config.columns, PRECISION=plan.precision,
-            num_warps=config.warps, num_stages=config.stages,
+            PRECISION=plan.precision,
         )  # fmt: skip
         v, shift = pack_rows(plan, q, depth, value, mass, rows, normalizer)
-        config = plan.configs.column
-        column_kernel[(triton.cdiv(n_k, config.columns), query.shape[0])](
+        launch(
+            column_kernel, plan.configs.column, "COLUMNS", n_k, query.shape[0],
             q, k, v, shift, rows.count, out, *shape, out.shape[1], plan.factor, 2.0**-plan.bias,
             GATED=gate is not None, FOLDED=plan.folded, DEPTH=plan.depth, CHANNELS=plan.channels,
-            ROWS=config.rows, COLUMNS=config.columns, PRECISION=plan.precision,
-            num_warps=config.warps, num_stages=config.stages,
+            PRECISION=plan.precision,
         )  # fmt: skip
 
 

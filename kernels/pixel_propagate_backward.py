@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.language import LOG2E, dot, narrow
+from corrmatch.kernels.configs import launch
+from corrmatch.kernels.language import LOG2E, dot, narrow, on_device_of
 from corrmatch.kernels.packing import Rows, pack
-from corrmatch.kernels.pixel_propagate import Plan, on_device_of, pack_features, pack_rows
+from corrmatch.kernels.pixel_propagate import Plan, pack_features, pack_rows
 
 
 def backward(
@@ -46,20 +47,18 @@ def backward(
             "CHANNELS": plan.channels,
             "PRECISION": plan.precision,
         }
-        config = plan.configs.backward_row
-        backward_row_kernel[(triton.cdiv(n_q, config.rows), query.shape[0])](
+        launch(
+            backward_row_kernel, plan.configs.backward_row, "ROWS", n_q, query.shape[0],
             q, k, v, grad, shift, rows.index, rows.count, normalizer, mean_key, delta, dquery, dvalue,
             *shape, depth, value.shape[1], plan.factor, 2.0**-plan.bias, scale,
             DQUERY=dquery is not None, DVALUE=dvalue is not None, **flags,
-            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if dkey is None:
             return
-        config = plan.configs.backward_column
-        backward_column_kernel[(triton.cdiv(n_k, config.columns), query.shape[0])](
+        launch(
+            backward_column_kernel, plan.configs.backward_column, "COLUMNS", n_k, query.shape[0],
             q, k, v, grad, shift, rows.count, delta, dkey,
             *shape, depth, plan.factor, 2.0**-plan.bias * (1 / LOG2E if plan.exact else scale), **flags,
-            ROWS=config.rows, COLUMNS=config.columns, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
 

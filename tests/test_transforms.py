@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import cases
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
@@ -66,16 +67,34 @@ def opcheck_calls():
     yield REGISTERED.pseudo_label.default, (logits.half(), torch.rand(2, 9, 7) < 0.3, 9, 7)
 
 
-CALLS = [f"{i}-{op.name().removeprefix('corrmatch::')}" for i, (op, _) in enumerate(opcheck_calls())]
+CALLS = [op.name().removeprefix("corrmatch::") for op, _ in opcheck_calls()]
 
 
-@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
-@pytest.mark.parametrize("call", CALLS)
-def test_opcheck(backend_name, call):
-    op, arguments = list(opcheck_calls())[CALLS.index(call)]
-    if "pixel_propagate" in call and backend_name == "reference":
-        backend_name = "cpu"  # that oracle is not an op of its own
-    assert set(opcheck(op, (*arguments, backend_name)).values()) == {"SUCCESS"}
+@pytest.mark.parametrize("call", range(len(CALLS)), ids=lambda i: f"{i}-{CALLS[i]}")
+def test_opcheck(call):
+    """Of every call on every backend that takes it."""
+    op, arguments = list(opcheck_calls())[call]
+    floating = {x.dtype for x in arguments[:4] if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    for case in cases(CALLS[call].removesuffix("_backward")):
+        if case.device != "cpu" or not floating <= set(case.dtypes):
+            continue
+        if CALLS[call].startswith("pixel_propagate") and case.name == "reference":
+            continue  # that oracle is not an op of its own
+        if CALLS[call] == "pixel_propagate_backward":
+            *_, saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
+            arguments = (*arguments[:5], saved.detach(), *arguments[6:])
+        assert set(opcheck(op, (*arguments, case.name)).values()) == {"SUCCESS"}, case
+
+
+def test_gradient_that_was_not_announced_is_refused():
+    """The op leaves out what only the gradient of query needs."""
+    maps = [feature(1, 3, 4, 5) for _ in range(3)]
+    out, *_ = REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, False, "triton")
+    with pytest.raises(RuntimeError, match=r"^query: .*gradient=False"):
+        out.sum().backward()
+    out, *_ = REGISTERED.pixel_propagate(maps[0].detach(), *maps[1:], None, None, 0.5, False, False, "triton")
+    out.sum().backward()
+    assert maps[1].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("index", [(2, 6), (2, 1)], ids=str)

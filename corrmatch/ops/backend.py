@@ -80,7 +80,7 @@ def _triton() -> Backend:
     return Backend(
         "triton",
         ("cpu",) if interpreted else ("cuda",),
-        frozenset({"pixel_propagate"}),
+        frozenset({"pixel_propagate", "pseudo_label"}),
         missing,
         detail="interpreted on the CPU; for checks" if interpreted else "",
         dtypes=(torch.float32, torch.float16, torch.bfloat16),

@@ -122,7 +122,7 @@ def pixel_propagate_op(
     Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
     with the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
     P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed; and, for the backward of "triton",
-    the mean key (B, D, N_q), sum_j P_ij key_j, where the gate is open.
+    the mean key (B, D, N_q), sum_j P_ij key_j, 0 where the gate is closed.
     """
     out, normalizer, mean_key = _empty_results(query, key, value, mass, gradient, backend)
     if out.numel() > 0 and backend == "triton":
@@ -195,13 +195,15 @@ def _fake_backward(grad_out, query, key, value, normalizer, mean_key, gated, sca
 
 
 def _save(ctx, inputs, output):
-    query, key, value, gate, threshold, ctx.scale, _, _, ctx.backend = inputs
+    query, key, value, gate, threshold, ctx.scale, _, ctx.gradient, ctx.backend = inputs
     ctx.gated = gate is not None or threshold is not None
     ctx.save_for_backward(query, key, value, *output[1:])
 
 
 def _backward(ctx, grad_out, *_):
     needs = list(ctx.needs_input_grad[:3])
+    if needs[0] and not ctx.gradient:
+        raise RuntimeError("query: a gradient is asked for, but the op was called with gradient=False")
     grads = torch.ops.corrmatch.pixel_propagate_backward(
         grad_out, *ctx.saved_tensors, ctx.gated, ctx.scale, needs, ctx.backend
     )

@@ -54,6 +54,11 @@ def pseudo_label_op(
         return labels, confidence, class_peak.zero_()
     if backend == "reference":
         return reference.pseudo_label(logits, size=(height, width), ignore=ignore)
+    if backend == "triton":
+        from corrmatch.kernels import pseudo_label as kernels
+
+        kernels.label(logits, ignore, labels, confidence, class_peak)
+        return labels, confidence, class_peak
     _C.cpu.pseudo_label(
         borrow(logits), borrow(ignore), borrow(labels), borrow(confidence), borrow(class_peak), threads()
     )

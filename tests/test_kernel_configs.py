@@ -1,0 +1,73 @@
+"""Tile shapes of the Triton kernels: all of them compute the same, and the tuner picks among them."""
+
+from __future__ import annotations
+
+import accuracy
+import pytest
+import torch
+import triton
+
+from corrmatch import ops
+from corrmatch.kernels import configs, pixel_propagate
+from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Configs
+from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
+from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLES = [table for family in FAMILIES.values() for table in family]
+SHIPPED = {config for table in TABLES for of_class in table.values() for config in of_class}
+
+
+def propagate(dtype):
+    """Results and gradients of a problem of several tiles with ragged edges, and what they should be."""
+    maps = [torch.randn(1, c, *size).to(dtype) for c, size in ((21, (11, 13)), (21, (14, 15)), (17, (11, 13)))]
+    grad = torch.randn(1, 17, 14, 15).to(dtype)
+    leaves = [x.to(DEVICE).requires_grad_() for x in maps]
+    out = ops.pixel_propagate(*leaves, backend="triton")
+    found = accuracy.Propagated(out, *torch.autograd.grad(out, leaves, grad.to(DEVICE)))
+    exact, terms = accuracy.exact(*maps, grad)
+    return found, exact, accuracy.plain(*maps, grad), terms
+
+
+def distinct(configs):
+    """Warps and stages mean nothing to the interpreter."""
+    return sorted({c if DEVICE == "cuda" else c._replace(warps=1, stages=1) for c in configs})
+
+
+@pytest.mark.parametrize("config", distinct({*SHIPPED, *CANDIDATES}), ids=lambda c: "x".join(map(str, c)))
+def test_every_tile_shape_gives_the_same(monkeypatch, config):
+    dtype = torch.bfloat16 if config.rows * config.columns >= 2048 else torch.float32
+    monkeypatch.setattr(pixel_propagate, "configs", lambda *_: Configs(*[config] * 4))
+    accuracy.assert_all_accurate(*propagate(dtype))
+
+
+def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
+    kernels = (row_kernel, column_kernel, backward_row_kernel, backward_column_kernel)
+    candidates = CANDIDATES[-4:]
+    timed, best = [], candidates[2]
+
+    def seconds(call, quantiles):
+        call()
+        timed.append(call)
+        return [0.5 if len(timed) % len(candidates) == 3 else 1.0] * len(quantiles)
+
+    configs.tuned.cache_clear()
+    monkeypatch.setattr(configs, "CANDIDATES", candidates)
+    monkeypatch.setattr(triton.runtime.Autotuner, "do_bench", property(lambda self: seconds))
+    monkeypatch.setenv("CORRMATCH_AUTOTUNE", "1")
+    for _ in range(2):  # the second time everything is known
+        accuracy.assert_all_accurate(*propagate(torch.bfloat16))
+        assert len(timed) == len(kernels) * len(candidates)
+    for kernel in kernels:
+        chosen = configs.tuned(kernel).best_config
+        assert (chosen.kwargs["ROWS"], chosen.kwargs["COLUMNS"], chosen.num_warps, chosen.num_stages) == best
+    configs.tuned.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (121, 120)]
+)
+def test_family_of_an_architecture(arch, family):
+    for dtype, table in ((torch.float16, FAMILIES[family].half), (torch.float32, FAMILIES[family].single)):
+        for channels, size in ((16, 32), (32, 32), (64, 64), (128, 256), (512, 256)):
+            assert configs.configs(arch, dtype, channels) == table[size]
