@@ -6,19 +6,22 @@ not timed, and the exit code is 1. Contenders are timed in turns within a time b
 `--json FILE` writes an object:
     environment   date, device, device_type, threads, load and load_after (average number of running
                   processes in the minute before start and end, null where unknown), backends {name: detail},
-                  corrmatch, commit (null outside a checkout), torch, cuda, python, platform
+                  corrmatch, commit (null outside a checkout), torch, cuda, python, platform,
+                  exponentials_a_second (of a GPU at its highest clock, else null)
     command       the arguments
     seconds       duration of the whole run
     failures      number of contenders that disagree with the oracle and of cases that could not be checked
     cases         a list; each has op, size, workload, positions (N), batch, dtype, elements (in one call), unit (of
-                  elements), tolerance (of error) and contenders, a list of
+                  elements), tolerance (of error), exponentials (the least that forward and both compute, where
+                  that bounds them) and contenders, a list of
         name, ours, family (variants of which only the fastest is timed, or null)
         status            "ok", "wrong", "not installed" or "slower variant"
         error             (unless not installed) largest relative Frobenius norm among result and gradients or, where
                           results are discrete, share of pixels that differ
         peak_extra_bytes  (if ok) forward and, where it has a backward, both; null where unknown
-        times             (if ok) for forward and, where it has them, backward and both: median, spread (half the
-                          interquartile range over the median), rounds, seconds (of every round)
+        times             (if ok) for forward and, where it has them, backward and both, on a GPU also forward_graph
+                          and both_graph (replays of a CUDA graph): median, spread (half the interquartile range
+                          over the median), rounds, seconds (of every round)
 """
 
 from __future__ import annotations
@@ -63,11 +66,13 @@ def measure_case(case: workload.Case, seconds: float, device: str) -> dict[str, 
             row["peak_extra_bytes"] = {"forward": measure.peak_extra_bytes(contender.forward, device)}
         if contender.leaves:
             row["peak_extra_bytes"]["both"] = measure.peak_extra_bytes(contender.both, device)
+        if device == "cuda" and not contender.on_host:
+            contender.capture()
     if racing:
         samples = measure.race([contender for contender, _ in racing], seconds, device)
         for (_, row), times in zip(racing, samples, strict=True):
             row["times"] = {name: measure.summary(values) for name, values in times.items()}
-    fields = ("op", "size", "workload", "positions", "batch", "elements", "unit", "tolerance")
+    fields = ("op", "size", "exponentials", "workload", "positions", "batch", "elements", "unit", "tolerance")
     return {name: getattr(case, name) for name in fields} | {"contenders": rows}
 
 
@@ -186,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             result = measure_case(case, options.budget * case.share * SHARE[op] / total, options.device)
             result["dtype"] = options.dtype
-            print(report.block(result), flush=True)
+            print(report.block(result, environment["exponentials_a_second"]), flush=True)
             failures += sum(row["status"] == "wrong" for row in result["contenders"])
             results.append(result)
     elapsed, environment["load_after"] = time.perf_counter() - start, measure.load()

@@ -55,9 +55,13 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
         contender(f"row-chunked, {rows} rows", peers.row_chunked(rows), family="row-chunked") for rows in ROWS
     ]
     if s.device == "cpu":
-        contenders.append(contender("attention composition", peers.attention_composition, backward=False))
+        composition = peers.attention_composition(peers.cpu_attention)
+        contenders.append(contender("attention composition", composition, backward=False))
+    else:
+        composition = peers.attention_composition(peers.flex_attention(), power_of_two=True)
+        contenders.append(contender("FlexAttention composition", composition))
     contenders.append(contender("published eager", peers.published))
-    if s.compiled:
+    if s.compiled or s.device == "cuda":
         compiled = torch.compile(peers.published, dynamic=False)
         with torch.no_grad():  # compiles the form without gradients; verification compiles the other
             compiled(query, key, value)
@@ -74,6 +78,7 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
         "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
         f"N = {positions}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
         oracle_bytes=6 * 8 * s.batch * positions**2,
+        exponentials={"forward": 2 * s.batch * positions**2, "both": 4 * s.batch * positions**2},
     )  # fmt: skip
 
 
@@ -120,7 +125,8 @@ def region_propagate(s: Setting) -> Iterator[Case]:
     contenders = [Contender("corrmatch", ours, ours=True)]
     if s.device == "cpu":
         contenders.append(Contender("NumPy loop", lambda: peers.region_propagate_numpy(labels, reliable, *arguments)))
-    contenders.append(Contender("published loop", lambda: peers.region_propagate(labels, reliable, *arguments)))
+    published = Contender("published loop", lambda: peers.region_propagate(labels, reliable, *arguments), on_host=True)
+    contenders.append(published)
 
     def expected() -> tuple[tuple[Tensor, Tensor]]:
         return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS),)
@@ -162,7 +168,7 @@ def _component_case(kind: str, picture: Tensor) -> Case:
     def peer(name: str) -> Contender:
         if name not in libraries:
             return Contender(name, lambda: None, missing="not installed")
-        return contender(name, lambda x: _Numbered(libraries[name](arrays[id(x)])))
+        return contender(name, lambda x: _Numbered(libraries[name](arrays[id(x)])), on_host=True)
 
     def expected() -> tuple[np.ndarray, np.ndarray]:
         exact = reference.connected_components(crop).cpu().numpy()

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ LEAST_ROUNDS = 5  # for corrmatch and for every peer that is not far behind
 LEAST_ROUNDS_SLOW = 2  # for a contender that takes more than SLOW times as long as the fastest
 SLOW = 4.0
 MOST_ROUNDS = 300
+REPLAYS = 5  # of a CUDA graph in one sample
+EXP2_A_CLOCK = 16  # of one multiprocessor, on every architecture since sm_70
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Contender:
         ours: Whether this is corrmatch.
         missing: Why it cannot run here; None where it can.
         answer: What is compared with the oracle, where that is not simply the result and the gradients.
+        on_host: Whether it computes or reads something on the host, so that no CUDA graph can hold it.
+        graphs: CUDA graphs of the passes, once captured.
     """
 
     name: str
@@ -50,10 +54,26 @@ class Contender:
     missing: str | None = None
     answer: Callable[[], tuple[Any, ...]] | None = None
 
+    on_host: bool = False
+    graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
+
     @property
     def passes(self) -> tuple[str, ...]:
         """What can be timed."""
-        return ("forward", "backward", "both") if self.leaves else ("forward",)
+        eager = ("forward", "backward", "both") if self.leaves else ("forward",)
+        return *eager, *(f"{name}_graph" for name in self.graphs)
+
+    def capture(self) -> None:
+        """Captures forward and, where there are leaves, both in CUDA graphs, which replay without launch overhead."""
+        calls = {"forward": torch.no_grad()(self.forward)} | ({"both": self.both} if self.leaves else {})
+        for name, call in calls.items():
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with torch.cuda.stream(side):  # compiles and allocates before the capture
+                call()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                call()
+            self.graphs[name] = graph
 
     def both(self) -> tuple[Any, ...]:
         """The result and, where there are leaves, the gradients."""
@@ -90,7 +110,20 @@ def sample(contender: Contender, device: str) -> dict[str, float]:
         end = now(device)
         del grads
         times |= {"backward": end - middle, "both": end - start}
+    for name, graph in contender.graphs.items():
+        times[f"{name}_graph"] = replay_seconds(graph)
     return times
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of one replay by the device's clock, the mean of some in a row."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(REPLAYS):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / REPLAYS
 
 
 def race(contenders: list[Contender], seconds: float, device: str) -> list[dict[str, list[float]]]:
@@ -195,9 +228,27 @@ def environment(device: str) -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
+        "exponentials_a_second": exponentials_a_second(device),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def exponentials_a_second(device: str) -> float | None:
+    """What the GPU's special function units reach at their highest clock; None on a CPU or where that is unknown."""
+    if device != "cuda" or shutil.which("nvidia-smi") is None:
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    command = [
+        "nvidia-smi",
+        f"--id=GPU-{properties.uuid}",
+        "--query-gpu=clocks.max.sm",
+        "--format=csv,noheader,nounits",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout.strip().isdecimal():
+        return None
+    return EXP2_A_CLOCK * properties.multi_processor_count * 1e6 * int(done.stdout)
 
 
 def load() -> float | None:

@@ -5,6 +5,7 @@ Every function takes and returns what the op of the same name does, for maps (B,
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -61,25 +62,63 @@ def row_chunked(rows: int) -> Propagate:
     return lambda query, key, value: _RowChunked.apply(query, key, value, rows)
 
 
-def attention_composition(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Two attentions from parts that exist, forward only on a CPU (its lse has no gradient there).
+Attention = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
-    The first gives lse_i. The second swaps the roles of query and key with -lse_i folded into a spare channel, so its
+
+def attention_composition(attention: Attention, *, power_of_two: bool = False) -> Propagate:
+    """Two attentions from parts that exist; differentiable where the lse of `attention` is.
+
+    The first gives lse_i. The second swaps the roles of query and key with -lse_i folded into spare channels, so its
     softmax over i is proportional to P_ij; the exponential of its own lse undoes its normalisation.
+
+    Args:
+        attention: (query, key, value, scale), each (B, 1, N, channels), to the result and the lse (B, 1, N).
+        power_of_two: Whether it takes only so many channels.
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    q, k, v = (x.flatten(2).mT.unsqueeze(1) for x in (query, key, value))
-    scale, channels = 1 / math.sqrt(q.shape[-1]), max(q.shape[-1] + 1, v.shape[-1])
 
-    def widen(x: Tensor, *columns: Tensor) -> Tensor:
-        x = torch.cat([x, *columns], -1)
-        return F.pad(x, (0, channels - x.shape[-1]))
+    def propagate(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (x.flatten(2).mT.unsqueeze(1) for x in (query, key, value))
+        scale, exact = 1 / math.sqrt(q.shape[-1]), q.dtype in (torch.float32, torch.float64)
+        pieces = 1 if exact else 3  # an lse in half precision needs three channels
+        channels = max(q.shape[-1] + pieces, v.shape[-1])
+        if power_of_two:
+            channels = max(16, 1 << (channels - 1).bit_length())
 
-    _, lse = attention(widen(q), widen(k), widen(k), scale=scale)
-    lse = lse.reshape(q.shape[:-1]).unsqueeze(-1).to(q.dtype)
-    out, mass = attention(widen(k, torch.ones_like(k[..., :1])), widen(q * scale, -lse), widen(v), scale=1.0)
-    out = out[..., : v.shape[-1]] * mass.reshape(k.shape[:-1]).unsqueeze(-1).exp().to(v.dtype)
-    return out.squeeze(1).mT.reshape(*value.shape[:2], *key.shape[2:])
+        def widen(*columns: Tensor) -> Tensor:
+            x = torch.cat(columns, -1)
+            return F.pad(x, (0, channels - x.shape[-1]))
+
+        _, lse = attention(widen(q), widen(k), widen(k), scale)
+        rest, folded = -lse.unsqueeze(-1), []
+        for _ in range(pieces):
+            folded.append(rest.to(q.dtype))
+            rest = (rest - folded[-1]).detach()  # the first piece carries the gradient
+        out, mass = attention(widen(k, *[torch.ones_like(k[..., :1])] * pieces), widen(q * scale, *folded), widen(v), 1)
+        out = out[..., : v.shape[-1]] * mass.unsqueeze(-1).exp().to(v.dtype)
+        return out.squeeze(1).mT.reshape(*value.shape[:2], *key.shape[2:])
+
+    return propagate
+
+
+def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Flash attention of PyTorch on a CPU, forward only: its lse has no gradient there."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    return out, lse.reshape(query.shape[:-1])
+
+
+@functools.cache
+def flex_attention() -> Attention:
+    """FlexAttention, compiled: a GPU's flash attention whose lse has a gradient."""
+    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    compiled = torch.compile(flex, dynamic=False)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out, aux = compiled(query, key, value, scale=scale, return_aux=AuxRequest(lse=True))
+        return out, aux.lse
+
+    return attention
 
 
 def region_masks(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:

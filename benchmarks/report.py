@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 WIDTH = 116
@@ -74,30 +75,38 @@ def op_header(op: str) -> str:
     return "\n".join([f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
 
 
-def block(result: dict[str, Any]) -> str:
-    """One row for each contender of a case."""
+def block(result: dict[str, Any], exponentials_a_second: float | None) -> str:
+    """One row for each contender of a case, and one for its CUDA graphs."""
     lines = [f"{result['size']} ({result['workload']}; {_si(result['elements'])} {result['unit']})"]
     timed = [row for row in result["contenders"] if row["status"] == "ok"]
     for row in result["contenders"]:
         name = f"{row['name']:<{NAME - 2}}"
         if row["status"] == "ok":
             lines.append(_row(row, timed, passes_of(result["op"]), result["elements"]))
+            if "forward_graph" in row["times"]:
+                lines.append(_times("    in a CUDA graph", row, timed, [f"{p}_graph" for p in passes_of(result["op"])]))
         elif row["status"] == "wrong":
             lines.append(f"! {name}   WRONG, not timed: error {row['error']:.1e}, bound {result['tolerance']:.0e}")
         elif row["status"] == "not installed":
             lines.append(f"  {name}   not installed")
-    return "\n".join([*lines, ""])
+    if exponentials_a_second is not None:
+        lines += [exp_floor(row, result["exponentials"], exponentials_a_second) for row in timed if row["ours"]]
+    return "\n".join([*(line for line in lines if line), ""])
+
+
+def exp_floor(row: dict[str, Any], exponentials: dict[str, int], a_second: float) -> str:
+    """Least time that the exponentials take, as a share of the time taken."""
+    shares = []
+    for name, count in exponentials.items():
+        for timed in (name, f"{name}_graph"):
+            if timed in row["times"]:
+                share = count / a_second / row["times"][timed]["median"]
+                shares.append(f"{PASSES[name]}{' in a graph' if timed != name else ''} {100 * share:.0f} %")
+    return f"    share of the exp floor: {', '.join(shares)}" if shares else ""
 
 
 def _row(row: dict[str, Any], timed: list[dict[str, Any]], passes: tuple[str, ...], elements: int) -> str:
-    line = f"{'▸' if row['ours'] else ' '} {row['name']:<{NAME - 2}}"
-    for name in passes:
-        time = row["times"].get(name)
-        if time is None:
-            line += f"  {'—':>11} {'—':>6}"
-            continue
-        spread = f"±{min(99, 100 * time['spread']):.0f}%"
-        line += f"  {_milliseconds(time['median']):>6} {spread:>4} {ratio(row, timed, name):>6}"
+    line = _times(f"{'▸' if row['ours'] else ' '} {row['name']:<{NAME - 2}}", row, timed, passes)
     peak = row["peak_extra_bytes"]
     width = 7 if len(passes) > 1 else 11
     weighed = [name for name in passes if name != "backward"]
@@ -106,9 +115,21 @@ def _row(row: dict[str, Any], timed: list[dict[str, Any]], passes: tuple[str, ..
     return line + (f"{row['error']:>8.0e}" if row["error"] > 0 else f"{'0':>8}")
 
 
+def _times(head: str, row: dict[str, Any], timed: list[dict[str, Any]], passes: Sequence[str]) -> str:
+    line = f"{head:<{NAME}}"
+    for name in passes:
+        time = row["times"].get(name)
+        if time is None:
+            line += f"  {'—':>11} {'—':>6}"
+            continue
+        spread = f"±{min(99, 100 * time['spread']):.0f}%"
+        line += f"  {_milliseconds(time['median']):>6} {spread:>4} {ratio(row, timed, name):>6}"
+    return line
+
+
 def ratio(row: dict[str, Any], timed: list[dict[str, Any]], name: str) -> str:
     """For corrmatch the fastest peer's time over its own, for a peer its own over corrmatch's."""
-    ours = [r["times"][name]["median"] for r in timed if r["ours"]]
+    ours = [r["times"][name]["median"] for r in timed if r["ours"] and name in r["times"]]
     peers = [r["times"][name]["median"] for r in timed if not r["ours"] and name in r["times"]]
     if not ours or not peers:
         return "—"
@@ -130,7 +151,7 @@ def footer(
         if options.device == "cpu":
             notes.append("The attention composition has no backward on a CPU: its lse carries no gradient there.")
         notes.append("Row-chunked is the fastest of 64, 128 and 256 rows at each size; it recomputes in the backward.")
-        if not options.compile:
+        if not options.compile and options.device == "cpu":
             notes.append("Left out: the published form under torch.compile. Add it with --compile.")
     after = environment["load_after"]
     if after is not None and after > environment["threads"] + 0.7:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Case:
         positions: N, for the plot.
         batch: B.
         oracle_bytes: About what the oracle needs.
+        exponentials: The least that the forward and both passes compute, where that bounds them.
         share: Of the time for this op and setting.
     """
 
@@ -48,6 +49,7 @@ class Case:
     positions: int
     batch: int
     oracle_bytes: int = 0
+    exponentials: dict[str, int] = field(default_factory=dict)
     share: float = 1.0
 
 

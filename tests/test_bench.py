@@ -206,6 +206,42 @@ def test_ratio_of_known_times():
     assert [report.ratio(r, rows, "forward").strip() for r in rows] == ["1.50x", "1.50", "20.0"]
 
 
+def test_a_graph_has_a_row_and_the_floor_a_line():
+    times = {name: {"median": 2e-3, "spread": 0.0} for name in ("forward", "backward", "both")}
+    graphs = {name: {"median": 1e-3, "spread": 0.0} for name in ("forward_graph", "both_graph")}
+    row = {"name": "corrmatch", "ours": True, "status": "ok", "error": 0.0, "times": times | graphs}
+    peer = {**row, "name": "peer", "ours": False, "times": times | {"forward_graph": {"median": 3e-3, "spread": 0.0}}}
+    for r in (row, peer):
+        r["peak_extra_bytes"] = {"forward": 0, "both": 0}
+    result = {"op": "pixel_propagate", "size": "9x9", "workload": "", "elements": 1, "unit": ""}
+    result |= {"contenders": [row, peer], "exponentials": {"forward": 10**6, "both": 2 * 10**6}}
+    lines = report.block(result, 2e9).splitlines()
+    assert [line[:20].strip() for line in lines[1:5]] == ["▸ corrmatch", "in a CUDA graph", "peer", "in a CUDA graph"]
+    assert "3.00x" in lines[2]
+    assert lines[5].strip() == (
+        "share of the exp floor: forward 25 %, forward in a graph 50 %, forward + backward 50 %, "
+        "forward + backward in a graph 100 %"
+    )
+
+
+def attention(query, key, value, scale):
+    scores = scale * (query.float() @ key.float().mT)
+    return (scores.softmax(-1) @ value.float()).to(value.dtype), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_composition_of_attentions_has_the_gradients_of_the_published_form(dtype):
+    """With an attention whose lse is differentiable, as FlexAttention's is on a GPU."""
+    maps = [torch.randn(2, c, 5, 7, dtype=dtype).requires_grad_() for c in (21, 21, 6)]
+    wide = [x.detach().double().requires_grad_() for x in maps]
+    upstream = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    out = peers.attention_composition(attention, power_of_two=True)(*maps)
+    expected = peers.published(*wide)
+    found = (out.detach(), *torch.autograd.grad(out, maps, upstream.to(dtype)))
+    wanted = (expected.detach(), *torch.autograd.grad(expected, wide, upstream))
+    assert cases.largest_relative_error(found, wanted) < cases.TOLERANCE[dtype] + 1e-5
+
+
 def test_components_are_renumbered_in_raster_order():
     labels = np.array([[0, 7, 7], [3, 0, 0], [3, 0, 5]])
     assert cases.raster_order(labels).tolist() == [[0, 1, 1], [2, 0, 0], [2, 0, 3]]
