@@ -108,7 +108,7 @@ def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
         "pack": (packing.pack_kernel, {"GATHER": True, "DIVIDE": True, "BLOCK": block}),
         "fold": (packing.fold_kernel, {"BLOCK": packing.ALIGNMENT}),
         "gate": (packing.confidence_gate_kernel, {"BLOCK": block}),
-        "label": (pseudo_label.label_kernel, {"RESIZE": True, "IGNORE": True, "CLASSES": padded, "BLOCK": block}),
+        "label": (pseudo_label.label_kernel, {"RESIZE": True, "IGNORE": True, "BLOCK": pseudo_label.BLOCK}),
     }
     for name, (kernel, own) in linear.items():
         yield compile_one(name, kernel, arch, dtype, {"CHANNELS": padded, **own}, None)

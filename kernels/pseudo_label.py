@@ -1,7 +1,7 @@
 """Pseudo-labels: the largest class of every pixel, its softmax probability, and the largest of those of each class.
 
-A block owns some pixels and holds all their classes, enlarged on the fly: enlarged logits are never stored.
-A class's peak is an atomic maximum over the blocks, the same in whatever order they come.
+A thread owns a pixel and goes over its classes once, enlarged on the fly: nothing but the results is stored. A class's
+peak is an atomic maximum over the blocks, the same in whatever order they come.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
-from corrmatch.kernels.packing import block_size
 
 NAN = tl.constexpr(0x7FC00000)  # as an integer larger than every confidence
+UNROLL = tl.constexpr(4)  # classes whose loads are under way at once
+CHUNK = tl.constexpr(32)  # classes whose peaks a block finds at once
+BLOCK = 1024 if INTERPRETED.value else 128  # pixels; the interpreter takes its time by the block
 
 
 def label(logits: Tensor, ignore: Tensor | None, labels: Tensor, confidence: Tensor, class_peak: Tensor) -> None:
     """Fills what `corrmatch.ops.pseudo_label` returns: labels and confidence (B, H, W), class_peak (C,)."""
     batch, classes, grid_height, grid_width = logits.shape
     height, width = labels.shape[1:]
-    padded = triton.next_power_of_2(classes)
-    block = 512 if INTERPRETED.value else block_size(padded)
     with on_device_of(logits):
         class_peak.zero_()
-        label_kernel[(triton.cdiv(height * width, block), batch)](
+        label_kernel[(triton.cdiv(height * width, BLOCK), batch)](
             logits, ignore, labels, confidence, class_peak.view(torch.int32),
             classes, grid_height, grid_width, height, width,
             *logits.stride(), *((0, 0, 0) if ignore is None else ignore.stride()), LOG2E,
-            RESIZE=(height, width) != (grid_height, grid_width), IGNORE=ignore is not None,
-            CLASSES=padded, BLOCK=block,
+            RESIZE=(height, width) != (grid_height, grid_width), IGNORE=ignore is not None, BLOCK=BLOCK,
         )  # fmt: skip
 
 
@@ -44,43 +43,43 @@ def cell(position, inputs, outputs):
 
 
 @triton.jit
-def column(logits, x, top, bottom, weight, wanted):
-    """Logits between two rows of the grid."""
-    above = tl.load(logits + (top + x)[None, :], mask=wanted, other=0.0).to(tl.float32)
-    below = tl.load(logits + (bottom + x)[None, :], mask=wanted, other=0.0).to(tl.float32)
-    return above + weight[None, :] * (below - above)
-
-
-@triton.jit
 def label_kernel(
     logits, ignore, labels, confidence, class_peak, classes, grid_height, grid_width, height, width,
     stride_b, stride_c, stride_y, stride_x, ignore_b, ignore_y, ignore_x, log2e,
-    RESIZE: tl.constexpr, IGNORE: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+    RESIZE: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < height * width
     y, x = pixel // width, pixel % width
-    c = tl.arange(0, CLASSES)[:, None]
-    wanted = (c < classes) & inside[None, :]
-    logits += b * stride_b + c.to(tl.int64) * stride_c
+    logits += b * stride_b
     if RESIZE:
         top, bottom, down = cell(y, grid_height, height)
         left, right, across = cell(x, grid_width, width)
-        near = column(logits, left * stride_x, top * stride_y, bottom * stride_y, down, wanted)
-        far = column(logits, right * stride_x, top * stride_y, bottom * stride_y, down, wanted)
-        values = near + across[None, :] * (far - near)
+        top, bottom, left, right = top * stride_y, bottom * stride_y, left * stride_x, right * stride_x
     else:
         at = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-        values = tl.load(logits + at[None, :], mask=wanted, other=0.0).to(tl.float32)
-    values = tl.where(wanted, values, -float("inf"))
 
-    # The first of the largest; a NaN is larger than all.
-    bad = values != values
-    largest = tl.max(tl.where(bad, float("inf"), values), 0)
-    best = tl.where(tl.max(bad.to(tl.int32), 0)[None, :] > 0, bad, values == largest[None, :])
-    label = tl.min(tl.where(best, c, CLASSES), 0)
-    share = 1.0 / tl.sum(tl.exp2((values - largest[None, :]) * log2e), 0)
+    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    label = tl.zeros((BLOCK,), tl.int32)
+    for c in tl.range(0, classes, loop_unroll_factor=UNROLL):
+        if RESIZE:
+            near = tl.load(logits + top + left, mask=inside, other=0.0).to(tl.float32)
+            near += down * (tl.load(logits + bottom + left, mask=inside, other=0.0).to(tl.float32) - near)
+            far = tl.load(logits + top + right, mask=inside, other=0.0).to(tl.float32)
+            far += down * (tl.load(logits + bottom + right, mask=inside, other=0.0).to(tl.float32) - far)
+            value = near + across * (far - near)
+        else:
+            value = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+        logits += stride_c
+        # A NaN is larger than all but an earlier NaN. Of two equal infinities the difference is no number.
+        better = ((value > largest) | (value != value)) & (largest == largest)
+        smaller = tl.exp2(-tl.abs(tl.where(value == largest, 0.0, value - largest)) * log2e)
+        total = tl.where(better, total * smaller + 1, total + smaller)
+        largest = tl.where(better, value, largest)
+        label = tl.where(better, c, label)
+    share = tl.where(largest - largest == 0, 1 / total, float("nan"))
 
     at = b * height * width + pixel
     tl.store(labels + at, label.to(tl.int64), mask=inside)
@@ -91,6 +90,8 @@ def label_kernel(
         counted &= tl.load(ignore + at, mask=inside, other=1) == 0
     # Confidences are not negative, so their bits are ordered as they are.
     bits = tl.where(share == share, share.to(tl.int32, bitcast=True), NAN)
-    chosen = (label[None, :] == c) & counted[None, :]
-    peak = tl.max(tl.where(chosen, bits[None, :], 0), 1)
-    tl.atomic_max(class_peak + tl.arange(0, CLASSES), peak, mask=peak > 0, sem="relaxed")
+    bits = tl.where(counted, bits, 0)
+    for first in range(0, classes, CHUNK):
+        member = first + tl.arange(0, CHUNK)
+        peak = tl.max(tl.where(label[None, :] == member[:, None], bits[None, :], 0), 1)
+        tl.atomic_max(class_peak + member, peak, mask=peak > 0, sem="relaxed")

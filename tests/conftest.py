@@ -16,13 +16,14 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run here as well; corrmatch reads it when it is imported
+
 from backends import cases
 from samples import SAMPLES
 
 from corrmatch import _C
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run here as well
 
 hypothesis.settings.register_profile(
     "corrmatch",
