@@ -43,20 +43,21 @@ class Table(NamedTuple):
 
 
 # Chosen by the instructions an element that `inspect` counts, without a spill up to 32 channels; not yet timed.
-HOPPER = Table(
-    half={
-        32: Configs(Config(64, 128, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-        64: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-        256: Configs(Config(64, 32, 8, 1), Config(32, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
-    },
-    single={
-        32: Configs(Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(64, 16, 4, 1), Config(32, 64, 4, 1)),
-        64: Configs(Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
-        256: Configs(Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
-    },
-)
-AMPERE = HOPPER
-BLACKWELL = HOPPER
+SINGLE = {
+    32: Configs(Config(128, 64, 8, 1), Config(64, 128, 8, 1), Config(64, 16, 4, 1), Config(32, 64, 4, 1)),
+    64: Configs(Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
+    256: Configs(Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+}
+LARGE_HALF = {
+    64: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    256: Configs(Config(64, 32, 8, 1), Config(32, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
+}
+AMPERE_HALF = Configs(Config(64, 128, 4, 2), Config(32, 128, 4, 1), Config(128, 32, 4, 2), Config(32, 128, 4, 2))
+HOPPER_HALF = Configs(Config(64, 128, 4, 2), Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1))
+BLACKWELL_HALF = Configs(Config(128, 128, 4, 1), Config(128, 128, 4, 1), Config(128, 128, 8, 1), Config(64, 128, 4, 1))
+AMPERE = Table({32: AMPERE_HALF, **LARGE_HALF}, SINGLE)
+HOPPER = Table({32: HOPPER_HALF, **LARGE_HALF}, SINGLE)
+BLACKWELL = Table({32: BLACKWELL_HALF, **LARGE_HALF}, SINGLE)
 FAMILIES = {80: AMPERE, 90: HOPPER, 100: BLACKWELL, 120: AMPERE}  # from this compute capability on
 INTERPRETER = Configs(*[Config(64, 64, 1, 1)] * 4)
 CANDIDATES = [
