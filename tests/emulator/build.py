@@ -1,8 +1,9 @@
 """Builds CUDA sources for the CPU, against the headers beside this file, into Python modules.
 
-`kernels()` is csrc/cuda with its binding; `load(name, sources)` anything else that is a pybind11 module.
-CORRMATCH_EMULATOR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer; Python must then have been
-started in `sanitized_environment()`. CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule.
+`kernels()` is csrc/cuda with its binding; `load()` takes anything else that is a pybind11 module.
+CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule of launches.
+CORRMATCH_EMULATOR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (of GCC); Python must then
+have been started in `sanitized_environment()`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pybind11
 
 EMULATOR = Path(__file__).resolve().parent
 CSRC = EMULATOR.parents[1] / "csrc"
+RUNTIME = [EMULATOR / "emulator.cpp", EMULATOR / "host.cpp"]
 
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DCORRMATCH_EMULATOR=1"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -36,14 +38,14 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 @functools.cache
 def kernels() -> ModuleType:
     """The module corrmatch_emulated: `.cuda` holds what a CUDA build of corrmatch._C holds there."""
-    sources = [CSRC / "binding.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    return load("corrmatch_emulated", sources, ["-DCORRMATCH_CUDA=1"])
+    flags = ["-DCORRMATCH_CUDA=1", '-DCORRMATCH_CUDA_STATUS="emulated on the CPU"']
+    return load("corrmatch_emulated", CSRC / "binding.cpp", sorted((CSRC / "cuda").glob("*.cu")), flags)
 
 
-def load(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
-    """Imports the module of that name, built from sources where that has not been done before."""
-    sanitize = os.environ.get("CORRMATCH_EMULATOR_SANITIZE") == "1"
-    spec = importlib.util.spec_from_file_location(name, build(name, sources, flags, sanitize=sanitize))
+def load(name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
+    """Imports the module of that name, built where that has not been done before."""
+    path = build(name, binding, sources, flags, sanitize=os.environ.get("CORRMATCH_EMULATOR_SANITIZE") == "1")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,7 +53,7 @@ def load(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Modul
 
 def seed(module: ModuleType, number: int) -> None:
     """From here on, the module's launches are scheduled as after every other call with this number."""
-    ctypes.CDLL(module.__file__).corrmatch_emulator_seed(number)
+    ctypes.CDLL(module.__file__).corrmatch_emulator_seed(ctypes.c_uint32(number))
 
 
 def sanitized_environment() -> dict[str, str]:
@@ -68,27 +70,37 @@ def sanitized_environment() -> dict[str, str]:
     }
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = (), *, sanitize: bool = False) -> Path:
-    """Compiles and links what is not in the cache; processes that want the same wait for one another."""
-    include = [EMULATOR / "include", CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [*compiler(), *FLAGS, *(SANITIZE if sanitize else []), *flags, *(f"-I{path}" for path in include)]
-    headers = [path for folder in (EMULATOR, CSRC) for path in sorted(folder.rglob("*.[ch]*")) if path.suffix != ".cpp"]
-    common = digest(shlex.join(command), run([*compiler(), "--version"]), pybind11.__version__, *headers)
+def build(
+    name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = (), *, sanitize: bool = False
+) -> Path:
+    """Compiles and links what is not in the cache. Of processes that want the same, one builds and the others wait.
 
-    def compile(source: Path) -> Path:
-        target = cache() / f"{source.stem}-{digest(common, source)}.o"
+    The binding is never sanitized: that takes a compiler longer than all kernels, and finds nothing.
+    """
+    include = [EMULATOR / "include", CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = [*compiler(), *FLAGS, *flags, *(f"-I{path}" for path in include)]
+    sanitizers = SANITIZE if sanitize else []
+    files = sorted(path for folder in (EMULATOR, CSRC) for path in folder.rglob("*"))
+    headers = [path for path in files if path.suffix in (".h", ".hpp", ".cuh")]
+    surroundings = digest(run([*compiler(), "--version"]), pybind11.__version__, *headers)
+
+    def make(stem: str, suffix: str, key: str, command: Sequence[str]) -> Path:
+        target = cache() / f"{stem}-{digest(key, shlex.join(command))}{suffix}"
         if not target.exists():
-            with new(target) as temporary:
-                run([*command, "-x", "c++", "-c", str(source), "-o", str(temporary)])
+            temporary = target.with_name(f"{os.getpid()}-{target.name}")
+            run([*command, "-o", str(temporary)])
+            temporary.replace(target)  # complete, or not there
         return target
 
+    def compile(source: Path) -> str:
+        extra = [] if source == binding else sanitizers
+        key = digest(surroundings, source)
+        return str(make(source.stem, ".o", key, [*command, *extra, "-x", "c++", "-c", str(source)]))
+
     with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
-        objects = list(pool.map(compile, [*sources, EMULATOR / "emulator.cpp", EMULATOR / "host.cpp"]))
-        target = cache() / f"{name}-{digest(name, *map(str, objects))}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if not target.exists():
-            with new(target) as temporary:
-                run([*command, "-shared", *map(str, objects), "-ldl", "-o", str(temporary)])
-    return target
+        objects = pool.map(compile, [binding, *sources, *RUNTIME])
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        return make(name, suffix, "", [*command, *sanitizers, "-shared", *objects, "-ldl"])
 
 
 @functools.cache
@@ -130,11 +142,3 @@ def locked():
     with open(cache() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def new(target: Path):
-    """A temporary name for a file that appears under its own when it is complete."""
-    temporary = target.with_name(f"{os.getpid()}-{target.name}")
-    yield temporary
-    temporary.replace(target)

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <iostream>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -47,7 +48,7 @@ struct Block {
   Group group;
   Group* cluster;
   size_t alive;
-  std::unique_ptr<std::byte, decltype(&std::free)> shared{nullptr, &std::free};
+  std::byte* shared;
 };
 
 struct Thread {
@@ -165,6 +166,11 @@ bool same_place(const Where& a, const Where& b) {
          (a.file_name() == b.file_name() || !std::strcmp(a.file_name(), b.file_name()));
 }
 
+// AddressSanitizer's report knows nothing of blocks and threads; this line follows it.
+void name_culprit() {
+  if (machine.current) std::cerr << "in emulated " << kernel_name() << ", " << text(*machine.current) << std::endl;
+}
+
 // What a fiber runs.
 void thread_body() {
   try {
@@ -175,7 +181,7 @@ void thread_body() {
   Thread& thread = *machine.current;
   thread.finished = true;
   machine.turns = 0;
-  if (--thread.block->alive == 0) thread.block->shared.reset();  // a neighbour that still reads it is caught
+  if (--thread.block->alive == 0) std::free(thread.block->shared);  // a neighbour that still reads it is caught
   thread.fiber->suspend(true);
 }
 
@@ -183,15 +189,25 @@ uint3 position(size_t number, const Extent& extent) {
   return {unsigned(number % extent.x), unsigned(number / extent.x % extent.y), unsigned(number / extent.x / extent.y)};
 }
 
+// Forgets the last wave; what an error has left behind is freed.
+void clear() {
+  for (Block& block : machine.blocks)
+    if (block.alive > 0) std::free(block.shared);
+  machine.current = nullptr;
+  machine.ready.clear();
+  machine.blocks.clear();
+  machine.clusters.clear();
+  machine.threads.clear();
+}
+
 // Lays out these clusters and their threads; all of them start ready.
 void prepare(const std::vector<size_t>& numbers, Extent grid, Extent block, Extent cluster, size_t shared_bytes) {
   const Extent clusters{grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
   const size_t per_cluster = cluster.count(), per_block = block.count();
-  machine.blocks.clear();
-  machine.clusters.clear();
+  clear();
   machine.blocks.resize(numbers.size() * per_cluster);
   machine.clusters.resize(numbers.size());
-  machine.threads.assign(machine.blocks.size() * per_block, Thread{});
+  machine.threads.resize(machine.blocks.size() * per_block);
   while (machine.fibers.size() < machine.threads.size()) machine.fibers.emplace_back(machine.fibers.size());
 
   for (size_t b = 0; b < machine.blocks.size(); ++b) {
@@ -205,9 +221,9 @@ void prepare(const std::vector<size_t>& numbers, Extent grid, Extent block, Exte
     made.group = {first, per_block};
     made.cluster = &around;
     made.alive = per_block;
-    made.shared.reset(static_cast<std::byte*>(std::malloc(shared_bytes)));
+    made.shared = static_cast<std::byte*>(std::malloc(shared_bytes));
     // Every float of 0xff bytes is NaN; but as an integer it may happen to be a fitting start, so try others too.
-    std::memset(made.shared.get(), machine.draw(2) ? 0xff : int(machine.draw(256)), shared_bytes);
+    std::memset(made.shared, machine.draw(2) ? 0xff : int(machine.draw(256)), shared_bytes);
     for (size_t t = 0; t < per_block; ++t) {
       first[t].fiber = &machine.fibers[b * per_block + t];
       first[t].block = &made;
@@ -244,8 +260,8 @@ void run(const void* kernel, Extent grid, Extent block, Extent cluster, size_t s
   machine.kernel = kernel;
   machine.body = &body;
   machine.cluster_extent = cluster;
-  machine.ready.clear();
   machine.turns = 0;
+  __sanitizer_set_death_callback(&name_culprit);
   gridDim = {grid.x, grid.y, grid.z};
   blockDim = {block.x, block.y, block.z};
 
@@ -262,13 +278,14 @@ void run(const void* kernel, Extent grid, Extent block, Extent cluster, size_t s
   }
 }
 
-void* shared_memory() { return machine.current->block->shared.get(); }
+void* shared_memory() { return machine.current->block->shared; }
 
 void* shared_memory_of(const void* address, unsigned rank, const Where& where) {
   const Block& own = *machine.current->block;
   if (rank >= cluster_blocks()) fail("the cluster has no block of that rank", where);
   const Block& other = *(&own - own.rank + rank);
-  return other.shared.get() + (static_cast<const std::byte*>(address) - own.shared.get());
+  if (other.alive == 0) fail("the block of that rank has ended, and its shared memory with it", where);
+  return other.shared + (static_cast<const std::byte*>(address) - own.shared);
 }
 
 int barrier(Scope scope, const char* name, bool predicate, const Where& where) {

@@ -128,6 +128,16 @@ __global__ void rank_beyond_the_cluster(Buffers b) {
   b.out<int>()[0] = *cg::this_cluster().map_shared_rank(shared_memory<int>(), 2);
 }
 
+// The neighbour may have ended, and its shared memory with it.
+__global__ void neighbour_has_ended(Buffers b) {
+  const cg::cluster_group cluster = cg::this_cluster();
+  shared_memory<int>()[threadIdx.x] = int(threadIdx.x);
+  cluster.sync();
+  if (cluster.block_rank() == 0)
+    for (int i = 0; i < 100; ++i) __threadfence();
+  b.out<int>()[threadIdx.x] = cluster.map_shared_rank(shared_memory<int>(), 1 - int(cluster.block_rank()))[threadIdx.x];
+}
+
 // ---- Found by AddressSanitizer and UndefinedBehaviorSanitizer ----
 
 __global__ void shared_write_past_the_end(Buffers b) {
@@ -152,15 +162,16 @@ __global__ void local_write_past_the_end(Buffers b) {
   b.out<int>()[threadIdx.x] = local[2];
 }
 
-// The neighbour may have ended, and its shared memory with it.
-__global__ void neighbour_has_ended(Buffers b) {
+// As above, but the address was asked for in time.
+__global__ void neighbour_ends_meanwhile(Buffers b) {
   int* shared = shared_memory<int>();
   const cg::cluster_group cluster = cg::this_cluster();
+  const int* other = cluster.map_shared_rank(shared, 1 - int(cluster.block_rank()));
   shared[threadIdx.x] = int(threadIdx.x);
   cluster.sync();
   if (cluster.block_rank() == 0)
     for (int i = 0; i < 100; ++i) __threadfence();
-  b.out<int>()[threadIdx.x] = cluster.map_shared_rank(shared, 1 - int(cluster.block_rank()))[threadIdx.x];
+  b.out<int>()[threadIdx.x] = other[threadIdx.x];
 }
 
 __global__ void unaligned(Buffers b) {
@@ -191,10 +202,11 @@ const Kernels faults{
     {"waits_for_ever", waits_for_ever},
     {"trap", trap},
     {"rank_beyond_the_cluster", rank_beyond_the_cluster},
+    {"neighbour_has_ended", neighbour_has_ended},
     {"shared_write_past_the_end", shared_write_past_the_end},
     {"global_write_past_the_end", global_write_past_the_end},
     {"global_read_before_the_start", global_read_before_the_start},
     {"local_write_past_the_end", local_write_past_the_end},
-    {"neighbour_has_ended", neighbour_has_ended},
+    {"neighbour_ends_meanwhile", neighbour_ends_meanwhile},
     {"unaligned", unaligned},
 };

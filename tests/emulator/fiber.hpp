@@ -4,17 +4,15 @@
 #include <sys/mman.h>
 
 #include <cstddef>
-#include <cstdint>
 #include <new>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__)  // it has to know which stack is in use
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+inline void __sanitizer_set_death_callback(void (*)()) {}
+inline void __asan_unpoison_memory_region(const void*, size_t) {}
 #endif
 
 #if defined(__x86_64__)
@@ -64,7 +62,6 @@ inline void make_context(Context& context, std::byte* stack, size_t bytes, void 
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
   context.uc_stack.ss_size = bytes;
-  context.uc_link = nullptr;
   makecontext(&context, entry, 0);
 }
 #endif
@@ -82,49 +79,36 @@ class Fiber {
 
   // The next resume() calls body, which must end in suspend(true). What ran on this stack before is forgotten.
   void start(void (*body)()) {
-    body_ = body;
-#if defined(__SANITIZE_ADDRESS__)
     if (!ended_) __asan_unpoison_memory_region(stack_, kBytes);
-    fake_stack_ = nullptr;
-#endif
     ended_ = false;
+    body_ = body;
+    fake_stack_ = nullptr;
     make_context(context_, stack_, size_, &enter);
   }
 
   // From the scheduler into the fiber, until it calls suspend().
   void resume() {
     running_ = this;
-#if defined(__SANITIZE_ADDRESS__)
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, stack_, size_);
-#endif
     switch_context(scheduler_, context_);
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
   }
 
   // From the fiber back to the scheduler; for good at its end.
   void suspend(bool for_good = false) {
     ended_ = for_good;
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, scheduler_stack_, scheduler_bytes_);
-#endif
     switch_context(context_, scheduler_);
-    arrived();
+    __sanitizer_finish_switch_fiber(fake_stack_, &scheduler_stack_, &scheduler_bytes_);
   }
 
  private:
   static constexpr size_t kBytes = 128 * 1024;
 
   static void enter() {
-    running_->arrived();
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_bytes_);
     running_->body_();
-  }
-  void arrived() {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack_, &scheduler_stack_, &scheduler_bytes_);
-#endif
   }
 
   Context context_{};
@@ -132,14 +116,12 @@ class Fiber {
   size_t size_;
   void (*body_)() = nullptr;
   bool ended_ = true;
+  void* fake_stack_ = nullptr;
 
   static inline Fiber* running_ = nullptr;
   static inline Context scheduler_{};
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack_ = nullptr;
   static inline const void* scheduler_stack_ = nullptr;
   static inline size_t scheduler_bytes_ = 0;
-#endif
 };
 
 }  // namespace corrmatch_emulator

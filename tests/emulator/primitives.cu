@@ -23,7 +23,7 @@ __global__ void indices(Buffers b) {
   for (int i = 0; i < 8; ++i) out[i] = int(found[i]);
 }
 
-// n rounds of reversing.
+// n rounds of reversing and adding one.
 __global__ void reverse(Buffers b) {
   int* shared = shared_memory<int>();
   const int i = int(threadIdx.x), last = int(blockDim.x) - 1;
@@ -120,7 +120,8 @@ __global__ void atomics(Buffers b) {
   atomicAnd(&out[4], value);
   atomicOr(&out[5], value);
   atomicXor(&out[6], value);
-  for (T seen = out[7], before; (before = atomicCAS(&out[7], seen, T(seen + value))) != seen;) seen = before;
+  for (T seen = out[7], before; (before = atomicCAS(&out[7], seen, T(unsigned(seen) + unsigned(value)))) != seen;)
+    seen = before;
   out[9 + i] = atomicAdd(&out[8], T(1));
 }
 
@@ -225,20 +226,24 @@ __global__ void vectors(Buffers b) {
   b.out<float4>()[i] = make_float4(z.y, z.x, float(y.y), float(y.x));
 }
 
-// Every block adds what the next one of its cluster holds.
+// Every thread reads what its like in the next block of the cluster holds; all count in the shared memory of the first.
 __global__ void clusters(Buffers b) {
   const cg::cluster_group cluster = cg::this_cluster();
-  int* shared = shared_memory<int>();
   const int i = int(threadIdx.x), rank = int(cluster.block_rank()), blocks = int(cluster.num_blocks());
-  shared[i] = b.in<int>()[global_thread()];
+  const int thread = int(blockIdx.x + gridDim.x * blockIdx.y) * int(blockDim.x) + i;
+  int* shared = shared_memory<int>();
+  int* counter = shared + blockDim.x;
+  shared[i] = b.in<int>()[thread];
+  if (i == 0) *counter = 0;
   cluster.sync();
   const int next = cluster.map_shared_rank(shared, (rank + 1) % blocks)[i];
-  atomicAdd(cluster.map_shared_rank(&shared[blockDim.x], 0), 0 * next);
+  atomicAdd(cluster.map_shared_rank(counter, 0), 1);
   cluster.sync();
-  int* out = b.out<int>() + 3 * global_thread();
+  int* out = b.out<int>() + 4 * thread;
   out[0] = next;
   out[1] = rank;
   out[2] = int(cluster.thread_rank());
+  out[3] = *counter;
 }
 
 }  // namespace
