@@ -137,7 +137,8 @@ class NinjaBuild(build_ext):
             objects.append(f"{name}.o")
 
         define = f'-DCORRMATCH_CUDA_STATUS="{cuda.status}"'
-        edge("cxx", ROOT / "csrc/binding.cpp", "binding", [shlex.quote(define)])
+        with_cuda = ["-DCORRMATCH_CUDA"] if cuda.nvcc else []
+        edge("cxx", ROOT / "csrc/binding.cpp", "binding", [shlex.quote(define), *with_cuda])
         edge("cxx", ROOT / "csrc/cpu/dispatch.cpp", "dispatch", [])
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         for variant, variant_flags in (X86_VARIANTS if x86 else GENERIC).items():

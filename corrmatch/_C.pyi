@@ -76,3 +76,50 @@ class cpu:
         class_peak: Tensor | None,
         threads: int,
     ) -> None: ...
+
+class cuda:  # absent where CUDA was not built; scratch functions return bytes
+    @staticmethod
+    def connected_components_scratch(image: Tensor | None) -> int: ...
+    @staticmethod
+    def connected_components(
+        image: Tensor | None,
+        connectivity: int,
+        background: int,
+        out: Tensor | None,
+        scratch: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def region_masks_scratch(
+        query: Tensor | None, key: Tensor | None, index: Tensor | None, height: int, width: int, connected: int
+    ) -> int: ...
+    @staticmethod
+    def region_masks(
+        query: Tensor | None,
+        key: Tensor | None,
+        index: Tensor | None,
+        height: int,
+        width: int,
+        scale: float,
+        threshold: float,
+        connected: int,
+        connectivity: int,
+        packed: Tensor | None,
+        scratch: Tensor | None,
+        stream: int,
+    ) -> None: ...
+    @staticmethod
+    def region_propagate_scratch(labels: Tensor | None, packed: Tensor | None, num_classes: int) -> int: ...
+    @staticmethod
+    def region_propagate(
+        labels: Tensor | None,
+        reliable: Tensor | None,
+        packed: Tensor | None,
+        threshold: Tensor | None,
+        valid: Tensor | None,
+        num_classes: int,
+        out_labels: Tensor | None,
+        out_reliable: Tensor | None,
+        scratch: Tensor | None,
+        stream: int,
+    ) -> None: ...

@@ -6,7 +6,12 @@
 #include <map>
 #include <optional>
 
+#ifndef CORRMATCH_EMULATOR
 #include "cpu/kernels.hpp"
+#endif
+#ifdef CORRMATCH_CUDA
+#include "cuda/kernels.hpp"
+#endif
 
 namespace py = pybind11;
 using corrmatch::DType;
@@ -41,37 +46,63 @@ Tensor make_tensor(uintptr_t address, const std::string& dtype, const std::vecto
   return tensor;
 }
 
-// Wraps one entry of the table; None stands for an absent tensor, and the GIL is released while the kernel runs.
-template <auto Member>
+// What Python passes for a parameter of a kernel: None stands for an absent tensor.
+template <class T>
+struct Argument {
+  using type = T;
+  static const T& get(const T& x) { return x; }
+};
+template <>
+struct Argument<Tensor> {
+  using type = std::optional<Tensor>;
+  static Tensor get(const std::optional<Tensor>& x) { return x.value_or(Tensor{}); }
+};
+
+// Wraps a kernel: an entry of the CPU's table, or a function. The GIL is released while it runs.
+template <auto Kernel>
 struct Bind;
+#ifndef CORRMATCH_EMULATOR
 template <class... Args, void (*corrmatch::CpuKernels::*Member)(Args...)>
 struct Bind<Member> {
-  template <class T>
-  struct Argument {
-    using type = T;
-    static T get(const T& x) { return x; }
-  };
-  template <class T>
-    requires std::is_same_v<T, Tensor>
-  struct Argument<T> {
-    using type = std::optional<Tensor>;
-    static Tensor get(const std::optional<Tensor>& x) { return x.value_or(Tensor{}); }
-  };
   static void call(const typename Argument<Args>::type&... args) {
     py::gil_scoped_release release;
     (corrmatch::cpu_kernels().*Member)(Argument<Args>::get(args)...);
   }
 };
+#endif
+template <class Result, class... Args, Result (*Function)(Args...)>
+struct Bind<Function> {
+  static Result call(const typename Argument<Args>::type&... args) {
+    py::gil_scoped_release release;
+    return Function(Argument<Args>::get(args)...);
+  }
+};
 
 }  // namespace
 
+// The emulated module (tests/emulator) has the CUDA kernels only; the other takes its tensors and the reverse.
+#ifdef CORRMATCH_EMULATOR
+PYBIND11_MODULE(corrmatch_emulated, m, py::mod_gil_not_used()) {
+#else
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  using corrmatch::CpuKernels;
+#endif
   m.doc() = "Compiled kernels of corrmatch; corrmatch.ops is the interface.";
-  py::class_<Tensor>(m, "Tensor").def(py::init(&make_tensor));
+  py::class_<Tensor>(m, "Tensor", py::module_local()).def(py::init(&make_tensor));
 
   m.attr("cuda_status") = CORRMATCH_CUDA_STATUS;
 
+#ifdef CORRMATCH_CUDA
+  py::module_ cuda = m.def_submodule("cuda");
+  cuda.def("connected_components", &Bind<&corrmatch::cuda::connected_components>::call);
+  cuda.def("connected_components_scratch", &Bind<&corrmatch::cuda::connected_components_scratch>::call);
+  cuda.def("region_masks", &Bind<&corrmatch::cuda::region_masks>::call);
+  cuda.def("region_masks_scratch", &Bind<&corrmatch::cuda::region_masks_scratch>::call);
+  cuda.def("region_propagate", &Bind<&corrmatch::cuda::region_propagate>::call);
+  cuda.def("region_propagate_scratch", &Bind<&corrmatch::cuda::region_propagate_scratch>::call);
+#endif
+
+#ifndef CORRMATCH_EMULATOR
+  using corrmatch::CpuKernels;
   py::module_ cpu = m.def_submodule("cpu");
   cpu.def("isa", [] { return std::string(corrmatch::cpu_kernels().isa); });
   cpu.def("isas", &corrmatch::cpu_isas);
@@ -82,4 +113,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cpu.def("region_propagate", &Bind<&CpuKernels::region_propagate>::call);
   cpu.def("connected_components", &Bind<&CpuKernels::connected_components>::call);
   cpu.def("pseudo_label", &Bind<&CpuKernels::pseudo_label>::call);
+#endif
 }

@@ -20,7 +20,7 @@ class Case:
     device: str = "cpu"
     isa: str | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
-    interpreted: bool = False  # a Triton kernel as a NumPy program: a hundred times slower
+    interpreted: bool = False  # a Triton kernel as a NumPy program, or a CUDA kernel emulated: a hundred times slower
 
     def fit(self, shape: tuple) -> tuple:
         """The shape, batch first, with no more pictures than take seconds."""

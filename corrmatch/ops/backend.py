@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from corrmatch import _C
+from corrmatch.ops import cuda
 
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 ALL_OPS = frozenset({"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label"})
 
 
@@ -22,7 +24,7 @@ class Backend:
         name: What `backend=` calls it.
         devices: Device types whose tensors it takes; None for any.
         ops: Names of the ops it has.
-        dtypes: Floating dtypes that it takes; None for any.
+        dtypes: Floating dtypes that it takes; None for any. Integers it takes all.
         channels: The most channels that it takes; None for any number.
         unasked: Whether it may be chosen where no backend is named.
         missing: Why it cannot run in this installation; None where it can.
@@ -53,7 +55,7 @@ class Backend:
         if self.devices is not None and device not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
         for tensor in tensors:
-            if self.dtypes is not None and tensor.dtype not in self.dtypes:
+            if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
                 return f"it does not take {str(tensor.dtype).removeprefix('torch.')}"
             if self.channels is not None and tensor.shape[1] > self.channels:
                 return f"it takes at most {self.channels} channels, not {tensor.shape[1]}"
@@ -63,10 +65,27 @@ class Backend:
 def _known() -> tuple[Backend, ...]:
     """All backends, best first."""
     return (
-        Backend("cuda", ("cuda",), frozenset(), _C.cuda_status),
+        _cuda(),
         _triton(),
         Backend("cpu", ("cpu",), ALL_OPS, detail=f"{_C.cpu.isa()} of {', '.join(_C.cpu.isas())}"),
         Backend("reference", None, ALL_OPS, detail="plain PyTorch, materialises; for checks"),
+    )
+
+
+def _cuda() -> Backend:
+    missing = None
+    if cuda.KERNELS is None:
+        missing = _C.cuda_status
+    elif not cuda.EMULATED and not torch.cuda.is_available():
+        missing = f"no GPU ({_C.cuda_status})"
+    return Backend(
+        "cuda",
+        ("cpu",) if cuda.EMULATED else ("cuda",),
+        frozenset({"region_masks", "region_propagate", "connected_components"}),
+        missing,
+        detail="emulated on the CPU; for checks" if cuda.EMULATED else _C.cuda_status,
+        dtypes=HALF_AND_SINGLE,
+        unasked=not cuda.EMULATED,
     )
 
 
@@ -83,7 +102,7 @@ def _triton() -> Backend:
         frozenset({"pixel_propagate", "pseudo_label"}),
         missing,
         detail="interpreted on the CPU; for checks" if interpreted else "",
-        dtypes=(torch.float32, torch.float16, torch.bfloat16),
+        dtypes=HALF_AND_SINGLE,
         channels=256,
         unasked=not interpreted,
     )
@@ -125,13 +144,6 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
 def check_values(tensor: Tensor) -> bool:
     """Whether values are to be checked: always on a CPU, elsewhere on request, for it synchronises with the host."""
     return tensor.device.type == "cpu" or os.environ.get("CORRMATCH_CHECK") == "1"
-
-
-def borrow(tensor: Tensor | None) -> _C.Tensor | None:
-    """The tensor as the extension sees it. The caller keeps it alive during the call."""
-    if tensor is None:
-        return None
-    return _C.Tensor(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.stride())
 
 
 def threads() -> int:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from corrmatch import _C, reference
-from corrmatch.ops import checks
-from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops import checks, cuda
+from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
 
@@ -47,6 +48,11 @@ def connected_components_op(image: Tensor, connectivity: int, background: int, b
         return reference.connected_components(image, connectivity=connectivity, background=background)
     pictures = image.reshape(-1, *image.shape[-2:])
     results = out.view(pictures.shape)
+    if backend == "cuda":
+        scratch = cuda.KERNELS.connected_components_scratch(borrow(pictures))
+        arguments = (borrow(pictures), connectivity, background, borrow(results))
+        cuda.launch(cuda.KERNELS.connected_components, image, scratch, *arguments)
+        return out
     _C.cpu.connected_components(borrow(pictures), connectivity, background, borrow(results), threads())
     return out
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
-from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
-from corrmatch.ops import checks
-from corrmatch.ops.backend import borrow, choose, threads
+from corrmatch.ops import checks, cuda
+from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.correlation_rows import check_index
 from corrmatch.ops.registration import register
 
@@ -66,7 +67,7 @@ def region_masks(
     threshold = checks.real("threshold", threshold)
     checks.choice("connected", connected, CONNECTED)
     checks.choice("connectivity", connectivity, (4, 8))
-    backend = choose("region_masks", backend, query)
+    backend = choose("region_masks", backend, query, key)
     index = index.expand(query.shape[0], -1)
     packed = torch.ops.corrmatch.region_masks(
         query, key, index, height, width, scale, threshold, CONNECTED.index(connected), connectivity, backend
@@ -96,10 +97,14 @@ def region_masks_op(
             query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
             connectivity=connectivity,
         ).packed  # fmt: skip
-    _C.cpu.region_masks(
-        borrow(query), borrow(key), borrow(index), height, width, scale, threshold, connected, connectivity,
-        borrow(packed), threads(),
-    )  # fmt: skip
+    rows = (borrow(query), borrow(key), borrow(index), height, width)
+    options = (scale, threshold, connected, connectivity, borrow(packed))
+    if backend == "cuda":
+        check_index(index, query.shape[2] * query.shape[3])
+        scratch = cuda.KERNELS.region_masks_scratch(*rows, connected)
+        cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, *options)
+    else:
+        _C.cpu.region_masks(*rows, *options, threads())
     return packed
 
 

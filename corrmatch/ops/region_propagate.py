@@ -7,8 +7,9 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
-from corrmatch.ops import checks
-from corrmatch.ops.backend import borrow, check_values, choose, threads
+from corrmatch.ops import checks, cuda
+from corrmatch.ops.backend import check_values, choose, threads
+from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
 MAX_CLASSES = 65536
@@ -84,11 +85,18 @@ def region_propagate_op(
         masks = RegionMasks(packed, (labels.shape[1], labels.shape[2]))
         return reference.region_propagate(labels, reliable, masks, threshold, num_classes=num_classes, valid=valid)
     out_labels, out_reliable = _empty_results(labels)
-    if labels.numel() > 0:
-        _C.cpu.region_propagate(
-            borrow(labels), borrow(reliable), borrow(packed), borrow(threshold), borrow(valid), num_classes,
-            borrow(out_labels), borrow(out_reliable), threads(),
-        )  # fmt: skip
+    if labels.numel() == 0:
+        return out_labels, out_reliable
+    arguments = (
+        borrow(labels), borrow(reliable), borrow(packed), borrow(threshold), borrow(valid), num_classes,
+        borrow(out_labels), borrow(out_reliable),
+    )  # fmt: skip
+    if backend == "cuda":
+        _check_labels(labels, reliable, valid, num_classes)
+        scratch = cuda.KERNELS.region_propagate_scratch(borrow(labels), borrow(packed), num_classes)
+        cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *arguments)
+    else:
+        _C.cpu.region_propagate(*arguments, threads())
     return out_labels, out_reliable
 
 

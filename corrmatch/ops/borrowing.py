@@ -1,0 +1,14 @@
+"""Tensors as the extension sees them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from corrmatch import _C
+
+
+def borrow(tensor: Tensor | None) -> _C.Tensor | None:
+    """The tensor as the extension sees it. The caller keeps it alive during the call."""
+    if tensor is None:
+        return None
+    return _C.Tensor(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.stride())

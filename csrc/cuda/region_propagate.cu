@@ -1,0 +1,437 @@
+// Region propagation on bit maps: bit i of word w stands for pixel 32 w + i in raster order. The labels of a picture
+// are bit planes, so that a region's votes are population counts.
+//
+// Four launches: pixels are packed; all masks are filtered at once, for that test does not depend on labels; then, one
+// group of blocks a picture, the masks that are left vote in order; claimed pixels are unpacked. In the vote each
+// thread owns some words of all maps, so only counts pass between threads. The maps lie in shared memory, in that of a
+// cluster where one multiprocessor has not enough, or else in global memory.
+#include <cooperative_groups.h>
+
+#include "launch.cuh"
+
+namespace corrmatch::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVoters = 1024, kVoterWarps = kVoters / kWarp;
+constexpr int kMostPlanes = 16, kMostCluster = 8;
+constexpr int kBestCells = 4;  // words of two 64-bit integers
+
+enum Map { kValid, kCounted, kClaimed, kPlanes };  // counted: valid and reliable before the first mask
+
+// Bit maps of all pictures, (batch, maps, words).
+struct Maps {
+  uint32_t* data;
+  int words, planes;
+
+  __host__ __device__ int count() const { return kPlanes + planes; }
+  __device__ uint32_t* of(int64_t picture) const { return data + picture * count() * words; }
+};
+
+// A picture of a strided tensor. Its bools are read as bytes.
+template <class T>
+struct Picture {
+  const T* data = nullptr;
+  int64_t stride_b = 0, stride_y = 0, stride_x = 0;
+
+  Picture() = default;
+  explicit Picture(const Tensor& t)
+      : data(t.at<const T>(0)), stride_b(t.stride[1]), stride_y(t.stride[2]), stride_x(t.stride[3]) {}
+  __device__ T at(int64_t b, int y, int x) const { return data[b * stride_b + y * stride_y + x * stride_x]; }
+};
+
+struct Grid {
+  int64_t batch;
+  int pixels;
+  Divisor width;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Picture<T> labels, Picture<bool> reliable, Picture<bool> valid, Grid grid, Maps maps) {
+  const int64_t pixel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int word = int(pixel / kWarp);
+  if (word >= maps.words) return;  // the whole warp
+  const bool inside = pixel < grid.pixels, writes = threadIdx.x % kWarp == 0;
+  const int y = int(grid.width.divide(uint32_t(pixel))), x = int(pixel) - y * int(grid.width.value());
+  for (int64_t b = blockIdx.y; b < grid.batch; b += gridDim.y) {
+    uint32_t* map = maps.of(b) + word;
+    const bool is_valid = inside && (valid.data == nullptr || valid.at(b, y, x));
+    const uint32_t valid_bits = __ballot_sync(~0u, is_valid);
+    const uint32_t counted_bits = __ballot_sync(~0u, is_valid && reliable.at(b, y, x));
+    const T label = inside ? labels.at(b, y, x) : T{};
+    if (writes) {
+      map[int64_t(kValid) * maps.words] = valid_bits;
+      map[int64_t(kCounted) * maps.words] = counted_bits;
+      map[int64_t(kClaimed) * maps.words] = 0;
+    }
+    for (int i = 0; i < maps.planes; ++i) {
+      const uint32_t bits = __ballot_sync(~0u, label >> i & 1);
+      if (writes) map[int64_t(kPlanes + i) * maps.words] = bits;
+    }
+  }
+}
+
+struct Masks {
+  const uint32_t* data;
+  int64_t stride_b, stride_k, stride_w;
+  int count;
+
+  __device__ uint32_t at(int64_t b, int k, int word) const {
+    return data[b * stride_b + k * stride_k + word * stride_w];
+  }
+};
+
+// votes[b, k] = |Q|, or 0 where the mask is skipped. One block a mask.
+__global__ void __launch_bounds__(kThreads)
+    filter_kernel(Masks masks, Maps maps, int64_t batch, const double* threshold, int* votes) {
+  uint32_t* sums = shared_memory<uint32_t>();
+  const int k = int(blockIdx.x), lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
+    const uint32_t* map = maps.of(b);
+    uint32_t area = 0, counted = 0;
+    for (int word = int(threadIdx.x); word < maps.words; word += kThreads) {
+      const uint32_t region = masks.at(b, k, word) & map[int64_t(kValid) * maps.words + word];
+      area += __popc(region);
+      counted += __popc(region & map[int64_t(kCounted) * maps.words + word]);
+    }
+    area = __reduce_add_sync(~0u, area);
+    counted = __reduce_add_sync(~0u, counted);
+    if (lane == 0) {
+      sums[2 * warp] = area;
+      sums[2 * warp + 1] = counted;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      area = __reduce_add_sync(~0u, lane < kThreads / kWarp ? sums[2 * lane] : 0);
+      counted = __reduce_add_sync(~0u, lane < kThreads / kWarp ? sums[2 * lane + 1] : 0);
+      const bool skipped = counted == 0 || __fdiv_rn(float(counted), float(area)) < float(*threshold);
+      if (lane == 0) votes[b * masks.count + k] = skipped ? 0 : int(counted);
+    }
+    __syncthreads();
+  }
+}
+
+// The blocks that share a picture: a cluster, or one block.
+class Team {
+ public:
+  __device__ Team() {
+#if __CUDA_ARCH__ >= 900
+    rank_ = int(cooperative_groups::this_cluster().block_rank());
+    blocks_ = int(cooperative_groups::this_cluster().num_blocks());
+#endif
+  }
+  __device__ int rank() const { return rank_; }
+  __device__ int blocks() const { return blocks_; }
+
+  __device__ void sync() const {
+#if __CUDA_ARCH__ >= 900
+    if (blocks_ > 1) return cooperative_groups::this_cluster().sync();
+#endif
+    __syncthreads();
+  }
+  // The same place in the shared memory of another block.
+  template <class T>
+  __device__ T* of(T* place, int rank) const {
+#if __CUDA_ARCH__ >= 900
+    if (blocks_ > 1) return cooperative_groups::this_cluster().map_shared_rank(place, unsigned(rank));
+#endif
+    return place;
+  }
+
+ private:
+  int rank_ = 0, blocks_ = 1;
+};
+
+// Sums over all threads of a team. Two sets of cells take turns, so that one barrier a sum (two in a cluster) is
+// enough: who writes a set again has passed a barrier that all readers of its last sum had reached.
+class Counter {
+ public:
+  static constexpr int kSet = kMostPlanes * (kVoterWarps + kMostCluster);
+  static constexpr int kCells = 2 * kSet;
+
+  __device__ Counter(const Team& team, uint32_t* cells) : team_(team), cells_(cells) {}
+
+  // counts[i] becomes its sum, for i < n <= kMostPlanes.
+  __device__ void sum(uint32_t* counts, int n) {
+    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+    uint32_t *of_warps = cells_ + (turn_ ? kSet : 0), *of_blocks = of_warps + kMostPlanes * kVoterWarps;
+    turn_ = !turn_;
+#pragma unroll
+    for (int i = 0; i < kMostPlanes; ++i) {
+      if (i >= n) break;
+      const uint32_t count = __reduce_add_sync(~0u, counts[i]);
+      if (lane == 0) of_warps[i * kVoterWarps + warp] = count;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMostPlanes; ++i) {
+      if (i >= n) break;
+      counts[i] = __reduce_add_sync(~0u, of_warps[i * kVoterWarps + lane]);
+    }
+    if (team_.blocks() == 1) return;
+#pragma unroll
+    for (int i = 0; i < kMostPlanes; ++i) {
+      if (i >= n) break;
+      if (int(threadIdx.x) < team_.blocks())
+        team_.of(of_blocks, int(threadIdx.x))[i * kMostCluster + team_.rank()] = counts[i];
+    }
+    team_.sync();
+#pragma unroll
+    for (int i = 0; i < kMostPlanes; ++i) {
+      if (i >= n) break;
+      counts[i] = 0;
+      for (int rank = 0; rank < team_.blocks(); ++rank) counts[i] += of_blocks[i * kMostCluster + rank];
+    }
+  }
+
+ private:
+  const Team& team_;
+  uint32_t* cells_;
+  bool turn_ = false;
+};
+
+// A team's part of the maps of a picture: `words` of each, `pitch` apart, from word `first` of the picture on.
+struct Part {
+  uint32_t* data;
+  int64_t pitch;
+  int first, words;
+
+  __device__ uint32_t& at(int map, int word) const { return data[map * pitch + word]; }
+  // The pixels of a word whose label is c.
+  __device__ uint32_t labelled(uint32_t c, int planes, int word) const {
+    uint32_t same = ~0u;
+    for (int i = 0; i < planes; ++i) same &= at(kPlanes + i, word) ^ ((c >> i & 1) - 1);
+    return same;
+  }
+};
+
+// The class with more than half of the votes, if there is one: its bits are the majorities of the planes.
+__device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, int k, int planes, uint32_t votes,
+                             Counter& counter, uint32_t& of_class) {
+  uint32_t ones[kMostPlanes] = {};
+  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+    const uint32_t counted = masks.at(b, k, part.first + word) & part.at(kCounted, word);
+#pragma unroll
+    for (int i = 0; i < kMostPlanes; ++i)
+      if (i < planes) ones[i] += __popc(counted & part.at(kPlanes + i, word));
+  }
+  counter.sum(ones, planes);
+  uint32_t c = 0;
+#pragma unroll
+  for (int i = 0; i < kMostPlanes; ++i)
+    if (i < planes && ones[i] > votes / 2) c |= 1u << i;
+  of_class = 0;
+  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+    const uint32_t counted = masks.at(b, k, part.first + word) & part.at(kCounted, word);
+    of_class += __popc(counted & part.labelled(c, planes, word));
+  }
+  counter.sum(&of_class, 1);
+  return c;
+}
+
+// The class with the most votes, the lowest on ties, by counting all. `histogram` has a cell for each class that the
+// planes can name; in a cluster each block has its own.
+__device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, int k, int planes, const Team& team,
+                              uint32_t* histogram, unsigned long long* best, uint32_t& of_class) {
+  const int classes = 1 << planes;
+  for (int c = int(threadIdx.x); c < classes; c += kVoters) histogram[c] = 0;
+  if (threadIdx.x == 0) *best = 0;
+  team.sync();
+  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+    uint32_t left = masks.at(b, k, part.first + word) & part.at(kCounted, word);
+    while (left != 0) {
+      const int pixel = __ffs(int(left)) - 1;
+      uint32_t c = 0;
+      for (int i = 0; i < planes; ++i) c |= (part.at(kPlanes + i, word) >> pixel & 1) << i;
+      const uint32_t same = left & part.labelled(c, planes, word);
+      atomicAdd(histogram + c, uint32_t(__popc(same)));
+      left &= ~same;
+    }
+  }
+  team.sync();
+  unsigned long long largest = 0;  // votes, and then the lowest class
+  for (int c = int(threadIdx.x); c < classes; c += kVoters) {
+    uint32_t votes = 0;
+    for (int rank = 0; rank < team.blocks(); ++rank) votes += team.of(histogram, rank)[c];
+    largest = max(largest, static_cast<unsigned long long>(votes) << 32 | uint32_t(~c));
+  }
+  atomicMax(best, largest);
+  team.sync();
+  largest = *best;
+  of_class = uint32_t(largest >> 32);
+  return ~uint32_t(largest);
+}
+
+// One team a picture.
+template <bool kShared>
+__global__ void __launch_bounds__(kVoters)
+    vote_kernel(Masks masks, Maps maps, const double* threshold, const int* votes, uint32_t* histograms) {
+  const Team team;
+  const int64_t b = blockIdx.x / team.blocks();
+  uint32_t* memory = shared_memory<uint32_t>();
+  // Two cells in turns, for a slow thread may still read the last result.
+  unsigned long long *best = reinterpret_cast<unsigned long long*>(memory), *next_best = best + 1;
+  Counter counter(team, memory + kBestCells);
+  const int share = (maps.words + team.blocks() - 1) / team.blocks();
+  Part part;
+  part.first = min(share * team.rank(), maps.words);
+  part.words = min(share, maps.words - part.first);
+  uint32_t* histogram = histograms + (b << maps.planes);
+  uint32_t* global = maps.of(b) + part.first;
+  if constexpr (kShared) {
+    histogram = memory + kBestCells + Counter::kCells;
+    part.data = histogram + (1 << maps.planes);
+    part.pitch = share;
+    for (int map = 0; map < maps.count(); ++map)
+      for (int word = int(threadIdx.x); word < part.words; word += kVoters)
+        part.at(map, word) = global[int64_t(map) * maps.words + word];
+  } else {
+    part.data = global;
+    part.pitch = maps.words;
+  }
+  team.sync();  // all blocks of a cluster are there
+  // From here on a thread reads and writes no words of the maps but its own.
+
+  const float limit = float(*threshold);
+  for (int k = 0; k < masks.count; ++k) {
+    const uint32_t all = uint32_t(votes[b * masks.count + k]);
+    if (all == 0) continue;
+    uint32_t of_class = 0, c;
+    if (limit >= 0.5f) {
+      c = majority(part, masks, b, k, maps.planes, all, counter, of_class);
+    } else {
+      c = plurality(part, masks, b, k, maps.planes, team, histogram, best, of_class);
+      unsigned long long* used = best;
+      best = next_best;
+      next_best = used;
+    }
+    if (!(__fdiv_rn(float(of_class), float(all)) > limit)) continue;
+    for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+      const uint32_t region = masks.at(b, k, part.first + word) & part.at(kValid, word);
+      part.at(kClaimed, word) |= region;
+      for (int i = 0; i < maps.planes; ++i) {
+        uint32_t& plane = part.at(kPlanes + i, word);
+        plane = c >> i & 1 ? plane | region : plane & ~region;
+      }
+    }
+  }
+  if constexpr (kShared)
+    for (int map = kClaimed; map < maps.count(); ++map)
+      for (int word = int(threadIdx.x); word < part.words; word += kVoters)
+        global[int64_t(map) * maps.words + word] = part.at(map, word);
+  team.sync();  // no block of a cluster ends while others may look into its memory
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Picture<T> labels, Picture<bool> reliable, Grid grid, Maps maps, T* out_labels, bool* out_reliable) {
+  const int64_t pixel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (pixel >= grid.pixels) return;
+  const int y = int(grid.width.divide(uint32_t(pixel))), x = int(pixel) - y * int(grid.width.value());
+  const int word = int(pixel / kWarp), bit = int(pixel % kWarp);
+  for (int64_t b = blockIdx.y; b < grid.batch; b += gridDim.y) {
+    const uint32_t* map = maps.of(b) + word;
+    const bool claimed = map[int64_t(kClaimed) * maps.words] >> bit & 1;
+    uint32_t c = 0;
+    for (int i = 0; claimed && i < maps.planes; ++i) c |= (map[int64_t(kPlanes + i) * maps.words] >> bit & 1) << i;
+    out_labels[b * grid.pixels + pixel] = claimed ? T(c) : labels.at(b, y, x);
+    out_reliable[b * grid.pixels + pixel] = claimed || reliable.at(b, y, x);
+  }
+}
+
+int planes_for(int64_t classes) {
+  int planes = 1;
+  while ((int64_t(1) << planes) < classes) ++planes;
+  return planes;
+}
+
+struct Sizes {
+  int64_t batch, masks;
+  int pixels, words, planes;
+
+  Sizes(const Tensor& labels, const Tensor& packed, int64_t classes)
+      : batch(labels.size[1]),
+        masks(packed.size[2]),
+        pixels(count_of("labels: a picture", labels.size[2] * labels.size[3])),
+        words(int(ceil_div(pixels, kWarp))),
+        planes(planes_for(classes)) {}
+  int64_t map_bytes() const { return int64_t(4) * batch * (kPlanes + planes) * words; }
+  int64_t histogram_bytes() const { return int64_t(4) * batch << planes; }
+  int64_t votes_bytes() const { return 4 * batch * masks; }
+  // What a block of a team of so many needs in shared memory beside its part of the maps.
+  int64_t fixed_bytes() const { return 4 * (kBestCells + Counter::kCells); }
+  int64_t shared_bytes(int blocks) const {
+    return fixed_bytes() + (int64_t(4) << planes) + 4 * (kPlanes + planes) * ceil_div(words, blocks);
+  }
+};
+
+// The least blocks a picture with which its maps lie in shared memory; 0 where not even a cluster has enough.
+int team_size(const Sizes& sizes) {
+  const int64_t limit = shared_limit();
+  const int most = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMostCluster : 1;
+  for (int blocks = 1; blocks <= most; blocks *= 2)
+    if (sizes.shared_bytes(blocks) <= limit) return blocks;
+  return 0;
+}
+
+template <class T>
+void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, const double* threshold,
+         const Tensor& valid, const Sizes& sizes, const Tensor& out_labels, const Tensor& out_reliable,
+         unsigned char* scratch, uintptr_t stream) {
+  const Maps maps{reinterpret_cast<uint32_t*>(scratch), sizes.words, sizes.planes};
+  uint32_t* histograms = reinterpret_cast<uint32_t*>(scratch + sizes.map_bytes());
+  int* votes = reinterpret_cast<int*>(scratch + sizes.map_bytes() + sizes.histogram_bytes());
+  const Picture<T> in_labels(labels);
+  const Picture<bool> in_reliable(reliable), in_valid = valid ? Picture<bool>(valid) : Picture<bool>();
+  const Masks masks{packed.at<const uint32_t>(0), packed.stride[1], packed.stride[2], packed.stride[3],
+                    int(sizes.masks)};
+  const Grid grid{sizes.batch, sizes.pixels, Divisor(labels.size[3])};
+  const Shape pixels{ceil_div(sizes.pixels, kThreads), sizes.batch, kThreads};
+
+  launch("region_propagate: pack", pack_kernel<T>, pixels, stream, in_labels, in_reliable, in_valid, grid, maps);
+  if (sizes.masks > 0) {
+    launch("region_propagate: filter", filter_kernel, Shape{sizes.masks, sizes.batch, kThreads, 8 * kThreads / kWarp},
+           stream, masks, maps, sizes.batch, threshold, votes);
+    const int team = team_size(sizes);
+    if (team > 0)
+      launch("region_propagate: vote", vote_kernel<true>,
+             Shape{sizes.batch * team, 1, kVoters, sizes.shared_bytes(team), team}, stream, masks, maps, threshold,
+             votes, histograms);
+    else
+      launch("region_propagate: vote", vote_kernel<false>, Shape{sizes.batch, 1, kVoters, sizes.fixed_bytes()}, stream,
+             masks, maps, threshold, votes, histograms);
+  }
+  launch("region_propagate: unpack", unpack_kernel<T>, pixels, stream, in_labels, in_reliable, grid, maps,
+         out_labels.at<T>(0), out_reliable.at<bool>(0));
+}
+
+}  // namespace
+
+int64_t region_propagate_scratch(Tensor labels, Tensor packed, int64_t num_classes) {
+  const Sizes sizes(labels, packed, num_classes);
+  return sizes.map_bytes() + sizes.histogram_bytes() + sizes.votes_bytes();
+}
+
+void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
+                      int64_t num_classes, Tensor out_labels, Tensor out_reliable, Tensor scratch, uintptr_t stream) {
+  const Sizes sizes(labels, packed, num_classes);
+  const auto call = [&](auto zero) {
+    run<decltype(zero)>(labels, reliable, packed, threshold.at<const double>(0), valid, sizes, out_labels, out_reliable,
+                        scratch.at<unsigned char>(0), stream);
+  };
+  switch (labels.dtype) {
+    case DType::uint8:
+      return call(uint8_t{});
+    case DType::int8:
+      return call(int8_t{});
+    case DType::int16:
+      return call(int16_t{});
+    case DType::int32:
+      return call(int32_t{});
+    default:
+      return call(int64_t{});
+  }
+}
+
+}  // namespace corrmatch::cuda
