@@ -29,7 +29,7 @@ import pybind11
 
 EMULATOR = Path(__file__).resolve().parent
 CSRC = EMULATOR.parents[1] / "csrc"
-RUNTIME = [EMULATOR / "emulator.cpp", EMULATOR / "host.cpp"]
+RUNTIME = [EMULATOR / name for name in ("emulator.cpp", "messages.cpp", "host.cpp")]
 
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DCORRMATCH_EMULATOR=1"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]

@@ -1,29 +1,22 @@
-// The scheduler: fibers, barriers, warp-wide calls, and what it says when they do not come together.
+// The scheduler: fibers take turns, barriers and warp-wide calls bring them together.
 #include "emulator.hpp"
-
-#include <cuda_runtime.h>
-#include <cxxabi.h>
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <iostream>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <numeric>
-#include <random>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "fiber.hpp"
+#include "machine.hpp"
 
 namespace corrmatch_emulator {
+
+Machine machine;
+
+Machine::Machine() {
+  const char* seed = std::getenv("CORRMATCH_EMULATOR_SEED");
+  lot.seed(seed ? std::strtoul(seed, nullptr, 10) : 0);
+}
 
 namespace cuda {
 uint3 threadIdx, blockIdx;
@@ -32,143 +25,22 @@ dim3 blockDim, gridDim;
 
 namespace {
 
-struct Thread;
-
-// The threads of a block, or of a cluster: they are neighbours in Machine::threads.
-struct Group {
-  Thread* threads;
-  size_t size;
-  size_t arrived = 0;  // at a barrier
-  int votes = 0;
-};
-
-struct Block {
-  uint3 index;
-  unsigned rank;  // in the cluster
-  Group group;
-  Group* cluster;
-  size_t alive;
-  std::byte* shared;
-};
-
-struct Thread {
-  Fiber* fiber;
-  Block* block;
-  uint3 index;
-  unsigned rank;  // in the block
-
-  bool finished = false;
-  const char* waits_for = nullptr;  // null: can run
-  Where where{};
-  const Collective* collective = nullptr;
-  uint32_t mask = 0;
-  uint64_t value = 0;
-  int argument = 0;
-  uint64_t result = 0;
-
-  void wait(const char* name, const Where& place) {
-    waits_for = name;
-    where = place;
-    fiber->suspend();
-  }
-};
-
 // Turns without a thread finishing or passing a barrier, after which waiting in a loop counts as waiting for ever.
 constexpr size_t kPatience = 20'000'000;
 constexpr size_t kBlocksTogether = 4;      // at most, beyond one cluster
 constexpr size_t kThreadsTogether = 4096;  // at most, beyond one cluster
 
-struct Machine {
-  std::mutex one_launch;
-  std::mt19937 lot;
-  std::deque<Fiber> fibers;
-
-  const void* kernel;
-  const std::function<void()>* body;
-  Extent cluster_extent;
-  std::vector<Block> blocks;
-  std::vector<Group> clusters;
-  std::vector<Thread> threads;
-  std::vector<Thread*> ready;
-  Thread* current = nullptr;
-  size_t turns = 0;  // since a thread finished or a barrier was passed
-  std::exception_ptr error;
-
-  Machine() {
-    const char* seed = std::getenv("CORRMATCH_EMULATOR_SEED");
-    lot.seed(seed ? std::strtoul(seed, nullptr, 10) : 0);
-  }
-  size_t draw(size_t n) { return (uint64_t{lot()} * n) >> 32; }
-
-  void release(Thread& thread) {
-    thread.waits_for = nullptr;
-    thread.collective = nullptr;
-    ready.push_back(&thread);
-  }
-} machine;
-
-std::string text(const uint3& index) {
-  std::ostringstream out;
-  out << "(" << index.x << "," << index.y << "," << index.z << ")";
-  return out.str();
-}
-
-std::string text(const Where& where) {
-  const char* slash = std::strrchr(where.file_name(), '/');
-  std::ostringstream out;
-  out << (slash ? slash + 1 : where.file_name()) << ":" << where.line() << " in " << where.function_name();
-  return out.str();
-}
-
-std::string text(const Thread& thread) {
-  return "block " + text(thread.block->index) + ", thread " + text(thread.index);
-}
-
-std::string kernel_name() {
-  Dl_info info;
-  if (!dladdr(machine.kernel, &info) || !info.dli_sname) return "kernel";  // of internal linkage
-  const std::unique_ptr<char, decltype(&std::free)> name{abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr),
-                                                         &std::free};
-  return "kernel " + std::string(name ? name.get() : info.dli_sname);
-}
-
-std::string status(const Thread& thread) {
-  if (thread.finished) return "finished";
-  std::ostringstream out;
-  if (!thread.waits_for)
-    out << "running, last seen";
-  else if (thread.collective)
-    out << "waiting for " << thread.waits_for << " with mask 0x" << std::hex << thread.mask;
-  else
-    out << "waiting for " << thread.waits_for;
-  if (thread.where.line()) out << " at " << text(thread.where);
-  return out.str();
-}
-
-// Who is where, threads of the same status counted together.
-std::runtime_error stuck(const char* what, const Group& group) {
-  std::map<std::string, std::pair<int, const Thread*>> found;
-  const Thread* named = nullptr;
-  for (const Thread* thread = group.threads; thread != group.threads + group.size; ++thread) {
-    auto& [count, first] = found[status(*thread)];
-    if (count++ == 0) first = thread;
-    if (!named && !thread->finished) named = thread;
-  }
-  std::ostringstream out;
-  out << "emulated " << kernel_name() << ", " << text(*named) << ": " << what;
-  for (const auto& [name, who] : found)
-    out << "\n  " << who.first << " " << name << " (the first: " << text(*who.second) << ")";
-  return std::runtime_error(out.str());
-}
+size_t draw(size_t n) { return (uint64_t{machine.lot()} * n) >> 32; }
 
 bool same_place(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || !std::strcmp(a.file_name(), b.file_name()));
 }
 
-// AddressSanitizer's report knows nothing of blocks and threads; this line follows it.
-void name_culprit() {
-  if (machine.current) std::cerr << "in emulated " << kernel_name() << ", " << text(*machine.current) << std::endl;
+void release(Thread& thread) {
+  thread.waits_for = nullptr;
+  thread.collective = nullptr;
+  machine.ready.push_back(&thread);
 }
 
 // What a fiber runs.
@@ -185,7 +57,7 @@ void thread_body() {
   thread.fiber->suspend(true);
 }
 
-uint3 position(size_t number, const Extent& extent) {
+uint3 position(size_t number, const dim3& extent) {
   return {unsigned(number % extent.x), unsigned(number / extent.x % extent.y), unsigned(number / extent.x / extent.y)};
 }
 
@@ -201,9 +73,9 @@ void clear() {
 }
 
 // Lays out these clusters and their threads; all of them start ready.
-void prepare(const std::vector<size_t>& numbers, Extent grid, Extent block, Extent cluster, size_t shared_bytes) {
-  const Extent clusters{grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
-  const size_t per_cluster = cluster.count(), per_block = block.count();
+void prepare(const std::vector<size_t>& numbers, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes) {
+  const dim3 clusters{grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
+  const size_t per_cluster = count(cluster), per_block = count(block);
   clear();
   machine.blocks.resize(numbers.size() * per_cluster);
   machine.clusters.resize(numbers.size());
@@ -223,7 +95,7 @@ void prepare(const std::vector<size_t>& numbers, Extent grid, Extent block, Exte
     made.alive = per_block;
     made.shared = static_cast<std::byte*>(std::malloc(shared_bytes));
     // Every float of 0xff bytes is NaN; but as an integer it may happen to be a fitting start, so try others too.
-    std::memset(made.shared, machine.draw(2) ? 0xff : int(machine.draw(256)), shared_bytes);
+    std::memset(made.shared, draw(2) ? 0xff : int(draw(256)), shared_bytes);
     for (size_t t = 0; t < per_block; ++t) {
       first[t].fiber = &machine.fibers[b * per_block + t];
       first[t].block = &made;
@@ -238,7 +110,7 @@ void prepare(const std::vector<size_t>& numbers, Extent grid, Extent block, Exte
 // Gives turns until all threads have finished.
 void take_turns() {
   while (!machine.ready.empty()) {
-    std::swap(machine.ready[machine.draw(machine.ready.size())], machine.ready.back());
+    std::swap(machine.ready[draw(machine.ready.size())], machine.ready.back());
     Thread& thread = *machine.ready.back();
     machine.ready.pop_back();
     machine.current = &thread;
@@ -254,24 +126,23 @@ void take_turns() {
 
 }  // namespace
 
-void run(const void* kernel, Extent grid, Extent block, Extent cluster, size_t shared_bytes,
+void run(const void* kernel, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
          const std::function<void()>& body) {
   const std::lock_guard lock(machine.one_launch);
   machine.kernel = kernel;
   machine.body = &body;
-  machine.cluster_extent = cluster;
   machine.turns = 0;
   __sanitizer_set_death_callback(&name_culprit);
-  gridDim = {grid.x, grid.y, grid.z};
-  blockDim = {block.x, block.y, block.z};
+  gridDim = grid;
+  blockDim = block;
 
-  std::vector<size_t> order(grid.count() / cluster.count());
+  std::vector<size_t> order(count(grid) / count(cluster));
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), machine.lot);
-  const size_t blocks = std::min(kBlocksTogether, kThreadsTogether / block.count());
-  const size_t most = std::max<size_t>(1, blocks / cluster.count());
+  const size_t blocks = std::min(kBlocksTogether, kThreadsTogether / count(block));
+  const size_t most = std::max<size_t>(1, blocks / count(cluster));
   for (size_t done = 0; done < order.size();) {
-    const size_t count = std::min(1 + machine.draw(most), order.size() - done);
+    const size_t count = std::min(1 + draw(most), order.size() - done);
     prepare({order.begin() + done, order.begin() + done + count}, grid, block, cluster, shared_bytes);
     take_turns();
     done += count;
@@ -300,7 +171,7 @@ int barrier(Scope scope, const char* name, bool predicate, const Where& where) {
       if (!same_place(thread->where, where)) throw stuck("divergence: barriers at different places", group);
     for (Thread* thread = group.threads; thread != end; ++thread) {
       thread->result = uint64_t(group.votes);
-      machine.release(*thread);
+      release(*thread);
     }
     group.arrived = 0;
     group.votes = 0;
@@ -338,7 +209,7 @@ uint64_t collective(const Collective& what, uint32_t mask, uint64_t value, int a
   for (size_t i = 0; i < lanes; ++i) {
     if (!(there.mask >> i & 1)) continue;
     warp[i].result = what.result(there, int(i), warp[i].argument);
-    machine.release(warp[i]);
+    release(warp[i]);
   }
   self.fiber->suspend();
   return self.result;
@@ -352,15 +223,13 @@ void yield(const Where& where) {
 }
 
 void maybe_yield(const Where& where) {
-  if (machine.draw(2)) yield(where);
+  if (draw(2)) yield(where);
 }
 
-void fail(const char* what, const Where& where) {
-  throw std::runtime_error("emulated " + kernel_name() + ", " + text(*machine.current) + ": " + what + ", at " +
-                           text(where));
+unsigned cluster_blocks() {
+  const Block& block = *machine.current->block;
+  return unsigned(block.cluster->size / block.group.size);
 }
-
-unsigned cluster_blocks() { return unsigned(machine.cluster_extent.count()); }
 unsigned block_rank() { return machine.current->block->rank; }
 unsigned thread_rank() { return machine.current->rank; }
 

@@ -10,6 +10,19 @@
 #include <source_location>
 
 namespace corrmatch_emulator {
+namespace cuda {
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+}  // namespace cuda
 
 using Where = std::source_location;  // the call in the kernel, for messages
 
@@ -44,12 +57,9 @@ void maybe_yield(const Where& where);
 [[noreturn]] void fail(const char* what, const Where& where);
 
 // Runs the body once for every thread of the grid. One launch at a time; the others wait.
-struct Extent {
-  unsigned x, y, z;
-  size_t count() const { return size_t{x} * y * z; }
-};
-void run(const void* kernel, Extent grid, Extent block, Extent cluster, size_t shared_bytes,
+void run(const void* kernel, cuda::dim3 grid, cuda::dim3 block, cuda::dim3 cluster, size_t shared_bytes,
          const std::function<void()>& body);
+inline size_t count(const cuda::dim3& size) { return size_t{size.x} * size.y * size.z; }
 
 unsigned cluster_blocks();
 unsigned block_rank();   // in the cluster

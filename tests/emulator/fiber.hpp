@@ -19,8 +19,7 @@ inline void __asan_unpoison_memory_region(const void*, size_t) {}
 // Pushes what a called function has to keep, changes stacks, pops the same of the other fiber.
 asm(R"(
   .text
-  .hidden corrmatch_emulator_switch
-  .globl corrmatch_emulator_switch
+  .local corrmatch_emulator_switch
   .type corrmatch_emulator_switch, @function
 corrmatch_emulator_switch:
   push %rbp

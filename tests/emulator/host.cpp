@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <utility>
 
 namespace corrmatch_emulator {
@@ -31,25 +32,29 @@ struct Attributes {
   bool large_cluster = false;
 };
 std::map<const void*, Attributes> attributes;
-cudaError_t last_error = cudaSuccess;
+std::mutex attributes_mutex;
+thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
 }
 
-Extent extent(const dim3& size) { return {size.x, size.y, size.z}; }
+Attributes attributes_of(const void* kernel) {
+  const std::lock_guard lock(attributes_mutex);
+  return attributes[kernel];
+}
 
-bool within(const Extent& size, const Extent& most) {
+bool within(const dim3& size, const dim3& most) {
   return size.x - 1 < most.x && size.y - 1 < most.y && size.z - 1 < most.z;  // 0 - 1 is large
 }
 
 cudaError_t check(const cudaLaunchConfig_t& config, const Attributes& kernel) {
-  const Extent grid = extent(config.gridDim), block = extent(config.blockDim), cluster = cluster_extent(config);
-  if (!within(grid, {0x7fffffff, 65535, 65535}) || !within(block, {kThreads, kThreads, 64}) || block.count() > kThreads)
+  const dim3 grid = config.gridDim, block = config.blockDim, cluster = cluster_size(config);
+  if (!within(grid, {0x7fffffff, 65535, 65535}) || !within(block, {kThreads, kThreads, 64}) || count(block) > kThreads)
     return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > size_t(kernel.shared)) return cudaErrorInvalidValue;
-  if (cluster.count() == 0 || cluster.count() > (kernel.large_cluster ? kClusterNonPortable : kCluster) ||
+  if (count(cluster) == 0 || count(cluster) > (kernel.large_cluster ? kClusterNonPortable : kCluster) ||
       grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
     return cudaErrorInvalidClusterSize;
   return cudaSuccess;
@@ -103,8 +108,8 @@ cudaError_t cudaSetDevice(int device) { return remember(device == 0 ? cudaSucces
 
 }  // namespace cuda
 
-Extent cluster_extent(const cudaLaunchConfig_t& config) {
-  Extent cluster{1, 1, 1};
+dim3 cluster_size(const cudaLaunchConfig_t& config) {
+  dim3 cluster;
   for (unsigned i = 0; i < config.numAttrs; ++i)
     cluster = {config.attrs[i].val.clusterDim.x, config.attrs[i].val.clusterDim.y, config.attrs[i].val.clusterDim.z};
   return cluster;
@@ -113,6 +118,7 @@ Extent cluster_extent(const cudaLaunchConfig_t& config) {
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const bool shared = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (value < 0 || value > (shared ? kSharedOptIn : 1)) return remember(cudaErrorInvalidValue);
+  const std::lock_guard lock(attributes_mutex);
   if (shared)
     attributes[kernel].shared = std::max(value, kShared);
   else
@@ -121,9 +127,9 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
-  const cudaError_t error = check(config, attributes[kernel]);
+  const cudaError_t error = check(config, attributes_of(kernel));
   if (error == cudaSuccess)
-    run(kernel, extent(config.gridDim), extent(config.blockDim), cluster_extent(config), config.dynamicSmemBytes, body);
+    run(kernel, config.gridDim, config.blockDim, cluster_size(config), config.dynamicSmemBytes, body);
   return remember(error);
 }
 

@@ -65,7 +65,7 @@ struct cudaLaunchConfig_t {
 cuda::cudaError_t set_attribute(const void* kernel, cuda::cudaFuncAttribute attribute, int value);
 cuda::cudaError_t launch(const cuda::cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 int blocks_per_multiprocessor(size_t threads, size_t shared_bytes);
-Extent cluster_extent(const cuda::cudaLaunchConfig_t& config);
+cuda::dim3 cluster_size(const cuda::cudaLaunchConfig_t& config);
 
 namespace cuda {
 
@@ -88,9 +88,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int t
 
 template <class T>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, T*, const cudaLaunchConfig_t* config) {
-  const Extent block{config->blockDim.x, config->blockDim.y, config->blockDim.z};
-  const int blocks = 132 * blocks_per_multiprocessor(block.count(), config->dynamicSmemBytes);
-  *clusters = blocks / int(cluster_extent(*config).count());
+  const int blocks = 132 * blocks_per_multiprocessor(count(config->blockDim), config->dynamicSmemBytes);
+  *clusters = blocks / int(count(cluster_size(*config)));
   return cudaSuccess;
 }
 

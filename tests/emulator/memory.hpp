@@ -1,19 +1,10 @@
-// Indices, vectors, fences, atomics and cached loads.
+// Vectors, fences, atomics and cached loads.
 #pragma once
 
 #include "warp.hpp"
 
 namespace corrmatch_emulator::cuda {
 
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 #define CORRMATCH_VECTORS(T, name)                           \
