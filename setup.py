@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,6 +48,7 @@ class Cuda:
     status: str  # shown by `python -m corrmatch info`
     nvcc: str = ""
     flags: list[str] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)  # linker flags
 
     @classmethod
     def detect(cls) -> Cuda:
@@ -63,10 +65,31 @@ class Cuda:
             if wanted == "1":
                 raise SystemExit("CORRMATCH_BUILD_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on PATH")
             return cls("not built: no nvcc in CUDA_HOME/bin or on PATH when it was installed")
-        if not list((ROOT / "csrc/cuda").glob("*.cu")):
-            return cls("not built: this version has no CUDA kernels")
+        folder = cls.runtime(nvcc)
+        if folder is None:
+            if wanted == "1":
+                raise SystemExit(f"CORRMATCH_BUILD_CUDA=1, but the toolkit of {nvcc} has no libcudart_static.a")
+            return cls(f"not built: the toolkit of {nvcc} had no libcudart_static.a when it was installed")
         archs = os.environ.get("CORRMATCH_CUDA_ARCHS", CUDA_ARCHS)
-        return cls(f"built for {archs}", nvcc, [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC"])
+        flags = [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        # The runtime is static, so that the wheel needs nothing of CUDA but the driver.
+        libraries = [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return cls(f"built for {archs}", nvcc, flags, libraries)
+
+    @staticmethod
+    def runtime(nvcc: str) -> Path | None:
+        """Folder of the static CUDA runtime. nvcc may be a link or a script: it says itself where its toolkit is."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.cu"
+            source.touch()
+            done = subprocess.run(
+                [nvcc, "--dryrun", str(source)], capture_output=True, text=True, check=False, cwd=folder
+            )
+        top = re.search(r"^#\$ TOP=(.*)$", done.stderr, re.MULTILINE)
+        if top is None:
+            return None
+        found = (Path(top[1]) / lib for lib in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"))
+        return next((lib.resolve() for lib in found if (lib / "libcudart_static.a").exists()), None)
 
     @staticmethod
     def gencode(archs: str) -> list[str]:
@@ -82,11 +105,6 @@ class Cuda:
             if arch.strip().endswith("+PTX"):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         return flags
-
-    def libraries(self) -> list[str]:
-        """Linker flags; the runtime is static, so the wheel needs nothing of CUDA but the driver."""
-        lib = Path(self.nvcc).resolve().parent.parent / "lib64"
-        return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def accepts(compiler: list[str], *flags: str) -> bool:
@@ -149,7 +167,7 @@ class NinjaBuild(build_ext):
         if cuda.nvcc:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 edge("nvcc", source, f"cuda/{source.stem}", [])
-            link += cuda.libraries()
+            link += cuda.libraries
 
         cxx = shlex.join(compiler)
         return "\n".join(

@@ -99,6 +99,17 @@ def test_random_pictures(backend, connectivity, size, density, threads):
 
 
 @CONNECTIVITY
+@pytest.mark.parametrize("granularity", [1, 2, 4, 8, 16])
+def test_noise_of_every_density(backend, connectivity, granularity):
+    """As the YACCLAB benchmark draws it: blocks of so many pixels, set with a probability of 0.1 to 0.9."""
+    height, width = (49, 83) if backend.interpreted or backend.name == "reference" else (197, 331)
+    for density in np.arange(0.1, 0.95, 0.1):
+        blocks = torch.rand(-(-height // granularity), -(-width // granularity)) < density
+        image = blocks.repeat_interleave(granularity, 0).repeat_interleave(granularity, 1)[:height, :width].numpy()
+        assert np.array_equal(components(backend, image, connectivity), by_scipy(image, connectivity))
+
+
+@CONNECTIVITY
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_larger_label_picture(backend, connectivity, threads):
     torch.set_num_threads(threads)

@@ -71,30 +71,43 @@ def test_without_nvcc(names, monkeypatch):
         names["Cuda"].detect()
 
 
-def nvcc_in(folder):
+def nvcc_in(folder, top, runtime=True):
+    """A script that says, as nvcc does, where its toolkit is."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nvcc").write_text("#!/bin/sh\n")
+    (folder / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={top}' >&2\n")
     (folder / "nvcc").chmod(0o755)
+    (top / "lib64").mkdir(parents=True)
+    if runtime:
+        (top / "lib64/libcudart_static.a").touch()
     return str(folder / "nvcc")
 
 
 def test_with_nvcc(names, monkeypatch, tmp_path):
-    on_path, in_home = nvcc_in(tmp_path), nvcc_in(tmp_path / "home/bin")
-    kernels = tmp_path / "tree/csrc/cuda"
-    kernels.mkdir(parents=True)
-    monkeypatch.setitem(names["Cuda"].detect.__func__.__globals__, "ROOT", tmp_path / "tree")
-    assert names["Cuda"].detect().status == "not built: this version has no CUDA kernels"
-    (kernels / "op.cu").touch()
-    assert names["Cuda"].detect().nvcc == on_path
+    on_path = nvcc_in(tmp_path, tmp_path / "elsewhere")
+    in_home = nvcc_in(tmp_path / "home/bin", tmp_path / "home")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    cuda = names["Cuda"].detect()
+    assert cuda.nvcc == on_path
+    assert cuda.libraries[:2] == [f"-L{tmp_path}/elsewhere/lib64", "-lcudart_static"]
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     cuda = names["Cuda"].detect()
     assert cuda.nvcc == in_home
+    assert cuda.libraries[0] == f"-L{tmp_path}/home/lib64"
     assert cuda.status == "built for 80;86;89;90a;100;120+PTX"
     assert cuda.flags[:7] == names["Cuda"].gencode(names["CUDA_ARCHS"])
     monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "90a")
     assert names["Cuda"].detect().flags[0] == arch("90a")
     monkeypatch.setenv("CORRMATCH_BUILD_CUDA", "0")
     assert names["Cuda"].detect().nvcc == ""
+
+
+def test_toolkit_without_its_static_runtime(names, monkeypatch, tmp_path):
+    nvcc_in(tmp_path, tmp_path / "home", runtime=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert "no libcudart_static" in names["Cuda"].detect().status
+    monkeypatch.setenv("CORRMATCH_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"has no libcudart_static\.a$"):
+        names["Cuda"].detect()
 
 
 def test_narrowest_instruction_set_first(names):

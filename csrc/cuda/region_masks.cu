@@ -236,8 +236,9 @@ __device__ void pack_connected(const Problem& problem, uint32_t* packed, uint32_
   pack(problem, packed, [&](int y, int x) { return filled.test(y, x); });
 }
 
-template <class K, bool kShared>
-__global__ void __launch_bounds__(kThreads, 4)
+// A kernel of its own for whole masks, which needs fewer registers.
+template <class K, bool kShared, bool kConnected>
+__global__ void __launch_bounds__(kThreads, kConnected ? 2 : 4)
     mask_kernel(Problem problem, Map<K> keys, Layout layout, float* scratch) {
   float* memory = shared_memory<float>();
   if constexpr (!kShared) memory = scratch + int64_t(blockIdx.x) * (layout.bytes / 4);
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
     const float limit = least + problem.threshold * (largest.value() - least);
     const auto above = [&](int y, int x) { return row.at(y, x) > limit; };
-    if (problem.connected == kWhole) {
+    if constexpr (!kConnected) {
       pack(problem, packed, above);
       continue;
     }
@@ -321,15 +322,18 @@ void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_
                         connectivity == 8,
                         packed.at<uint32_t>(0)};
   const int64_t masks = problem.batch * problem.masks, blocks = scratch_blocks(layout, masks);
-  const auto call = [&](auto zero) {
+  const auto run = [&](auto zero, auto is_shared, auto is_connected) {
     using K = decltype(zero);
-    if (blocks == 0)
-      launch("region_masks", mask_kernel<K, true>,
-             Shape{std::min<int64_t>(masks, INT32_MAX), 1, kThreads, layout.bytes}, stream, problem, Map<K>(key),
-             layout, nullptr);
-    else
-      launch("region_masks", mask_kernel<K, false>, Shape{blocks, 1, kThreads}, stream, problem, Map<K>(key), layout,
-             scratch.at<float>(0));
+    const auto kernel = mask_kernel<K, is_shared(), is_connected()>;
+    const Shape shape{is_shared ? std::min<int64_t>(masks, INT32_MAX) : blocks, 1, kThreads,
+                      is_shared ? layout.bytes : 0};
+    launch("region_masks", kernel, shape, stream, problem, Map<K>(key), layout, scratch.at<float>(0));
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  const auto call = [&](auto zero) {
+    if (connected == kWhole) return blocks == 0 ? run(zero, yes, no) : run(zero, no, no);
+    return blocks == 0 ? run(zero, yes, yes) : run(zero, no, yes);
   };
   switch (key.dtype) {
     case DType::float16:

@@ -211,6 +211,7 @@ uint64_t collective(const Collective& what, uint32_t mask, uint64_t value, int a
     warp[i].result = what.result(there, int(i), warp[i].argument);
     release(warp[i]);
   }
+  machine.turns = 0;
   self.fiber->suspend();
   return self.result;
 }

@@ -67,7 +67,7 @@ struct Machine {
   std::vector<Thread> threads;
   std::vector<Thread*> ready;
   Thread* current = nullptr;
-  size_t turns = 0;  // since a thread finished or a barrier was passed
+  size_t turns = 0;  // since threads met, or the launch began
   std::exception_ptr error;
 
   Machine();

@@ -1,0 +1,51 @@
+"""The machine code of the CUDA kernels in the installed extension, and that it was built where it could be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from child import FOLDER
+
+from corrmatch import _C
+from corrmatch.kernels import inspect_cuda
+
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
+SOURCES = ["connected_components", "region_masks", "region_propagate"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None and not hasattr(_C, "cuda"), reason="built without nvcc")
+def test_every_kernel_on_every_architecture_keeps_to_its_registers():
+    environment = {k: v for k, v in os.environ.items() if k != "CORRMATCH_EMULATOR"}
+    command = [sys.executable, "-m", "corrmatch.kernels.inspect_cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.rsplit(maxsplit=7) for line in done.stdout.splitlines()[2:]]
+    names = {row[0] for row in rows}
+    assert {"mask_kernel", "vote_kernel", "filter_kernel", "unite_kernel"} <= {name.split("<")[0] for name in names}
+    assert {row[1] for row in rows} == set(ARCHITECTURES)
+    assert len(rows) == len(names) * len(ARCHITECTURES)
+    for name, _, _, registers, local, _, occupancy, _ in rows:
+        assert int(local) == 0, f"{name} spills"
+        assert 16 <= int(registers) <= 128
+        assert int(occupancy) >= 25
+
+
+def test_occupancy_of_known_kernels():
+    def occupancy(arch, threads, registers):
+        return inspect_cuda.Kernel("", arch, threads, registers, 0, 0).occupancy
+
+    assert occupancy("90a", 256, 32) == 1.0
+    assert occupancy("90a", 1024, 64) == 0.5
+    assert occupancy("86", 1024, 64) == pytest.approx(2 / 3)
+    assert occupancy("80", 256, 80) == 0.375
+
+
+def test_sources_and_names_agree():
+    """An op has the same file name in every room."""
+    folder = Path(__file__).resolve().parents[1] / "csrc/cuda"
+    assert sorted(path.stem for path in folder.glob("*.cu")) == SOURCES

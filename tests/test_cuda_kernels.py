@@ -1,0 +1,181 @@
+"""What is the CUDA kernels' own: schedules, clusters, memory that does not fit, sanitizers. Else see test_<op>.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from child import FOLDER
+from emulator import build
+from samples import SAMPLES, results
+from test_connected_components import patterns
+
+from corrmatch import RegionMasks, ops, reference
+from corrmatch.ops import cuda
+from corrmatch.ops.borrowing import borrow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPS = [name for name, (op, _) in SAMPLES.items() if op in ("region_masks", "region_propagate", "connected_components")]
+
+emulated = pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has no seed")
+
+
+@pytest.fixture(autouse=True)
+def seed_of_this_test():
+    if cuda.EMULATED:
+        build.seed(build.kernels(), 0)
+
+
+@emulated
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sample", OPS)
+def test_any_schedule(sample, seed):
+    call, arguments = SAMPLES[sample][1](backend="cuda")
+    expected = results(call(*arguments))
+    build.seed(build.kernels(), 1 + seed)
+    for a, b in zip(results(call(*arguments)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@emulated
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("name", ["spiral", "comb up", "noise"])
+def test_components_under_any_schedule(name, connectivity, seed):
+    picture = patterns(67).get(name, np.random.default_rng(seed).random((67, 67)) < 0.55)
+    image = torch.as_tensor(picture)
+    build.seed(build.kernels(), seed)
+    found = ops.connected_components(image, connectivity=connectivity, backend="cuda")
+    assert torch.equal(found, ops.connected_components(image, connectivity=connectivity, backend="cpu"))
+
+
+def scene(size, masks, classes):
+    """Coherent labels, so that some regions are accepted."""
+    labels = (torch.arange(size[0])[:, None] // 40 + torch.arange(size[1]) // 40) % classes
+    labels = torch.where(torch.rand(size) < 0.85, labels, torch.randint(classes, size))[None]
+    regions = torch.zeros(1, masks, *size, dtype=torch.bool)
+    for k, region in enumerate(regions[0]):  # most lie in one class; some overlap
+        y, x = (40 * int(torch.randint(n // 40, ())) for n in size)
+        region[y : y + 38, x : x + 35 + 5 * k] = True
+    return labels, torch.rand(1, *size) < 0.9, RegionMasks.from_bool(regions)
+
+
+# Maps of a picture: 4 (3 + planes) bytes for 32 pixels. A block of an H100 has 227 KiB, a cluster here 8 blocks.
+TEAMS = {"one block": ((321, 321), 21), "a cluster": ((560, 561), 130), "global memory": ((1150, 1151), 250)}
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+@pytest.mark.parametrize(("size", "classes"), TEAMS.values(), ids=TEAMS)
+def test_region_propagation_wherever_the_maps_lie(size, classes, threshold):
+    labels, reliable, masks = (x.to(DEVICE) for x in scene(size, 6, classes))
+    found = ops.region_propagate(labels, reliable, masks, threshold, num_classes=classes, backend="cuda")
+    expected = reference.region_propagate(labels, reliable, masks, threshold, num_classes=classes)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], labels)
+
+
+def drawn(picture, mark, connectivity):
+    """The region around a pixel of a picture, by way of features of one channel that are the picture itself."""
+    key = torch.as_tensor(picture, dtype=torch.float32, device=DEVICE)[None, None]
+    index = torch.tensor([mark[0] * picture.shape[1] + mark[1]], device=DEVICE)
+    options = {"scale": 1.0, "connected": "seed", "connectivity": connectivity}
+    query = torch.ones_like(key)
+    found = ops.region_masks(query, key, index, picture.shape, backend="cuda", **options)
+    expected = reference.region_masks(query, key, index, picture.shape, **options)
+    assert torch.equal(found.packed, expected.packed)
+    return found.to_bool()[0, 0].cpu().numpy()
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("name", patterns(9))
+@pytest.mark.parametrize("turned", [False, True])
+def test_connected_region_of_any_shape(name, turned, connectivity):
+    picture = patterns(41)[name]
+    if turned:
+        picture = picture.T
+    if not picture.any() or picture.all():
+        return
+    marks = np.argwhere(picture)
+    for mark in (marks[0], marks[len(marks) // 2]):
+        assert drawn(np.ascontiguousarray(picture), mark, connectivity)[tuple(mark)]
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_connected_region_over_rows_of_many_words(connectivity):
+    """A row of more than 32 words, which no warp holds at once; runs that fill words, and end and start in them."""
+    picture = np.random.default_rng(0).random((9, 2300)) < 0.8
+    picture[4, 40:2250] = True
+    picture[0] = False
+    assert drawn(picture, (4, 1500), connectivity).sum() > 2000
+    picture[4, 1100], picture[3:6, 1101:1103] = False, False
+    assert drawn(picture, (4, 1500), connectivity).sum() > 1000
+
+
+@pytest.mark.parametrize("connected", [None, "peak", "seed"])
+def test_rows_longer_than_shared_memory(connected):
+    """Of more than 58,112 keys; with `connected`, masks by rows as well."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 3, 3, device=DEVICE), torch.randn(1, 2, 245, 243, device=DEVICE)
+    index = torch.tensor([0, 4, 8], device=DEVICE)
+    found = ops.region_masks(query, key, index, (245, 243), connected=connected, threshold=0.4, backend="cuda")
+    expected = reference.region_masks(query, key, index, (245, 243), connected=connected, threshold=0.4)
+    assert (found.to_bool() != expected.to_bool()).double().mean() < 1e-4
+
+
+def test_positions_out_of_range_give_empty_masks():
+    """Where values are not checked: on a device."""
+    query = key = torch.randn(1, 3, 5, 6, device=DEVICE)
+    index = torch.tensor([[-1, 30, 2**40, -(2**62), 7]], device=DEVICE)
+    packed = torch.full((1, 5, 2), -1, dtype=torch.int32, device=DEVICE)
+    rows = (borrow(query), borrow(key), borrow(index), 6, 7)
+    scratch = cuda.KERNELS.region_masks_scratch(*rows, 0)
+    cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, 0.5, 0.5, 0, 8, borrow(packed))
+    assert (packed[0, :4] == 0).all()
+    assert (packed[0, 4] != 0).any()
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_labels_out_of_range_do_no_harm(threshold):
+    labels = torch.randint(-(2**40), 2**40, (1, 9, 40), device=DEVICE)
+    flags = torch.ones(1, 9, 40, dtype=torch.bool, device=DEVICE)
+    masks = RegionMasks.from_bool(torch.ones(1, 3, 9, 40, dtype=torch.bool, device=DEVICE))
+    out, after = torch.full_like(labels, -1), torch.zeros_like(flags)
+    limit = torch.tensor(threshold, dtype=torch.float64, device=DEVICE)
+    scratch = cuda.KERNELS.region_propagate_scratch(borrow(labels), borrow(masks.packed), 21)
+    arguments = (labels, flags, masks.packed, limit, None)
+    lent = [borrow(x) for x in arguments]
+    cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *lent, 21, borrow(out), borrow(after))
+    assert after.all()
+
+
+def test_dtype_without_a_kernel_is_refused():
+    query = torch.zeros(1, 2, 3, 3, dtype=torch.float64, device=DEVICE)
+    index, packed = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int32)
+    rows = (borrow(query), borrow(query), borrow(index), 3, 3)
+    with pytest.raises(ValueError, match=r"no CUDA kernel takes this dtype"):
+        cuda.launch(cuda.KERNELS.region_masks, query, 0, *rows, 0.5, 0.5, 0, 8, borrow(packed))
+
+
+SANITIZED = {  # a share of the tests of each op that takes a minute
+    "test_connected_components.py": "cuda and (dtypes or bool or leading or layouts or (patterns and 67))",
+    "test_region_masks.py": "cuda and float32 and (layouts or bad or seed)",
+    "test_region_propagate.py": "cuda and (sizes or tensor or layouts or nothing or later or dtype)",
+    "test_cuda_kernels.py": "schedule or (shape and spiral) or range or many_words",
+}
+
+
+@emulated
+@pytest.mark.skipif("CORRMATCH_EMULATOR_SANITIZE" in os.environ, reason="this is the sanitized run")
+@pytest.mark.parametrize("file", SANITIZED)
+def test_sanitizers_find_nothing(file):
+    """AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
+    environment = {k: v for k, v in build.sanitized_environment().items() if not k.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", file, "-k", SANITIZED[file]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert re.search(r"\d\d passed", done.stdout), done.stdout
