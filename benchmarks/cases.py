@@ -32,6 +32,7 @@ from corrmatch import RegionMasks, ops, reference
 THRESHOLD = 0.85  # of region propagation: Pascal VOC's
 ROWS = (64, 128, 256)  # of the row-chunked peer
 COMPONENT_LIBRARIES = ("scipy", "OpenCV", "cc3d")
+PICTURES = 64  # binary pictures at once, on a GPU
 ORACLE_SIDE = 321  # the oracle of components sweeps once for each pixel of the longest path: seconds; minutes at 801
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
@@ -145,57 +146,64 @@ def region_propagate(s: Setting) -> Iterator[Case]:
 
 
 def connected_components(s: Setting) -> Iterator[Case]:
-    """One binary picture: smooth blobs, then noise."""
-    size, generator = s.full, s.generator()
+    """Binary pictures, one on a CPU and many at once on a GPU: smooth blobs, then noise."""
+    size, generator, batch = s.full, s.generator(), PICTURES if s.device == "cuda" else 1
     pictures = {
-        "smooth blobs": smooth(1, 1, size, max(2, size[0] // 16), generator)[0, 0] > 0,
-        "noise, half of the pixels set": torch.rand(size, generator=generator) < 0.5,
+        "smooth blobs": smooth(batch, 1, size, max(2, size[0] // 16), generator)[:, 0] > 0,
+        "noise, half of the pixels set": torch.rand(batch, *size, generator=generator) < 0.5,
     }
-    for kind, picture in pictures.items():
-        yield _component_case(kind, picture.to(s.device, torch.uint8))
+    for kind, images in pictures.items():
+        yield _component_case(kind, images.to(s.device, torch.uint8))
 
 
-def _component_case(kind: str, picture: Tensor) -> Case:
+def _component_case(kind: str, images: Tensor) -> Case:
     """Compared with the oracle where that is quick, else a corner is, and the whole with an independent library."""
-    height, width = picture.shape
-    crop = picture[:ORACLE_SIDE, :ORACLE_SIDE].contiguous()
-    arrays = {id(x): x.cpu().numpy() for x in (picture, crop)}
+    batch, height, width = images.shape
+    crop = images[:1, :ORACLE_SIDE, :ORACLE_SIDE].contiguous()
+    arrays = {id(x): list(x.cpu().numpy()) for x in (images, crop)}
     libraries = peers.component_peers(connectivity=8)
+    cupyx = peers.cupyx_components(connectivity=8) if images.is_cuda else None
 
     def contender(name: str, f: Callable[[Tensor], Any], **rest: Any) -> Contender:
-        return Contender(name, lambda: f(picture), answer=lambda: (f(crop), f(picture)), **rest)
+        return Contender(name, lambda: f(images), answer=lambda: (f(crop), f(images)), **rest)
 
     def peer(name: str) -> Contender:
         if name not in libraries:
             return Contender(name, lambda: None, missing="not installed")
-        return contender(name, lambda x: _Numbered(libraries[name](arrays[id(x)])), on_host=True)
+        return contender(name, lambda x: _Numbered([libraries[name](a) for a in arrays[id(x)]]), on_host=True)
 
     def expected() -> tuple[np.ndarray, np.ndarray]:
         exact = reference.connected_components(crop).cpu().numpy()
-        if crop.shape == picture.shape:
+        if crop.shape == images.shape:
             return exact, exact
         witness = next(iter(libraries.values())) if libraries else None
-        whole = witness(arrays[id(picture)]) if witness else ops.connected_components(picture).cpu().numpy()
-        return exact, raster_order(whole)
+        if witness is None:
+            return exact, ops.connected_components(images).cpu().numpy()
+        return exact, np.stack([raster_order(witness(a)) for a in arrays[id(images)]])
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
-        answers = (raster_order(x.labels) if isinstance(x, _Numbered) else x.cpu().numpy() for x in got)
+        answers = (x.in_raster_order() if isinstance(x, _Numbered) else x.cpu().numpy() for x in got)
         return largest(float((x != y).mean()) for x, y in zip(answers, want, strict=True))
 
     contenders = [contender("corrmatch", ops.connected_components, ours=True)]
     contenders += [peer(name) for name in COMPONENT_LIBRARIES]
+    if cupyx is not None:
+        contenders.append(contender("cupyx", lambda x: _Numbered([cupyx(image) for image in x]), on_host=True))
     return Case(
-        "connected_components", f"{height}x{width}", picture.numel(), "pixels", f"{kind}, 8-connectivity",
-        contenders, expected, error, 0.0, picture.numel(), 1,
+        "connected_components", f"{height}x{width}, B = {batch}", images.numel(), "pixels", f"{kind}, 8-connectivity",
+        contenders, expected, error, 0.0, height * width, batch,
         share=0.5,
     )  # fmt: skip
 
 
 @dataclass
 class _Numbered:
-    """Components as a library numbers them: any order will do."""
+    """Components as a library numbers them, a picture each: any order will do."""
 
-    labels: np.ndarray
+    labels: list[Any]
+
+    def in_raster_order(self) -> np.ndarray:
+        return np.stack([raster_order(np.asarray(torch.as_tensor(x).cpu())) for x in self.labels])
 
 
 def raster_order(labels: np.ndarray) -> np.ndarray:

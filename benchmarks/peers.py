@@ -215,3 +215,14 @@ def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.nd
 
         peers["cc3d"] = lambda image: cc3d.connected_components(image, connectivity=connectivity)
     return peers
+
+
+def cupyx_components(connectivity: int) -> Callable[[Tensor], Tensor] | None:
+    """Connected components of a binary picture on a GPU by CuPy, where it is installed."""
+    if importlib.util.find_spec("cupyx") is None:
+        return None
+    import cupy
+    from cupyx.scipy import ndimage
+
+    structure = cupy.ones((3, 3)) if connectivity == 8 else None
+    return lambda image: torch.from_dlpack(ndimage.label(cupy.from_dlpack(image), structure)[0])
