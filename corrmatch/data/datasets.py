@@ -1,4 +1,4 @@
-"""Which pictures there are: ids, files and checks. One way for every data set: its configuration says where files are."""
+"""Which pictures there are: ids, files and checks. One way for all data sets: the configuration names the files."""
 
 from __future__ import annotations
 

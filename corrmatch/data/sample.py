@@ -69,15 +69,17 @@ def tone(rng: np.random.Generator, kind: int) -> np.ndarray:
 def texture(rng: np.random.Generator, kind: int) -> np.ndarray:
     """Brightness over the picture: mottled, plain, planks, cloth, lattice, ripples."""
     y, x = np.mgrid[: SIZE[1], : SIZE[0]] + rng.uniform(0, 20, (2, 1, 1))
-    patterns = (
-        12 * np.sin(x / 5 + 3 * np.sin(y / 9)) * np.sin(y / 6),
-        -0.2 * np.hypot(x - SIZE[0] / 2, y - SIZE[1] / 2),
-        24 * np.sign(np.sin(y / 2)),
-        18 * np.sin((x + y) / 2.5),
-        34 * np.sign(np.sin(x / 1.8)),
-        14 * np.sin(y / 1.6 + np.sin(x / 6)),
-    )
-    return patterns[kind]
+    if kind == 0:
+        return 12 * np.sin(x / 5 + 3 * np.sin(y / 9)) * np.sin(y / 6)
+    if kind == 1:
+        return -0.2 * np.hypot(x - SIZE[0] / 2, y - SIZE[1] / 2)
+    if kind == 2:
+        return 24 * np.sign(np.sin(y / 2))
+    if kind == 3:
+        return 18 * np.sin((x + y) / 2.5)
+    if kind == 4:
+        return 34 * np.sign(np.sin(x / 1.8))
+    return 14 * np.sin(y / 1.6 + np.sin(x / 6))
 
 
 def outline(pen: ImageDraw.ImageDraw, rng: np.random.Generator, kind: int) -> None:
