@@ -65,7 +65,7 @@ class Trainer:
             self.optimizer, lambda step: (1 - step / self.steps) ** train.power if step < self.steps else 0.0
         )
         self.wrapped, self.stepper = self.accelerator.prepare(self.method, self.optimizer)
-        self.step, self.best = 0, -1.0
+        self.step, self.best, self.rates = 0, -1.0, [0.0] * len(GROUPS)
         set_seed(train.seed + 1, device_specific=True)
         self._open_folder(resume)
         self.log = Log(self.folder, self.step) if self.accelerator.is_main_process else None
@@ -125,6 +125,7 @@ class Trainer:
                 self.stepper.zero_grad()
             if self.log is not None:
                 self.log.add(scalars)
+        self.rates = [float(rate) for rate in self.schedule.get_last_lr()]
         self.schedule.step()
         self.step += 1
         if self.ema is not None:
@@ -134,7 +135,7 @@ class Trainer:
         """Means since the last time, to the log; for the progress bar a few of them."""
         if self.log is None:
             return {}
-        rates = {f"lr_{name}": float(lr) for name, lr in zip(GROUPS, self.schedule.get_last_lr(), strict=True)}
+        rates = {f"lr_{name}": rate for name, rate in zip(GROUPS, self.rates, strict=True)}
         means = self.log.write(self.step, rates)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the loss is {means['loss']} at step {self.step}; try a lower train.lr")
