@@ -18,24 +18,24 @@ from corrmatch.training.targets import PseudoLabels, make_targets
 STEPS = [name for name in FILES if name.startswith("step")]
 PRINTED = {"Total loss": "total", "Loss x": "x", "loss_corr_ce": "x_corr", "Loss s": "s", "Loss w_fp": "fp",
            "loss_corr_u": "corr"}  # fmt: skip
-LEAVES = {
-    "out_w": "weak",
-    "fp_w": "perturbed",
-    "corr_w": "propagated",
-    "out_s": "strong",
-    "corr_s": "strong_propagated",
-}
+LEAVES = ("out_w", "fp_w", "corr_w", "out_s", "corr_s")
 
 
 def run_step(at, theta):
-    """Outputs as leaves, targets, terms and total of one recorded step."""
-    outputs = Outputs(**{field: at[name].float().requires_grad_() for name, field in LEAVES.items()})
+    """The recorded outputs as leaves, targets, terms and total of one recorded step."""
+    leaves = {name: at[name].float().requires_grad_() for name in LEAVES}
+    out, perturbed, propagated, strong, strong_propagated = leaves.values()
     pictures, truth = at["ignore"].shape[0], at["mask_x"]
+    labeled, unlabeled = slice(None, pictures), slice(pictures, None)
+    outputs = Outputs(
+        out[labeled], propagated[labeled], out[unlabeled], perturbed[unlabeled], propagated[unlabeled], strong,
+        strong_propagated,
+    )  # fmt: skip
     mix = PseudoLabels(*ops.pseudo_label(at["out_mix"].float())[:2], at["ignore_mix"] == IGNORE)
     masks = RegionMasks.from_bool(unpack(at, "masks")[pictures:])
-    targets = make_targets(outputs.weak[pictures:], mix, at["ignore"] == IGNORE, at["cutmix"] == 1, masks, theta, truth)
+    targets = make_targets(outputs.weak, mix, at["ignore"] == IGNORE, at["cutmix"] == 1, masks, theta, truth)
     parts = losses.terms(outputs, targets)
-    return outputs, targets, parts, losses.total(parts)
+    return leaves, targets, parts, losses.total(parts)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -45,15 +45,15 @@ def test_recorded_steps(name):
     history = []
     for step in ("t0_", "t1_"):
         at = {key.removeprefix(step): value for key, value in vectors.items() if key.startswith(step)}
-        outputs, targets, parts, total = run_step(at, theta)
+        leaves, targets, parts, total = run_step(at, theta)
         assert parts["x"].item() == pytest.approx(at["loss_x"].item(), rel=1e-5)
         assert parts["x_corr"].item() == pytest.approx(at["loss_x_corr"].item(), rel=1e-5)
         assert theta.threshold.item() == pytest.approx(at["threshold"].item(), abs=1e-6)
         assert torch.equal(targets.weak_labels, at["labels_weak"].long())
         assert torch.equal(targets.labels, at["labels_after"].long())
         total.backward()
-        for recorded, field in LEAVES.items():
-            assert relative(getattr(outputs, field).grad, at[f"grad_{recorded}"]) < 1e-4, field
+        for recorded, leaf in leaves.items():
+            assert relative(leaf.grad, at[f"grad_{recorded}"]) < 1e-4, recorded
 
         history.append({n: part.item() for n, part in (parts | {"total": total}).items()})
         means = {n: np.mean([past[n] for past in history]) for n in history[0]}

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
 
 SMALL = {"output_stride": 16, "channels": 16}
 
@@ -39,8 +39,9 @@ def test_shapes(backbone, output_stride):
     assert tuple(low.shape[2:]) == (17, 25)
     assert tuple(high.shape[2:]) == {8: (9, 13), 16: (5, 7)}[output_stride]
     out = model(images, perturb=True, propagate=True, num_masks=3)
-    for logits in out[:3]:
-        assert tuple(logits.shape) == (2, 5, 65, 97)
+    for logits in (out.logits, out.perturbed):
+        assert tuple(logits.shape) == (2, 5, 17, 25)
+    assert out.propagated.shape == (2, 5, *high.shape[2:])
     assert tuple(out.masks.packed.shape[:2]) == (2, 3)
     assert out.masks.size == (65, 97)
 
@@ -83,14 +84,20 @@ def test_the_same_generator_draws_the_same_masks():
     assert not torch.equal(draws[0], draws[2])
 
 
-def test_logits_are_enlarged_in_float32():
-    model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
-    images = torch.randn(1, 3, 33, 33)
+@pytest.mark.parametrize(("old", "new"), [((9, 13), (65, 97)), ((5, 4), (31, 17)), ((1, 3), (4, 4)), ((6, 6), (6, 6))])
+def test_enlargement_is_that_of_torch(old, new):
+    x = torch.randn(2, 3, *old, requires_grad=True)
+    ours, theirs = enlarge(x, new), F.interpolate(x, new, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (ours, theirs)))
+
+
+def test_enlargement_is_in_float32():
+    x = torch.randn(1, 2, 3, 3, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(images).logits
-        coarse = model.segment(*model.features(images))
-    assert coarse.dtype == torch.bfloat16
-    torch.testing.assert_close(logits, F.interpolate(coarse.float(), (33, 33), mode="bilinear", align_corners=True))
+        large = enlarge(x, (9, 9))
+    torch.testing.assert_close(large, F.interpolate(x.float(), (9, 9), mode="bilinear", align_corners=True))
 
 
 def test_weights_from_a_file(tmp_path):

@@ -18,12 +18,12 @@ LOW_LEVEL_STRIDE = 4
 
 
 class Prediction(NamedTuple):
-    """What the network returns; None for what was not asked for."""
+    """What the network returns; None for what was not asked for. `enlarge` brings logits to full size."""
 
-    logits: Tensor  # (B, C, H, W) at the size of the pictures, float32
+    logits: Tensor  # (B, C, h, w), of stride 4
     perturbed: Tensor | None = None  # the same, decoded from perturbed features
-    propagated: Tensor | None = None  # the logits spread along the correlation map
-    masks: RegionMasks | None = None
+    propagated: Tensor | None = None  # the logits spread along the correlation map, of the stride of the last features
+    masks: RegionMasks | None = None  # at the size of the pictures
 
 
 class DeepLabV3Plus(nn.Module):
@@ -86,15 +86,16 @@ class DeepLabV3Plus(nn.Module):
             connected: As in `ops.region_masks`.
             generator: Draws the positions of the masks.
         """
-        size = (images.shape[2], images.shape[3])
         low, high = both = self.features(images)
         if perturb:
             both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
-        logits, *perturbed = enlarge(self.segment(*both), size).split(images.shape[0])
+        logits, *perturbed = self.segment(*both).split(images.shape[0])
         propagated = masks = None
         if propagate and self.correlation is not None:
-            z, masks = self.correlation(high, logits, num_masks=num_masks, connected=connected, generator=generator)
-            propagated = enlarge(z, size)
+            size = (images.shape[2], images.shape[3])
+            propagated, masks = self.correlation(
+                high, logits, num_masks=num_masks, mask_size=size, connected=connected, generator=generator
+            )
         return Prediction(logits, perturbed[0] if perturbed else None, propagated, masks)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +139,19 @@ def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int =
     )
 
 
-def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16."""
-    return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=True)
+def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16.
+
+    As two matrix products: their gradient is the same from run to run on a GPU, which that of `F.interpolate` is not.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_weights(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+        return rows @ (x.float() @ columns.mT)
+
+
+def _weights(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old): what each old position gives to each new one."""
+    return F.interpolate(torch.eye(old, device=like.device)[None], new, mode="linear", align_corners=True)[0].mT
 
 
 def build_backbone(name: str, output_stride: int, pretrained: bool | str) -> Any:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -14,7 +15,10 @@ from torchvision.transforms.v2 import functional as tv
 from corrmatch.config import Config, EvalConfig
 from corrmatch.data.datasets import IGNORE, Data, Item, read_mask, read_picture
 from corrmatch.data.views import normalize
+from corrmatch.models.deeplab import enlarge
 from corrmatch.training.methods import evaluating
+
+STRIDE = 16  # the largest of a network
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,18 @@ def segment(model: nn.Module, picture: Tensor, config: EvalConfig) -> Tensor:
     """Labels (H, W) of a normalised picture (3, H, W)."""
     if config.mode == "sliding":
         return sliding_window(model, picture, config.window, config.stride).argmax(0)
-    return model(picture.unsqueeze(0)).logits[0].argmax(0)
+    return whole(model, picture).argmax(0)
+
+
+def whole(model: nn.Module, picture: Tensor) -> Tensor:
+    """Logits (C, H, W) of a picture at once.
+
+    It is padded to a multiple of the stride plus 1, as training crops are: else features, which lie a stride apart, are
+    stretched to corners that they do not reach, and the labels come out up to half a stride beside the objects.
+    """
+    height, width = picture.shape[1:]
+    padded = F.pad(picture.unsqueeze(0), (0, -(width - 1) % STRIDE, 0, -(height - 1) % STRIDE), mode="replicate")
+    return enlarge(model(padded).logits, padded.shape[2:])[0, :, :height, :width]
 
 
 def sliding_window(model: nn.Module, picture: Tensor, window: int, stride: int) -> Tensor:
@@ -100,7 +115,7 @@ def sliding_window(model: nn.Module, picture: Tensor, window: int, stride: int) 
     ]
     total, covered = picture.new_zeros(()), picture.new_zeros(height, width)
     for rows, columns in windows:
-        probability = model(picture[:, rows, columns].unsqueeze(0)).logits[0].softmax(0)
+        probability = whole(model, picture[:, rows, columns]).softmax(0)
         if total.dim() == 0:
             total = probability.new_zeros(probability.shape[0], height, width)
         total[:, rows, columns] += probability

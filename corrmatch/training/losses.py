@@ -24,12 +24,14 @@ OHEM_PIXELS = 100_000
 
 
 class Outputs(NamedTuple):
-    """Logits of one step at full resolution, of B_x labelled and B_u unlabelled pictures."""
+    """Logits (., C, H, W) of one step at the size of the pictures: B_x labelled and B_u unlabelled ones."""
 
-    weak: Tensor  # (B_x + B_u, C, H, W), labelled pictures first
-    perturbed: Tensor  # of weak, decoded from perturbed features
-    propagated: Tensor  # of weak, along the correlation map
-    strong: Tensor  # (B_u, C, H, W)
+    labeled: Tensor
+    labeled_propagated: Tensor  # along the correlation map
+    weak: Tensor  # of the unlabelled pictures; takes no gradient
+    perturbed: Tensor  # weak, decoded from perturbed features
+    propagated: Tensor  # weak
+    strong: Tensor
     strong_propagated: Tensor
 
 
@@ -48,17 +50,14 @@ class Targets(NamedTuple):
 
 def terms(outputs: Outputs, targets: Targets, *, ohem: bool = False) -> dict[str, Tensor]:
     """Every term of the loss by name, unweighted."""
-    labelled = targets.truth.shape[0]
-    weak = outputs.weak[labelled:].detach()
+    t = targets
     return {
-        "x": supervised(outputs.weak[:labelled], targets.truth, ohem=ohem),
-        "x_corr": supervised(outputs.propagated[:labelled], targets.truth, ohem=ohem),
-        "s": pseudo_supervised(outputs.strong, targets.labels, targets.reliable, targets.counted),
-        "kl": consistency(outputs.strong, weak, targets.reliable_before, targets.counted),
-        "fp": pseudo_supervised(
-            outputs.perturbed[labelled:], targets.weak_labels, targets.weak_reliable, targets.weak_counted
-        ),
-        "corr": correlation(outputs.strong_propagated, outputs.propagated[labelled:], targets),
+        "x": supervised(outputs.labeled, t.truth, ohem=ohem),
+        "x_corr": supervised(outputs.labeled_propagated, t.truth, ohem=ohem),
+        "s": pseudo_supervised(outputs.strong, t.labels, t.reliable, t.counted),
+        "kl": consistency(outputs.strong, outputs.weak.detach(), t.reliable_before, t.counted),
+        "fp": pseudo_supervised(outputs.perturbed, t.weak_labels, t.weak_reliable, t.weak_counted),
+        "corr": correlation(outputs.strong_propagated, outputs.propagated, t),
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from corrmatch import ops
 from corrmatch.config import Config
 from corrmatch.masks import RegionMasks
-from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
 from corrmatch.nn import DynamicThreshold
 from corrmatch.training import losses
 from corrmatch.training.targets import PseudoLabels, make_targets
@@ -54,7 +54,7 @@ class Method(nn.Module):
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
-        return {"prediction": model(images).logits.argmax(1)}
+        return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
 
 
 class Supervised(Method):
@@ -65,7 +65,8 @@ class Supervised(Method):
     def forward(self, batch: Batch, generator: torch.Generator) -> Step:
         """Cross-entropy."""
         labeled = batch["labeled"]
-        loss = losses.supervised(self.model(labeled["image"]).logits, labeled["label"], ohem=self.ohem)
+        logits = enlarge(self.model(labeled["image"]).logits, labeled["label"].shape[1:])
+        loss = losses.supervised(logits, labeled["label"], ohem=self.ohem)
         return Step(loss, {"loss": loss.detach()})
 
 
@@ -83,19 +84,21 @@ class CorrMatch(Method):
     def forward(self, batch: Batch, generator: torch.Generator) -> Step:
         """The six terms of `losses`."""
         labeled, unlabeled, mix = (batch[name] for name in self.streams)
-        box, count = unlabeled["box"], labeled["image"].shape[0]
+        box, count, size = unlabeled["box"], labeled["image"].shape[0], labeled["image"].shape[2:]
         with evaluating(self.model), torch.no_grad():
-            pasted = PseudoLabels(*ops.pseudo_label(self.model(mix["weak"]).logits)[:2], mix["ignore"])
+            labels, confidence, _ = ops.pseudo_label(self.model(mix["weak"]).logits, size=(size[0], size[1]))
+            pasted = PseudoLabels(labels, confidence, mix["ignore"])
         weak = self.model(
             torch.cat([labeled["image"], unlabeled["weak"]]),
             perturb=True, propagate=True, generator=generator, **self.regions,
         )  # fmt: skip
         strong = self.model(torch.where(box.unsqueeze(1), mix["strong"], unlabeled["strong"]), propagate=True)
+        outputs = losses.Outputs(*(enlarge(x, size) for x in (
+            weak.logits[:count], weak.propagated[:count], weak.logits[count:].detach(), weak.perturbed[count:],
+            weak.propagated[count:], strong.logits, strong.propagated,
+        )))  # fmt: skip
         masks = RegionMasks(weak.masks.packed[count:], weak.masks.size)
-        targets = make_targets(
-            weak.logits[count:], pasted, unlabeled["ignore"], box, masks, self.theta, labeled["label"]
-        )
-        outputs = losses.Outputs(weak.logits, weak.perturbed, weak.propagated, strong.logits, strong.propagated)
+        targets = make_targets(outputs.weak, pasted, unlabeled["ignore"], box, masks, self.theta, labeled["label"])
         parts = losses.terms(outputs, targets, ohem=self.ohem)
         loss = losses.total(parts)
         counted = targets.counted.sum().clamp(min=1)
@@ -111,7 +114,7 @@ class CorrMatch(Method):
         """What the pictures would be given as pseudo-labels."""
         generator = torch.Generator(images.device).manual_seed(0)
         out = model(images, propagate=True, generator=generator, **self.regions)
-        labels, confidence, _ = ops.pseudo_label(out.logits)
+        labels, confidence, _ = ops.pseudo_label(out.logits, size=(images.shape[2], images.shape[3]))
         reliable = confidence >= self.theta.threshold
         propagated, after = ops.region_propagate(
             labels, reliable, out.masks, self.theta.threshold, num_classes=out.logits.shape[1]
