@@ -18,7 +18,7 @@ from test_config import CONFIGS
 from torch import nn
 from training import scalars, shorten, small_config
 
-from corrmatch.config import ConfigError
+from corrmatch.config import CHOICES, ConfigError
 from corrmatch.data.datasets import DataError
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams, batches
@@ -283,4 +283,25 @@ def test_tensorboard_shows_scalars_and_pictures(sample, tmp_path):
 @pytest.mark.parametrize("option", ["precision=bf16", "channels_last=true", "accumulate=2"])
 def test_options_train(sample, tmp_path, option):
     Trainer(small_config(sample, tmp_path / "run", f"train.{option}")).run()
+    assert all(math.isfinite(line["loss"]) for line in scalars(tmp_path / "run"))
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    code = text.partition("<!-- example: head -->\n```python\n")[2].partition("```")[0]
+    names = {}
+    exec(code, names)
+    assert names["propagated"].shape == (2, 21, 9, 9)
+    assert names["labels"].shape == names["reliable"].shape == (2, 129, 129)
+
+
+def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
+    """A new method needs a class and its name, and no change of the loop."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    code = text.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
+    exec("from __future__ import annotations\n" + code, vars(methods))
+    monkeypatch.setitem(METHODS, "pseudo_label", methods.PseudoLabel)
+    monkeypatch.delattr(methods, "PseudoLabel")
+    monkeypatch.setitem(CHOICES, "method", (*CHOICES["method"], "pseudo_label"))
+    Trainer(small_config(sample, tmp_path / "run", "method=pseudo_label")).run()
     assert all(math.isfinite(line["loss"]) for line in scalars(tmp_path / "run"))
