@@ -123,12 +123,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, default=321)
     parser.add_argument("--batch", type=int, default=2, help="labelled pictures, and as many unlabelled ones (2)")
     parser.add_argument("--backbone", help="of timm (a GPU: resnet101, a CPU: mobilenetv3_small_100)")
+    parser.add_argument("--channels", type=int, help="width of pyramid and decoder (a GPU: 256, a CPU: 64)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, roughly (default: 60)")
     parser.add_argument("--variants", action="store_true", help="add bf16, channels_last, compile in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
+    if options.channels is None:
+        options.channels = 256 if options.device == "cuda" else 64
     if options.backbone is None:
         options.backbone = "resnet101" if options.device == "cuda" else "mobilenetv3_small_100"
     return options
@@ -159,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"corrmatch {environment['corrmatch']}, commit {environment['commit']}, torch {environment['torch']}")
     print(f"{environment['device']}, {report.threads(environment)}, {environment['platform']}, {environment['date']}")
     pictures = f"{options.batch} + {options.batch} pictures of {options.crop} x {options.crop}"
-    print(f"{options.backbone}, output stride 8, {CHANNELS} classes, {pictures}, {MASKS} masks, float32")
+    print(
+        f"{options.backbone}, output stride 8, {options.channels} channels, {CHANNELS} classes, {pictures}, {MASKS} masks, float32"
+    )
     if environment["load"] is not None and environment["load"] > 0.5 * environment["threads"]:
         print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
     setting = Setting(options)

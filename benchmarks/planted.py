@@ -116,7 +116,7 @@ class Setting:
     def network(self) -> DeepLabV3Plus:
         """The same weights each time."""
         torch.manual_seed(0)
-        return DeepLabV3Plus(self.options.backbone, CHANNELS).to(self.options.device)
+        return DeepLabV3Plus(self.options.backbone, CHANNELS, channels=self.options.channels).to(self.options.device)
 
     def leaves(self) -> Network:
         """Recorded outputs, to be given gradients."""
