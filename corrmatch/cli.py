@@ -6,10 +6,13 @@ import argparse
 import os
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 import corrmatch
+
+TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "tensorboard", "PIL", "tqdm")
 
 
 def info() -> str:
@@ -40,12 +43,50 @@ def _device() -> str:
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="corrmatch", description=corrmatch.__doc__.splitlines()[0])
+    top.add_argument("--version", action="version", version=corrmatch.__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed, which backends can run and why others cannot")
+
+    train = commands.add_parser("train", help="train a network")
+    train.add_argument("config", help="a YAML file, or the name of a shipped one: pascal_321, cityscapes, folder, ...")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in work_dir")
+
+    evaluate = commands.add_parser("eval", help="score a trained network on the validation pictures")
+    evaluate.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+
+    predict = commands.add_parser("predict", help="segment a folder of pictures")
+    predict.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    predict.add_argument("pictures", type=Path, help="a folder")
+    predict.add_argument("out", type=Path, help="gets the folders index, color and overlay")
+    for command in (train, evaluate, predict):
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.epochs=10")
+
+    sample = commands.add_parser("sample", help="draw a small data set, for configs/sample.yaml")
+    sample.add_argument("folder", type=Path)
+    sample.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def run_training(options: argparse.Namespace) -> int:
+    """`corrmatch train`, `eval`, `predict` and `sample`."""
+    from corrmatch.training import commands
+
+    return commands.run(options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="corrmatch", description=corrmatch.__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=corrmatch.__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="what is installed, which backends can run and why others cannot")
-    parser.parse_args(arguments)
-    sys.stdout.write(info() + "\n")
-    return 0
+    options = parser().parse_args(arguments)
+    if options.command == "info":
+        sys.stdout.write(info() + "\n")
+        return 0
+    try:
+        return run_training(options)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAIN_EXTRA:
+            raise
+        sys.stderr.write(f"corrmatch {options.command} needs {error.name}: pip install 'corrmatch[train]'\n")
+        return 1

@@ -82,6 +82,7 @@ maps = [torch.randn(1, 3, 4, 5, requires_grad=True) for _ in range(3)]
 corrmatch.ops.pixel_propagate(*maps, threshold=0.4).sum().backward()
 assert not torch.cuda.is_initialized()
 heavy = {"triton", "scipy", "cv2", "PIL", "torchvision", "matplotlib", "sympy", "torch._dynamo", "torch._inductor"}
+heavy |= {"timm", "accelerate", "torchmetrics", "omegaconf", "tensorboard", "tqdm", "corrmatch.training"}
 found = heavy & (set(sys.modules) - before)
 assert not found, found
 """

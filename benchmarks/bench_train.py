@@ -1,0 +1,220 @@
+"""Times a training step: corrmatch's against the published one in eager PyTorch. Needs `pip install '.[train]'`.
+
+Both steps get the same network, pictures and positions of regions, and must agree in every term of the loss and in the
+gradients before they are timed, in turns. The time is split:
+    network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
+              gradients, and optimiser
+    method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
+    step      the whole
+
+`--json FILE` writes environment, command, setting, the largest differences, and for every part and contender
+peak_extra_bytes, median, spread, rounds and seconds of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import report
+import torch
+from planted import Network, Setting
+from torch import Tensor, nn
+from workload import CHANNELS, MASKS
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # a mask pixel within rounding of one half may fall on either side
+PARTS = ("network", "method", "step")
+OURS = "corrmatch"
+
+
+def gradients(setting: Setting, make: Callable[[Network], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
+    """Terms of the loss and the gradients of the recorded outputs."""
+    network = setting.leaves()
+    loss, scalars = make(network).train()(setting.batch, setting.generator())
+    leaves = [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
+    terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
+    return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves))
+
+
+def disagreement(setting: Setting) -> tuple[float, float]:
+    """Largest relative difference of a term, and of a gradient, between ours and the published step."""
+    (ours, our_grads), (theirs, their_grads) = (gradients(setting, make) for make in (setting.ours, setting.published))
+    loss = max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)
+    pairs = zip(our_grads, their_grads, strict=True)
+    return loss, max(float((x - y).norm() / y.norm()) for x, y in pairs)
+
+
+def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Callable[[], Any]:
+    """What the method adds: from recorded network outputs to their gradients."""
+    network = setting.leaves()
+    method = make(network).train()
+    leaves = [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
+
+    def run() -> None:
+        loss, _ = method(setting.batch, setting.generator())
+        torch.autograd.grad(loss, leaves)
+
+    return run
+
+
+def network_part(setting: Setting, variant: dict[str, bool]) -> Callable[[], Any]:
+    """The forwards and the backward of the network alone, from given gradients, and the optimiser."""
+    network, autocast, optimizer = prepare(setting, variant)
+    b = setting.batch
+    weak_images = torch.cat([b["labeled"]["image"], b["unlabeled"]["weak"]])
+    upstream = [[None if x is None else torch.full_like(x, 1e-6) for x in setting.planted[n, True]]
+                for n in (2 * setting.options.batch, setting.options.batch)]  # fmt: skip
+
+    def run() -> None:
+        with autocast():
+            network.eval()
+            with torch.no_grad():
+                network(b["mix"]["weak"])
+            network.train()
+            outs = [
+                network(weak_images, perturb=True, correlate=True),
+                network(b["unlabeled"]["strong"], correlate=True),
+            ]
+        pairs = [(x, g) for out, grads in zip(outs, upstream, strict=True) for x, g in zip(out, grads, strict=True)
+                 if x is not None]  # fmt: skip
+        torch.autograd.backward([x for x, _ in pairs], [g.to(x.dtype) for x, g in pairs])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def whole_step(setting: Setting, make: Callable[[Network], nn.Module], variant: dict[str, bool]) -> Callable[[], Any]:
+    """One training step."""
+    network, autocast, optimizer = prepare(setting, variant)
+    method = make(network).train()
+
+    def run() -> None:
+        with autocast():
+            loss, _ = method(setting.batch, setting.generator())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def prepare(setting: Setting, variant: dict[str, bool]) -> tuple[Network, Callable[[], Any], torch.optim.Optimizer]:
+    """A network in a precision, layout and mode, what it runs under, and its optimiser."""
+    network = Network(setting.network(), setting.planted)
+    if variant.get("channels_last"):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if variant.get("compile"):
+        network.compile()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9)
+    enabled = variant.get("bf16", False)
+    return network, lambda: torch.autocast(setting.options.device, torch.bfloat16, enabled=enabled), optimizer
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=2, help="labelled pictures, and as many unlabelled ones (2)")
+    parser.add_argument("--backbone", help="of timm (a GPU: resnet101, a CPU: mobilenetv3_small_100)")
+    parser.add_argument("--channels", type=int, help="width of pyramid and decoder (a GPU: 256, a CPU: 64)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, roughly (default: 60)")
+    parser.add_argument("--variants", action="store_true", help="add bf16, channels_last, compile in turn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    options = parser.parse_args(arguments)
+    if options.channels is None:
+        options.channels = 256 if options.device == "cuda" else 64
+    if options.backbone is None:
+        options.backbone = "resnet101" if options.device == "cuda" else "mobilenetv3_small_100"
+    return options
+
+
+def contenders(setting: Setting) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What is timed, by part."""
+    makers = {OURS: setting.ours, "published eager": setting.published}
+    found: dict[str, dict[str, Callable[[], Any]]] = {part: {} for part in PARTS}
+    for name, make in makers.items():
+        found["method"][name] = method_part(setting, make)
+        found["step"][name] = whole_step(setting, make, {})
+    found["network"]["both"] = network_part(setting, {})
+    if setting.options.variants:
+        variant: dict[str, bool] = {}
+        for option in ("bf16", "channels_last", "compile"):
+            variant = variant | {option: True}
+            found["step"][f"corrmatch + {option}"] = whole_step(setting, setting.ours, variant)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    options = parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    environment = measure.environment(options.device)
+    print(f"corrmatch {environment['corrmatch']}, commit {environment['commit']}, torch {environment['torch']}")
+    print(f"{environment['device']}, {report.threads(environment)}, {environment['platform']}, {environment['date']}")
+    pictures = f"{options.batch} + {options.batch} pictures of {options.crop} x {options.crop}"
+    print(
+        f"{options.backbone}, output stride 8, {options.channels} channels, {CHANNELS} classes, {pictures}, {MASKS} masks, float32"
+    )
+    if environment["load"] is not None and environment["load"] > 0.5 * environment["threads"]:
+        print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
+    setting = Setting(options)
+    loss, gradient = disagreement(setting)
+    print(f"largest relative difference of a loss term {loss:.1e}, of a gradient {gradient:.1e}")
+    if not (loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE):
+        print(f"WRONG, nothing timed: bounds are {LOSS_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}")
+        return 1
+    print(f"\n{'part':<9}{'contender':<26}{'ms':>9}{'spread':>8}{'per s':>8}{'ratio':>8}{'peak extra MiB':>16}")
+    parts = {part: measure_part(part, runs, options) for part, runs in contenders(setting).items()}
+    environment["load_after"] = measure.load()
+    print("\nratio: time as a multiple of corrmatch's. peak: memory in use above the level before, during one call.")
+    if options.json is not None:
+        command = list(sys.argv[1:] if arguments is None else arguments)
+        record = {
+            "environment": environment,
+            "command": command,
+            "setting": {k: str(v) for k, v in vars(options).items()},
+        }
+        options.json.write_text(json.dumps(record | {"differences": [loss, gradient], "parts": parts}, indent=1) + "\n")
+    return 0
+
+
+def measure_part(part: str, runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Weighs and races the contenders of a part, and prints a line for each."""
+    for run in runs.values():
+        run()  # warms up, compiles
+    peaks = {name: measure.peak_extra_bytes(run, options.device) for name, run in runs.items()}
+    samples = race(list(runs.values()), options.budget / len(PARTS), options.device)
+    found = {name: {"peak_extra_bytes": peaks[name]} | measure.summary(times)
+             for name, times in zip(runs, samples, strict=True)}  # fmt: skip
+    for name, row in found.items():
+        ratio = f"{row['median'] / found[OURS]['median']:.2f}" if OURS in found and name != OURS else ""
+        peak = "n/a" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}"
+        print(f"{part:<9}{name:<26}{1e3 * row['median']:>9.0f}{100 * row['spread']:>7.0f}%"
+              f"{1 / row['median']:>8.2f}{ratio:>8}{peak:>16}", flush=True)  # fmt: skip
+    return found
+
+
+def race(runs: list[Callable[[], Any]], seconds: float, device: str) -> list[list[float]]:
+    """Seconds of each call; all take turns, three times at least."""
+    samples: list[list[float]] = [[] for _ in runs]
+    start = measure.now(device)
+    while len(samples[0]) < 3 or measure.now(device) - start < seconds:
+        for times, run in zip(samples, runs, strict=True):
+            before = measure.now(device)
+            run()
+            times.append(measure.now(device) - before)
+    return samples
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data sets, views and the generated sample. Needs `pip install 'corrmatch[train]'`."""

@@ -1,0 +1,1 @@
+"""Segmentation networks with the correlation head. Needs `pip install 'corrmatch[train]'`."""

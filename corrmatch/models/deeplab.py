@@ -1,0 +1,186 @@
+"""DeepLabV3+ over any timm backbone, with the correlation head."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corrmatch.masks import RegionMasks
+from corrmatch.nn import CorrelationHead
+
+LOW_LEVEL_STRIDE = 4
+
+
+class Prediction(NamedTuple):
+    """What the network returns; None for what was not asked for. `enlarge` brings logits to full size."""
+
+    logits: Tensor  # (B, C, h, w), of stride 4
+    perturbed: Tensor | None = None  # the same, decoded from perturbed features
+    propagated: Tensor | None = None  # the logits spread along the correlation map, of the stride of the last features
+    masks: RegionMasks | None = None  # at the size of the pictures
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (ECCV 2018): atrous pyramid on the last features, decoded together with those of stride 4.
+
+    Args:
+        backbone: Name of a timm model that has features of stride 4 and takes `output_stride`.
+        num_classes: C.
+        output_stride: 8 or 16.
+        atrous_rates: Of the pyramid's three 3 x 3 convolutions.
+        channels: Width of pyramid and decoder: 256 as published; less for quick runs.
+        correlation: Whether to have a correlation head on the backbone's last features.
+        pretrained: False, True for the weights of timm's hub, or the path of a file with weights of the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        output_stride: int = 8,
+        atrous_rates: Sequence[int] = (12, 24, 36),
+        channels: int = 256,
+        correlation: bool = True,
+        pretrained: bool | str = False,
+    ):
+        super().__init__()
+        self.backbone = build_backbone(backbone, output_stride, pretrained)
+        strides, widths = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
+        if LOW_LEVEL_STRIDE not in strides:
+            raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
+        self.low_level = strides.index(LOW_LEVEL_STRIDE)
+        self.pyramid = AtrousPyramid(widths[-1], channels, atrous_rates)
+        self.reduce = conv_block(widths[self.low_level], 48, 1)
+        self.decode = nn.Sequential(
+            conv_block(channels + 48, channels, 3),
+            conv_block(channels, channels, 3),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+        self.perturb = nn.Dropout2d(0.5)
+        self.correlation = CorrelationHead(widths[-1], num_classes) if correlation else None
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        perturb: bool = False,
+        propagate: bool = False,
+        num_masks: int = 0,
+        connected: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prediction:
+        """Segments pictures.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            perturb: Decode Dropout2d(0.5) of the features too, in one batch with the clean ones.
+            propagate: Spread the logits along the correlation map.
+            num_masks: So many region masks of the correlation map.
+            connected: As in `ops.region_masks`.
+            generator: Draws the positions of the masks.
+        """
+        low, high = both = self.features(images)
+        if perturb:
+            both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
+        logits, *perturbed = self.segment(*both).split(images.shape[0])
+        propagated = masks = None
+        if propagate and self.correlation is not None:
+            size = (images.shape[2], images.shape[3])
+            propagated, masks = self.correlation(
+                high, logits, num_masks=num_masks, mask_size=size, connected=connected, generator=generator
+            )
+        return Prediction(logits, perturbed[0] if perturbed else None, propagated, masks)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of stride 4 and the last ones."""
+        found = self.backbone(images)
+        return found[self.low_level], found[-1]
+
+    def segment(self, low: Tensor, high: Tensor) -> Tensor:
+        """Logits of stride 4."""
+        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return self.decode(torch.cat([high, self.reduce(low)], 1))
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """All but the backbone's: their learning rate is `lr_multi` times as large."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+
+
+class AtrousPyramid(nn.Module):
+    """ASPP: a 1 x 1, three atrous 3 x 3 convolutions and the picture's mean, fused."""
+
+    def __init__(self, in_channels: int, channels: int, rates: Sequence[int]):
+        super().__init__()
+        self.branches = nn.ModuleList([conv_block(in_channels, channels, 1)])
+        self.branches += [conv_block(in_channels, channels, 3, dilation=rate) for rate in rates]
+        self.mean = conv_block(in_channels, channels, 1)
+        self.fuse = conv_block((len(self.branches) + 1) * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (B, in_channels, h, w) to (B, channels, h, w)."""
+        mean = self.mean(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.fuse(torch.cat([*(branch(x) for branch in self.branches), mean], 1))
+
+
+def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+    """Convolution that keeps the size, batch norm, ReLU."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16.
+
+    As two matrix products: their gradient is the same from run to run on a GPU, which that of `F.interpolate` is not.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_weights(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+        return rows @ (x.float() @ columns.mT)
+
+
+def _weights(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old): what each old position gives to each new one."""
+    return F.interpolate(torch.eye(old, device=like.device)[None], new, mode="linear", align_corners=True)[0].mT
+
+
+def build_backbone(name: str, output_stride: int, pretrained: bool | str) -> Any:
+    """A timm backbone that returns features; a wrong name or missing weights raise ValueError."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 1)
+        raise ValueError(f"backbone: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    try:
+        if isinstance(pretrained, str):
+            check_weights(name, pretrained)
+        return timm.create_model(
+            name, features_only=True, output_stride=output_stride, pretrained=bool(pretrained),
+            pretrained_cfg_overlay=overlay,
+        )  # fmt: skip
+    except TypeError as error:
+        raise ValueError(f"backbone: {name} takes no output stride: {error}") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        where = pretrained if isinstance(pretrained, str) else "timm's hub"
+        raise ValueError(
+            f"pretrained: no weights of {name} from {where} ({error!r}). Give the path of a file with its weights, or "
+            "pretrained=false to train from scratch."
+        ) from error
+
+
+def check_weights(name: str, path: str) -> None:
+    """Refuses a file that lacks weights of the backbone: timm loads what fits and passes over the rest."""
+    with torch.device("meta"):
+        expected = timm.create_model(name, num_classes=0).state_dict()
+    missing = sorted(expected.keys() - timm.models.load_state_dict(path).keys())
+    if missing:
+        raise KeyError(f"{len(missing)} of {len(expected)} are missing, {missing[0]} the first")

@@ -1,0 +1,72 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from omegaconf import OmegaConf
+
+from corrmatch.config import Config, ConfigError, keys, parse, to_yaml
+
+FREE = ("train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir")
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, NumPy and torch in this process."""
+    kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(words).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    random.setstate(state["python"])
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save(paths: list[Path], content: dict[str, Any], main: bool) -> None:
+    """Writes the same checkpoint to all paths, each at once or not at all. Every process takes part."""
+    states = gather_object([random_state()])
+    if not main:
+        return
+    for path in paths:
+        draft = path.with_suffix(".partial")
+        torch.save(content | {"random": states}, draft)
+        os.replace(draft, path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU; runs no code from it."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such checkpoint")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def config_of(content: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """The configuration of the run that wrote a checkpoint."""
+    return parse([OmegaConf.create(content["config"]), OmegaConf.from_dotlist(overrides or [])])
+
+
+def check_same(config: Config, content: dict[str, Any], processes: int) -> None:
+    """Refuses to go on with other settings than those the checkpoint was written with."""
+    now, then = (OmegaConf.create(text) for text in (to_yaml(config), content["config"]))
+    changed = [key for key in keys() if key not in FREE and OmegaConf.select(now, key) != OmegaConf.select(then, key)]
+    if changed:
+        was, key = OmegaConf.select(then, changed[0]), changed[0]
+        raise ConfigError(f"{key}: the run to be resumed had {was}, not {OmegaConf.select(now, key)}")
+    if processes != len(content["random"]):
+        raise ConfigError(f"the run to be resumed had {len(content['random'])} processes, not {processes}")

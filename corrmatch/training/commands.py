@@ -1,0 +1,71 @@
+"""What the commands train, eval, predict and sample do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from accelerate import Accelerator
+
+from corrmatch.config import Config, ConfigError, load_config
+from corrmatch.data.datasets import DataError, check_files, find_data
+from corrmatch.data.sample import draw_sample
+from corrmatch.training.evaluate import evaluate
+from corrmatch.training.predict import load_model, predict
+from corrmatch.training.trainer import BEST, Trainer
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a command; what a user can mend is said in a line. Returns the exit code."""
+    try:
+        COMMANDS[options.command](options)
+    except (ConfigError, DataError, FloatingPointError) as error:
+        sys.stderr.write(f"corrmatch {options.command}: {error}\n")
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _train(options: argparse.Namespace) -> None:
+    trainer = Trainer(load_config(options.config, options.overrides), resume=options.resume)
+    scores = trainer.run()
+    if trainer.log is not None:
+        if scores is not None:
+            _say(scores.table())
+        _say(f"best mean IoU {100 * trainer.best:.2f}: {trainer.folder / BEST}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    model, config, _ = load_model(options.checkpoint, options.overrides)
+    accelerator = _accelerator(config)
+    data = find_data(config.data)
+    if config.data.check and accelerator.is_main_process:
+        check_files(data)
+    model.to(accelerator.device)
+    with accelerator.autocast():
+        scores = evaluate(model, data, config, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    if accelerator.is_main_process:
+        _say(scores.table())
+
+
+def _predict(options: argparse.Namespace) -> None:
+    model, config, classes = load_model(options.checkpoint, options.overrides)
+    accelerator = _accelerator(config)
+    with accelerator.autocast():
+        count = predict(model, config, classes, options.pictures, options.out, accelerator.device)
+    _say(f"{count} pictures: {options.out}")
+
+
+def _accelerator(config: Config) -> Accelerator:
+    return Accelerator(cpu=config.train.cpu, mixed_precision=config.train.precision)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    draw_sample(options.folder, options.seed)
+    _say(f"{options.folder}: now run corrmatch train sample data.root={options.folder}")
+
+
+COMMANDS = {"train": _train, "eval": _evaluate, "predict": _predict, "sample": _sample}

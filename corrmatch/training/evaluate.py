@@ -1,0 +1,129 @@
+"""Segmenting whole pictures, and how well it is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms.v2 import functional as tv
+
+from corrmatch.config import Config, EvalConfig
+from corrmatch.data.datasets import IGNORE, Data, Item, read_mask, read_picture
+from corrmatch.data.views import normalize
+from corrmatch.models.deeplab import enlarge
+from corrmatch.training.methods import evaluating
+
+STRIDE = 16  # the largest of a network
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Intersection over union of each class; NaN for a class that is neither in the truth nor predicted."""
+
+    classes: list[str]
+    iou: list[float]
+    accuracy: float
+    pictures: int
+
+    @classmethod
+    def of(cls, confusion: Tensor, classes: list[str], pictures: int) -> Scores:
+        """From a confusion matrix, truth in rows."""
+        confusion = confusion.double().cpu()
+        hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
+        return cls(classes, (hits / union).tolist(), float(hits.sum() / confusion.sum()), pictures)
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that occur."""
+        present = [value for value in self.iou if not math.isnan(value)]
+        return sum(present) / len(present) if present else math.nan
+
+    def table(self) -> str:
+        """A line a class."""
+        width = max(map(len, [*self.classes, "mean IoU", "accuracy"]))
+        rows = [*zip(self.classes, self.iou, strict=True), ("mean IoU", self.miou), ("accuracy", self.accuracy)]
+        lines = [f"{name:<{width}}  {'n/a' if math.isnan(value) else f'{100 * value:.2f}':>6}" for name, value in rows]
+        return "\n".join([f"{self.pictures} pictures", *lines])
+
+
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Whole pictures, normalised, and their masks."""
+
+    def __init__(self, items: list[Item], table: Tensor, crop: int | None):
+        self.items, self.table, self.crop = items, table, crop
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        item = self.items[i]
+        if item.mask is None:
+            raise ValueError(f"{item.name} has no mask")
+        picture, mask = normalize(read_picture(item.picture)), read_mask(item.mask, self.table).as_subclass(Tensor)
+        if self.crop is not None:  # of pictures that are smaller in one direction, all of that direction
+            size = [min(self.crop, side) for side in mask.shape]
+            picture, mask = tv.center_crop(picture, size), tv.center_crop(mask.unsqueeze(0), size)[0]
+        return picture, mask.long()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data: Data, config: Config, device: torch.device, process: int = 0, processes: int = 1
+) -> Scores:
+    """Scores on the validation pictures. Every picture is counted by one process; all processes get the same scores."""
+    confusion = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE, validate_args=False).to(device)
+    crop = config.train.crop if config.eval.mode == "center_crop" else None
+    mine = Labelled(data.val[process::processes], data.table, crop)
+    loader = DataLoader(mine, batch_size=None, num_workers=config.train.workers, generator=torch.Generator())
+    with evaluating(model):
+        for picture, mask in loader:
+            labels = segment(model, picture.to(device, non_blocking=True), config.eval)
+            confusion.update(labels, mask.to(device, non_blocking=True))
+    return Scores.of(confusion.compute(), data.classes, len(data.val))
+
+
+def segment(model: nn.Module, picture: Tensor, config: EvalConfig) -> Tensor:
+    """Labels (H, W) of a normalised picture (3, H, W)."""
+    if config.mode == "sliding":
+        return sliding_window(model, picture, config.window, config.stride).argmax(0)
+    return whole(model, picture).argmax(0)
+
+
+def whole(model: nn.Module, picture: Tensor) -> Tensor:
+    """Logits (C, H, W) of a picture at once.
+
+    It is padded to a multiple of the stride plus 1, as training crops are: else features, which lie a stride apart, are
+    stretched to corners that they do not reach, and the labels come out up to half a stride beside the objects.
+    """
+    height, width = picture.shape[1:]
+    padded = F.pad(picture.unsqueeze(0), (0, -(width - 1) % STRIDE, 0, -(height - 1) % STRIDE), mode="replicate")
+    return enlarge(model(padded).logits, padded.shape[2:])[0, :, :height, :width]
+
+
+def sliding_window(model: nn.Module, picture: Tensor, window: int, stride: int) -> Tensor:
+    """Mean class probabilities (C, H, W) of all windows that cover a pixel; the last ones end at the border."""
+    height, width = picture.shape[1:]
+    windows = [
+        (slice(top, top + window), slice(left, left + window))
+        for top in starts(height, window, stride)
+        for left in starts(width, window, stride)
+    ]
+    total, covered = picture.new_zeros(()), picture.new_zeros(height, width)
+    for rows, columns in windows:
+        probability = whole(model, picture[:, rows, columns]).softmax(0)
+        if total.dim() == 0:
+            total = probability.new_zeros(probability.shape[0], height, width)
+        total[:, rows, columns] += probability
+        covered[rows, columns] += 1
+    return total / covered
+
+
+def starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side."""
+    last = max(0, size - window)
+    return [*range(0, last, stride), last]

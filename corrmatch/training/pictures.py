@@ -1,0 +1,70 @@
+"""Colours of classes, and the pictures that people look at."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corrmatch.data.datasets import IGNORE
+from corrmatch.data.views import DEVIATION, MEAN
+
+BACKGROUND = "background"  # a first class of this name stays unpainted in overlays
+GOLDEN = 0.618034
+
+
+def palette(classes: list[str]) -> Tensor:
+    """(256, 3) uint8: hues far apart for neighbouring classes, black for a background, white for IGNORE."""
+    colors = torch.zeros(256, 3, dtype=torch.uint8)
+    for i in range(IGNORE):
+        lightness, saturation = ((0.55, 0.75), (0.38, 0.65), (0.7, 0.6))[i // 7 % 3]
+        rgb = colorsys.hls_to_rgb((0.02 + GOLDEN * i) % 1, lightness, saturation)
+        colors[i] = torch.tensor([round(255 * x) for x in rgb], dtype=torch.uint8)
+    colors[IGNORE] = 255
+    if classes[0].lower() == BACKGROUND:
+        colors[0] = 0
+    return colors
+
+
+def paint(labels: Tensor, colors: Tensor) -> Tensor:
+    """(H, W, 3) uint8."""
+    return colors[labels.long()]
+
+
+def overlay(picture: Tensor, labels: Tensor, classes: list[str], colors: Tensor) -> Tensor:
+    """The picture (H, W, 3) tinted by class, with outlines; a background is only dimmed."""
+    tint = (0.5 * picture.float() + 0.5 * colors[labels.long()].float()).round().to(torch.uint8)
+    if classes[0].lower() == BACKGROUND:
+        tint = torch.where((labels == 0).unsqueeze(-1), (0.75 * picture.float()).to(torch.uint8), tint)
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    return torch.where(edge.unsqueeze(-1), torch.tensor(255, dtype=torch.uint8), tint)
+
+
+def denormalize(images: Tensor) -> Tensor:
+    """Normalised pictures (B, 3, H, W) as uint8 (B, H, W, 3)."""
+    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, DEVIATION))
+    return ((images.cpu() * deviation + mean) * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def panel(picture: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> np.ndarray:
+    """Picture, maps and truth side by side: (H, n W, 3) uint8.
+
+    Label maps are painted, bool maps show the picture where they are true, masks each in a colour of its own.
+    """
+    views = [picture]
+    for x in (*maps.values(), truth):
+        if x.dim() == 3:
+            view = (0.35 * picture.float()).to(torch.uint8)
+            for k, mask in enumerate(x, start=1):
+                view[mask] = (0.4 * picture[mask].float() + 0.6 * colors[k].float()).to(torch.uint8)
+        elif x.dtype == torch.bool:
+            view = torch.where(x.unsqueeze(-1), picture, torch.tensor(0, dtype=torch.uint8))
+        else:
+            view = paint(x, colors)
+        views.append(view)
+    gap = torch.full((picture.shape[0], 4, 3), 255, dtype=torch.uint8)
+    return torch.cat([part for view in views for part in (view, gap)][:-1], 1).numpy()

@@ -1,0 +1,48 @@
+"""The benchmark of a training step: both steps agree, and nothing wrong gets timed."""
+
+from __future__ import annotations
+
+import json
+
+import bench_train
+import peer_step
+import planted
+import pytest
+import torch
+
+TINY = ["--crop", "33", "--budget", "0.1", "--device", "cpu", "--backbone", "test_resnet"]
+
+
+@pytest.fixture(autouse=True)
+def memory_is_not_filled():
+    torch.use_deterministic_algorithms(False)
+
+
+def test_parts_and_contenders(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert bench_train.main([*TINY, "--json", str(figures)]) == 0
+    record, printed = json.loads(figures.read_text()), capsys.readouterr().out
+    assert [line for line in printed.splitlines() if len(line) > 120] == []
+    both = {"corrmatch", "published eager"}
+    assert {part: set(rows) for part, rows in record["parts"].items()} == {
+        "network": {"both"}, "method": both, "step": both
+    }  # fmt: skip
+    for rows in record["parts"].values():
+        for row in rows.values():
+            assert len(row["seconds"]) >= 3
+            assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
+    assert max(record["differences"]) < 1e-4
+    assert {"device", "torch", "commit", "threads"} <= set(record["environment"])
+
+
+def test_the_planted_outputs_give_the_method_something_to_do():
+    setting = planted.Setting(bench_train.parse([*TINY, "--crop", "65"]))
+    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.generator())
+    assert 0.1 < scalars["reliable"] < scalars["reliable_after"] < 1
+    assert scalars["mask_area"] > 0.005
+
+
+def test_a_step_that_disagrees_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(peer_step, "masked_mean", lambda pixels, reliable, counted: pixels[reliable].mean())
+    assert bench_train.main(TINY) == 1
+    assert "WRONG, nothing timed" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""Configurations: files, overrides, and what is said about mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from corrmatch.config import Config, ConfigError, keys, load_config, to_yaml
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configurations_by_name_and_by_path(name):
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    config = load_config(name, ["data.root=somewhere"])
+    assert config == load_config(str(path), ["data.root=somewhere"])
+    assert config.method == "corrmatch"
+
+
+def test_there_are_the_promised_ones():
+    assert {"pascal_321", "pascal_513", "cityscapes", "camvid", "sample", "folder"} == set(CONFIGS)
+
+
+def test_recipes():
+    pascal, cityscapes = (load_config(name, ["data.root=x"]) for name in ("pascal_513", "cityscapes"))
+    train = pascal.train
+    assert (train.crop, train.epochs, train.batch_size, train.lr, train.lr_multi) == (513, 80, 4, 0.001, 10)
+    assert (train.momentum, train.weight_decay, train.power, train.ohem) == (0.9, 1e-4, 0.9, False)
+    assert (pascal.corrmatch.threshold, pascal.corrmatch.momentum, pascal.eval.mode) == (0.85, 0.999, "original")
+    assert (len(pascal.data.classes), len(cityscapes.data.classes), len(cityscapes.data.ids)) == (21, 19, 19)
+    train = cityscapes.train
+    assert (train.crop, train.epochs, train.batch_size, train.lr, train.lr_multi) == (801, 240, 2, 0.005, 1)
+    assert (train.ohem, cityscapes.corrmatch.threshold) == (True, 0)
+    assert (cityscapes.eval.mode, cityscapes.eval.window, cityscapes.eval.stride) == ("sliding", 801, 534)
+    for config in (pascal, cityscapes):
+        assert (config.model.backbone, config.model.output_stride) == ("resnet101", 8)
+        assert config.model.atrous_rates == [12, 24, 36]
+
+
+def test_overrides_and_round_trip(tmp_path):
+    config = load_config("sample", ["data.root=x", "train.ema=0.99", "data.val=null", "model.pretrained=a.pth"])
+    assert (config.train.ema, config.data.val, config.model.pretrained) == (0.99, None, "a.pth")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.rot=x", "data.rot: no such key; did you mean data.root?"),
+        ("epochs=3", "epochs: no such key; did you mean train.epochs?"),
+        ("trian.epochs=3", "trian.epochs: no such key; did you mean train.epochs?"),
+        ("quite_unlike=3", "quite_unlike: no such key"),
+        ("train=3", "train: expected a section"),
+        ("train.epochs=many", "train.epochs: Value 'many'"),
+        ("train.epochs=0", "train.epochs: expected at least 1, got 0"),
+        ("train.batch_size=1", "train.batch_size: expected at least 2"),
+        ("method=corrmach", "method: expected one of supervised, corrmatch, got corrmach"),
+        ("train.crop", "train.crop: expected key=value"),
+    ],
+)
+def test_mistakes_are_explained(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config("sample", ["data.root=x", override])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_missing_value_and_a_missing_file_are_named():
+    with pytest.raises(ConfigError, match=r"data\.root: expected a value"):
+        load_config("sample")
+    with pytest.raises(ConfigError, match="fodler: no such file; shipped configurations are camvid, cityscapes"):
+        load_config("fodler")
+
+
+def test_every_key_is_known_once():
+    assert len(keys()) == len(set(keys()))
+    assert {"data.root", "train.lr", "method", "corrmatch.threshold", "eval.window"} <= set(keys())

@@ -1,0 +1,247 @@
+"""Data sets as configurations describe them, views, streams and the drawn sample."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from corrmatch.config import DataConfig, TrainConfig, load_config
+from corrmatch.data import views
+from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
+from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
+from corrmatch.data.streams import Streams, batches
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample")
+    draw_sample(folder)
+    return folder
+
+
+def sample_data(folder, **changes):
+    config = load_config("sample", [f"data.root={folder}"]).data
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return find_data(config)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures of mixed kinds, masks for ten of them, a class list."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for i in range(12):
+        Image.new("RGB", (20, 15), (20 * i, 0, 0)).save(tmp_path / "images" / f"p{i:02}.{('jpg', 'png')[i % 2]}")
+        if i < 10:
+            write_mask(tmp_path / "masks" / f"p{i:02}.png", i % 2)
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    return tmp_path
+
+
+def write_mask(path, ids, size=(20, 15)):
+    Image.fromarray(np.full(size[::-1], ids, np.uint8)).save(path)
+
+
+def names(items):
+    return [item.name for item in items]
+
+
+def test_a_folder_needs_no_lists(folder):
+    data = find_data(DataConfig(root=str(folder)))
+    assert data.classes == ["ground", "thing"]
+    assert names(data.val) == ["p04", "p09"]
+    assert names(data.labeled) == ["p00", "p01", "p02", "p03", "p05", "p06", "p07", "p08"]
+    assert names(data.unlabeled) == ["p10", "p11"]
+    assert [item.mask for item in data.unlabeled] == [None, None]
+    check_files(data)
+
+
+def test_the_drawn_sample(sample):
+    data = sample_data(sample)
+    check_files(data)
+    assert [len(data.labeled), len(data.unlabeled), len(data.val)] == list(PICTURES.values())
+    assert data.classes == list(CLASSES)
+    masks = torch.stack([read_mask(item.mask, data.table) for item in data.labeled])
+    share = torch.bincount(masks.flatten().long(), minlength=256) / masks.numel()
+    assert share[: len(CLASSES)].min() > 0.02
+    assert 0 < share[IGNORE] < 0.1
+
+
+def test_the_drawn_sample_follows_its_seed(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        draw_sample(tmp_path / name, seed)
+    first, again, other = ((tmp_path / name / "JPEGImages" / "val_003.jpg").read_bytes() for name in "abc")
+    assert first == again
+    assert first != other
+
+
+def test_lists_of_pairs_and_relabelling(folder):
+    """As CamVid lists its files and Cityscapes numbers its classes."""
+    write_mask(folder / "masks" / "p00.png", 7)
+    write_mask(folder / "masks" / "p01.png", 4)
+    (folder / "train.txt").write_text("images/p00.jpg masks/p00.png\nimages/p01.png masks/p01.png\n")
+    (folder / "rest.txt").write_text("images/p02.jpg masks/no_such_file.png\n\np11\n")
+    config = DataConfig(
+        root=str(folder), labeled="train.txt", unlabeled="rest.txt", val="train.txt", ids=[11, 7], ignore=[4],
+        classes=["a", "b"],
+    )  # fmt: skip
+    data = find_data(config)
+    check_files(data)
+    assert read_mask(data.labeled[0].mask, data.table).unique().tolist() == [1]
+    assert read_mask(data.labeled[1].mask, data.table).unique().tolist() == [IGNORE]
+    assert [item.picture.name for item in data.unlabeled] == ["p02.jpg", "p11.png"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "list.txt").write_text("p00\np77\np78\n"), r"data.labeled: .*picture of p77, .*mask of p78"),
+        (lambda f: (f / "list.txt").write_text("\n"), "data.labeled: .*is empty"),
+        (lambda f: (f / "list.txt").write_text("p00 p01 p02\n"), "data.labeled: .*expected an id"),
+        (lambda f: None, "data.labeled: there is no list"),
+    ],
+    ids=["unknown ids", "empty", "three fields", "no list"],
+)
+def test_bad_lists_are_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        find_data(DataConfig(root=str(folder), labeled="list.txt"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "images/p10.jpg").write_bytes(b"not a picture"), r"p10\.jpg: not a readable picture"),
+        (lambda f: truncate(f / "images/p00.jpg"), r"p00\.jpg: not a readable picture"),
+        (lambda f: write_mask(f / "masks/p03.png", 9), r"p03\.png: ids \[9\] are neither classes nor"),
+        (lambda f: write_mask(f / "masks/p03.png", 0, (21, 15)), r"p03\.png: the mask is of \(15, 21\), its picture"),
+        (lambda f: Image.new("RGB", (20, 15)).save(f / "masks/p03.png"), r"p03\.png: expected 8-bit class ids"),
+    ],
+    ids=["not a picture", "truncated", "id out of range", "size", "colour mask"],
+)
+def test_bad_files_are_named(folder, damage, message):
+    damage(folder)
+    data = find_data(DataConfig(root=str(folder)))
+    with pytest.raises(DataError, match="1 of 12 pictures cannot be used") as caught:
+        check_files(data)
+    assert caught.match(message)
+
+
+def truncate(path):
+    Image.effect_noise((64, 64), 80).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[:600])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"root": "nowhere"}, "data.root: nowhere is not a folder"),
+        ({"classes": "none.txt"}, "data.classes: expected a list"),
+        ({"classes": ["one"]}, "data.classes: expected 2 to"),
+        ({"ids": [1]}, "data.ids: expected an id for each of the 2"),
+        ({"ignore": [256]}, "expected 0 to 255, got 256"),
+        ({"pictures": "images"}, "data.pictures: expected a pattern"),
+        ({"masks": "images/{}.tif"}, "data.labeled: no picture with a mask"),
+    ],
+)
+def test_bad_settings_are_explained(folder, changes, message):
+    with pytest.raises(DataError, match=message):
+        find_data(DataConfig(**({"root": str(folder)} | changes)))
+
+
+def test_two_pictures_of_one_name(folder):
+    Image.new("RGB", (20, 15)).save(folder / "images" / "p00.png")
+    with pytest.raises(DataError, match=r"both p00\.jpg and p00\.png"):
+        find_data(DataConfig(root=str(folder)))
+
+
+def test_picture_and_labels_move_together():
+    """The label is written in the picture: wherever both are seen, they agree."""
+    ids = torch.arange(6).repeat_interleave(20).view(1, -1).expand(90, -1).clone()
+    picture = tv_tensors.Image((40 * ids).to(torch.uint8).expand(3, -1, -1).clone())
+    seen = []
+    for key in range(20):
+        with views.seeded(key):
+            view = views.labeled_view(picture, tv_tensors.Mask(ids.to(torch.uint8)), 65)
+        assert tuple(view["image"].shape) == (3, 65, 65)
+        deviation, mean = (torch.tensor(x).view(3, 1, 1) for x in (views.DEVIATION, views.MEAN))
+        shown = ((view["image"] * deviation + mean) * 255).mean(0)
+        padding = view["label"] == IGNORE
+        seen.append(padding.float().mean())
+        assert shown[padding].abs().max() < 0.01 if padding.any() else True
+        near = (shown - 40 * view["label"]).abs() < 12
+        assert near[~padding].float().mean() > 0.85
+    assert 0 < np.mean(seen) < 0.5
+
+
+def test_unlabelled_views():
+    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    changed, boxes, ignored = [], [], []
+    for key in range(40):
+        with views.seeded(key):
+            view = views.unlabeled_views(picture, 65)
+        changed.append(not torch.equal(view["weak"], view["strong"]))
+        boxes.append(view["box"].float().mean().item())
+        black = (view["weak"] == view["weak"].amin((1, 2), keepdim=True)).all(0)
+        assert (black | ~view["ignore"]).all()
+        ignored.append(view["ignore"].float().mean().item())
+    assert np.mean(changed) > 0.8
+    assert 0.2 < np.mean([box > 0 for box in boxes]) < 0.8
+    assert min(box for box in boxes if box > 0) > 0.01
+    assert max(boxes) < 0.45
+    assert min(ignored) == 0
+    assert max(ignored) > 0.4
+
+
+def test_seeded_leaves_no_trace():
+    before = torch.get_rng_state()
+    with views.seeded(1, 2):
+        inside = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with views.seeded(1, 2):
+        assert torch.equal(torch.rand(3), inside)
+    with views.seeded(1, 3):
+        assert not torch.equal(torch.rand(3), inside)
+
+
+def equal(a, b):
+    return all(torch.equal(a[s][k], b[s][k]) for s in a for k in a[s])
+
+
+def test_streams_are_functions_of_seed_and_position(sample):
+    data, all_streams = sample_data(sample), ("labeled", "unlabeled", "mix")
+    streams = Streams(data, all_streams, 49, seed=1)
+    expected = [streams[p] for p in range(4, 12)]
+    random.seed(99)
+    torch.manual_seed(99)
+    again, other = Streams(data, all_streams, 49, seed=1), Streams(data, all_streams, 49, seed=2)
+    assert equal(again[7], expected[3])
+    assert not equal(other[7], expected[3])
+    assert not torch.equal(expected[0]["unlabeled"]["weak"], expected[0]["mix"]["weak"])
+    # However positions are dealt out to workers and processes, position p is the same sample.
+    for workers, processes in ((0, 1), (2, 2)):
+        train = TrainConfig(batch_size=4 // processes, workers=workers)
+        loaders = [batches(streams, train, 1, 3, process, processes) for process in range(processes)]
+        for b, parts in enumerate(zip(*loaders, strict=True)):
+            got = torch.cat([part["unlabeled"]["strong"] for part in parts])
+            assert torch.equal(got, torch.stack([x["unlabeled"]["strong"] for x in expected[4 * b : 4 * b + 4]]))
+
+
+def test_a_pass_shows_every_picture_once(sample, monkeypatch):
+    data = sample_data(sample)
+    count = len(data.labeled)
+    drawn = []
+    monkeypatch.setattr("corrmatch.data.streams.read_picture", lambda path: drawn.append(path) or torch.zeros(3, 9, 9))
+    monkeypatch.setattr("corrmatch.data.streams.labeled_view", lambda *_: {})
+    streams = Streams(data, ("labeled",), 49, seed=1)
+    for position in range(2 * count):
+        _ = streams[position]
+    passes = drawn[:count], drawn[count:]
+    assert [set(p) for p in passes] == 2 * [{item.picture for item in data.labeled}]
+    assert passes[0] != passes[1]

@@ -1,0 +1,126 @@
+"""DeepLabV3+ over timm backbones."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
+
+SMALL = {"output_stride": 16, "channels": 16}
+
+
+def test_published_architecture():
+    model = DeepLabV3Plus("resnet101", 21)
+    assert model.backbone.feature_info.reduction()[-1] == 8
+    atrous = [branch[0] for branch in model.pyramid.branches]
+    assert [(c.in_channels, c.out_channels, c.kernel_size[0], c.dilation[0]) for c in atrous] == [
+        (2048, 256, 1, 1), (2048, 256, 3, 12), (2048, 256, 3, 24), (2048, 256, 3, 36)
+    ]  # fmt: skip
+    assert (model.pyramid.fuse[0].in_channels, model.reduce[0].in_channels, model.reduce[0].out_channels) == (
+        1280,
+        256,
+        48,
+    )
+    assert model.correlation.project[0].in_channels == 2048
+    head = sum(p.numel() for p in model.head_parameters())
+    backbone = timm.create_model("resnet101", num_classes=0)
+    assert sum(p.numel() for p in model.parameters()) - head == sum(p.numel() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_shapes(backbone, output_stride):
+    model = DeepLabV3Plus(backbone, 5, channels=16, output_stride=output_stride)
+    images = torch.randn(2, 3, 65, 97)
+    low, high = model.features(images)
+    assert tuple(low.shape[2:]) == (17, 25)
+    assert tuple(high.shape[2:]) == {8: (9, 13), 16: (5, 7)}[output_stride]
+    out = model(images, perturb=True, propagate=True, num_masks=3)
+    for logits in (out.logits, out.perturbed):
+        assert tuple(logits.shape) == (2, 5, 17, 25)
+    assert out.propagated.shape == (2, 5, *high.shape[2:])
+    assert tuple(out.masks.packed.shape[:2]) == (2, 3)
+    assert out.masks.size == (65, 97)
+
+
+def test_only_what_is_asked_for():
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
+    images = torch.randn(1, 3, 33, 33)
+    plain, all_of_it = model(images), model(images, perturb=True, propagate=True)
+    assert plain[1:] == (None, None, None)
+    torch.testing.assert_close(plain.logits, all_of_it.logits)
+    torch.testing.assert_close(all_of_it.perturbed, plain.logits)  # no dropout in evaluation
+    without = DeepLabV3Plus("resnet10t", 5, correlation=False, **SMALL)
+    assert without(images.expand(2, -1, -1, -1), propagate=True).propagated is None
+
+
+def test_perturbed_logits_differ_in_training_and_reach_the_backbone():
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL)
+    out = model(torch.randn(2, 3, 33, 33), perturb=True)
+    assert (out.perturbed - out.logits).abs().mean() > 0.1 * out.logits.std()
+    out.perturbed.sum().backward()
+    assert model.backbone.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_propagated_logits_train_the_head_and_not_the_logits():
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL)
+    model(torch.randn(2, 3, 33, 33), propagate=True).propagated.square().sum().backward()
+    assert model.correlation.query.weight.grad.abs().sum() > 0
+    assert model.backbone.conv1[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.decode.parameters())
+
+
+def test_the_same_generator_draws_the_same_masks():
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
+    images = torch.randn(1, 3, 65, 65)
+    draws = [
+        model(images, propagate=True, num_masks=5, generator=torch.Generator().manual_seed(seed)).masks.packed
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(("old", "new"), [((9, 13), (65, 97)), ((5, 4), (31, 17)), ((1, 3), (4, 4)), ((6, 6), (6, 6))])
+def test_enlargement_is_that_of_torch(old, new):
+    x = torch.randn(2, 3, *old, requires_grad=True)
+    ours, theirs = enlarge(x, new), F.interpolate(x, new, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (ours, theirs)))
+
+
+def test_enlargement_is_in_float32():
+    x = torch.randn(1, 2, 3, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        large = enlarge(x, (9, 9))
+    torch.testing.assert_close(large, F.interpolate(x.float(), (9, 9), mode="bilinear", align_corners=True))
+
+
+def test_weights_from_a_file(tmp_path):
+    source = timm.create_model("resnet10t")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    model = DeepLabV3Plus("resnet10t", 5, pretrained=str(tmp_path / "weights.pth"), **SMALL)
+    assert torch.equal(model.backbone.conv1[0].weight, source.conv1[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        ("resnt18", {}, "did you mean 'resnet18'"),
+        ("resnet18", {"pretrained": "missing.pth"}, "pretrained: no weights of resnet18 from missing.pth"),
+        ("vit_tiny_patch16_224", {}, "takes no output stride"),
+    ],
+)
+def test_wrong_backbones_are_explained(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        DeepLabV3Plus(backbone, 5, **options)
+
+
+def test_broken_weights_are_explained(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"no weights of resnet10t from .*other\.pth .*are missing"):
+        DeepLabV3Plus("resnet10t", 5, pretrained=str(tmp_path / "other.pth"))
