@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -95,19 +96,29 @@ def test_environment_variable_counts_for_the_ops_of_its_backend(monkeypatch):
     assert choose("pixel_propagate", None, X) == "some"
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_unavailable_backend_says_why(name):
-    if not corrmatch.backends()[name].available:
-        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve connected_components: "):
-            ops.connected_components(torch.zeros(3, 3, dtype=torch.bool), backend=name)
-    elif corrmatch.backends()[name].devices == ("cpu",):
-        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*does not take float64"):
-            ops.pixel_propagate(*(torch.zeros(1, 1, 2, 2, dtype=torch.float64),) * 3, backend=name)
-        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*at most 256 channels, not 257"):
-            ops.pixel_propagate(*(torch.zeros(1, 257, 2, 2),) * 3, backend=name)
-    else:
-        with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*not on cpu"):
-            ops.pixel_propagate(*(torch.zeros(1, 1, 2, 2),) * 3, backend=name)
+def zeros(*shape, dtype=torch.float64):
+    return torch.zeros(shape, dtype=dtype)
+
+
+MAPS, INDEX = [zeros(1, 1, 2, 2)] * 3, torch.zeros(1, dtype=torch.int64)
+WITHOUT_FLOAT64 = {
+    "triton": lambda: ops.pixel_propagate(*MAPS, backend="triton"),
+    "cuda": lambda: ops.region_masks(*MAPS[:2], INDEX, (3, 3), backend="cuda"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_FLOAT64)
+def test_refusal_says_why(name):
+    backend, call = corrmatch.backends()[name], WITHOUT_FLOAT64[name]
+    reason = backend.missing or ("does not take float64" if backend.devices == ("cpu",) else "not on cpu")
+    with pytest.raises(ValueError, match=f"^backend: '{name}' cannot serve .*{re.escape(reason)}"):
+        call()
+
+
+@pytest.mark.skipif(corrmatch.backends()["triton"].devices != ("cpu",), reason="on a CPU it is another reason")
+def test_too_many_channels_are_refused():
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve .*at most 256 channels, not 257"):
+        ops.pixel_propagate(*(torch.zeros(1, 257, 2, 2),) * 3, backend="triton")
 
 
 def test_the_reference_is_what_it_says(monkeypatch):
