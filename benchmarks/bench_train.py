@@ -162,9 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"corrmatch {environment['corrmatch']}, commit {environment['commit']}, torch {environment['torch']}")
     print(f"{environment['device']}, {report.threads(environment)}, {environment['platform']}, {environment['date']}")
     pictures = f"{options.batch} + {options.batch} pictures of {options.crop} x {options.crop}"
-    print(
-        f"{options.backbone}, output stride 8, {options.channels} channels, {CHANNELS} classes, {pictures}, {MASKS} masks, float32"
-    )
+    network = f"{options.backbone}, output stride 8, {options.channels} channels"
+    print(f"{network}, {CHANNELS} classes, {pictures}, {MASKS} masks, float32")
     if environment["load"] is not None and environment["load"] > 0.5 * environment["threads"]:
         print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
     setting = Setting(options)

@@ -69,6 +69,22 @@ def printed_losses(name, step):
     return {PRINTED[term]: float(value) for term, value in found if term in PRINTED}
 
 
+def test_the_threshold_sees_weak_logits_outside_the_mixed_padding():
+    """Three pixels of one class: padding of the pasted picture, padding of the weak one under the box, neither."""
+    confidence = torch.tensor([0.99, 0.95, 0.9])
+    logits = torch.stack([confidence, 1 - confidence]).log().view(1, 2, 1, 3)
+    box, weak_padding, mix_padding = (torch.tensor(x).bool().view(1, 1, 3) for x in ([1, 1, 0], [0, 1, 0], [1, 0, 0]))
+    mix = PseudoLabels(torch.zeros(1, 1, 3, dtype=torch.long), torch.zeros(1, 1, 3), mix_padding)
+    masks = RegionMasks.from_bool(torch.zeros(1, 1, 1, 3, dtype=torch.bool))
+    theta = nn.DynamicThreshold(0.5, momentum=0.0)
+    targets = make_targets(logits, mix, weak_padding, box, masks, theta, torch.zeros(0, 1, 3))
+    assert theta.threshold.item() == pytest.approx(0.95)
+    assert targets.counted.flatten().tolist() == [False, True, True]
+    assert targets.weak_counted.flatten().tolist() == [True, False, True]
+    assert targets.weak_reliable.flatten().tolist() == [True, False, False]
+    assert not targets.reliable_before.any()
+
+
 @pytest.fixture
 def pixels():
     labels = torch.randint(5, (2, 6, 7))

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
 
@@ -63,6 +64,23 @@ def test_perturbed_logits_differ_in_training_and_reach_the_backbone():
     assert (out.perturbed - out.logits).abs().mean() > 0.1 * out.logits.std()
     out.perturbed.sum().backward()
     assert model.backbone.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_both_levels_are_perturbed():
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
+    images = torch.randn(1, 3, 33, 33)
+    low, high = model.features(images)
+    model.perturb = Plus(1.0)
+    torch.testing.assert_close(model(images, perturb=True).perturbed, model.segment(low + 1, high + 1))
+
+
+class Plus(nn.Module):
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def forward(self, features):
+        return features + self.x
 
 
 def test_propagated_logits_train_the_head_and_not_the_logits():
