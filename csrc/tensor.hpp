@@ -50,4 +50,29 @@ decltype(auto) visit_floating(DType dtype, F&& f) {
   }
 }
 
+// The same over the integer types.
+template <class F>
+decltype(auto) visit_integer(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::uint8:
+      return f(uint8_t{});
+    case DType::int8:
+      return f(int8_t{});
+    case DType::int16:
+      return f(int16_t{});
+    case DType::int32:
+      return f(int32_t{});
+    case DType::int64:
+      return f(int64_t{});
+    default:
+      throw std::invalid_argument("corrmatch: an integer dtype was expected");
+  }
+}
+
+// Whether the value occurs in a bool or integer dtype at all.
+inline bool representable(DType dtype, int64_t value) {
+  if (dtype == DType::boolean) return value == 0 || value == 1;
+  return visit_integer(dtype, [value](auto zero) { return int64_t(decltype(zero)(value)) == value; });
+}
+
 }  // namespace corrmatch

@@ -209,24 +209,6 @@ void label_image(const Image& image, bool diagonal, const Tensor& out, int threa
   }
 }
 
-// Whether a background of this value occurs in the dtype at all.
-bool representable(DType dtype, int64_t value) {
-  switch (dtype) {
-    case DType::boolean:
-      return value == 0 || value == 1;
-    case DType::uint8:
-      return value >= 0 && value <= 255;
-    case DType::int8:
-      return value >= -128 && value <= 127;
-    case DType::int16:
-      return value >= -32768 && value <= 32767;
-    case DType::int32:
-      return value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max();
-    default:
-      return true;
-  }
-}
-
 }  // namespace
 
 void connected_components(Tensor image, int connectivity, int64_t background, Tensor out, int threads) {

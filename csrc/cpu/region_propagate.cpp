@@ -238,22 +238,10 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
 
 void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
                       int64_t num_classes, Tensor out_labels, Tensor out_reliable, int threads) {
-  const auto call = [&](auto zero) {
+  visit_integer(labels.dtype, [&](auto zero) {
     run<decltype(zero)>(labels, reliable, packed, float(*threshold.at<const double>(0)), valid, num_classes, out_labels,
                         out_reliable, threads);
-  };
-  switch (labels.dtype) {
-    case DType::uint8:
-      return call(uint8_t{});
-    case DType::int8:
-      return call(int8_t{});
-    case DType::int16:
-      return call(int16_t{});
-    case DType::int32:
-      return call(int32_t{});
-    default:
-      return call(int64_t{});
-  }
+  });
 }
 
 }  // namespace corrmatch::CORRMATCH_ISA

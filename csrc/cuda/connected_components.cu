@@ -1,7 +1,6 @@
 // Connected components by union-find in the label picture itself. A pixel's label is the index of another pixel of its
 // component, never a later one, and a root's is its own; unions lower labels by atomic minimum. So the root of a
 // component is its first pixel in raster order, whatever the schedule, and components are numbered by counting roots.
-#include <limits>
 
 #include "launch.cuh"
 
@@ -165,25 +164,6 @@ void run(const Tensor& image, bool diagonal, int64_t background, bool has_backgr
   launch("connected_components: count", count_kernel, Shape{1, batch, kScanThreads, kWarp * sizeof(int)}, stream, batch,
          words, roots, before);
   launch("connected_components: number", number_kernel, flat, stream, batch, pixels, words, roots, before, out);
-}
-
-// Whether a background of this value occurs in the dtype at all.
-bool representable(DType dtype, int64_t value) {
-  const auto within = [value](int64_t low, int64_t high) { return low <= value && value <= high; };
-  switch (dtype) {
-    case DType::boolean:
-      return within(0, 1);
-    case DType::uint8:
-      return within(0, UINT8_MAX);
-    case DType::int8:
-      return within(INT8_MIN, INT8_MAX);
-    case DType::int16:
-      return within(INT16_MIN, INT16_MAX);
-    case DType::int32:
-      return within(INT32_MIN, INT32_MAX);
-    default:
-      return true;
-  }
 }
 
 }  // namespace

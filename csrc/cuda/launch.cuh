@@ -14,6 +14,8 @@ namespace corrmatch::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr int64_t kMostBlocks = 65535;  // along y; x takes 2^31 - 1
 
+inline constexpr int64_t kSharedUnasked = 48 * 1024;  // bytes of shared memory that every kernel may have
+
 // The block's shared memory, all of it: as many bytes as the launch says.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
@@ -56,7 +58,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, uintptr_t stream,
             Arguments... arguments) {
   if (shape.blocks_x > INT32_MAX) throw std::invalid_argument(std::string(name) + ": more blocks than a grid may have");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared)), name);
+  if (shape.shared > kSharedUnasked)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared)), name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = unsigned(shape.cluster);

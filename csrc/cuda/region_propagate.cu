@@ -416,22 +416,10 @@ int64_t region_propagate_scratch(Tensor labels, Tensor packed, int64_t num_class
 void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
                       int64_t num_classes, Tensor out_labels, Tensor out_reliable, Tensor scratch, uintptr_t stream) {
   const Sizes sizes(labels, packed, num_classes);
-  const auto call = [&](auto zero) {
+  visit_integer(labels.dtype, [&](auto zero) {
     run<decltype(zero)>(labels, reliable, packed, threshold.at<const double>(0), valid, sizes, out_labels, out_reliable,
                         scratch.at<unsigned char>(0), stream);
-  };
-  switch (labels.dtype) {
-    case DType::uint8:
-      return call(uint8_t{});
-    case DType::int8:
-      return call(int8_t{});
-    case DType::int16:
-      return call(int16_t{});
-    case DType::int32:
-      return call(int32_t{});
-    default:
-      return call(int64_t{});
-  }
+  });
 }
 
 }  // namespace corrmatch::cuda
