@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "bilinear.cuh"
 #include "flood.cuh"
 #include "launch.cuh"
 
@@ -42,37 +43,6 @@ __device__ inline float load(const void* data, int64_t offset, DType dtype) {
   if (dtype == DType::float32) return static_cast<const float*>(data)[offset];
   if (dtype == DType::float16) return widen(static_cast<const Half*>(data)[offset]);
   return widen(static_cast<const BFloat16*>(data)[offset]);
-}
-
-// One axis of the enlargement with aligned corners: outputs per input, in whole numbers.
-struct Axis {
-  int inputs, outputs;
-  Divisor steps;
-  float weight;  // of one step
-
-  Axis(int64_t inputs, int64_t outputs)
-      : inputs(int(inputs)),
-        outputs(int(outputs)),
-        steps(outputs > 1 ? outputs - 1 : 1),
-        weight(1.0f / float(outputs > 1 ? outputs - 1 : 1)) {
-    if (inputs * outputs > INT32_MAX) throw std::invalid_argument("size: too large an enlargement");
-  }
-  // Where output x lies: behind input `low`, by this share of the way to input `high`.
-  __device__ __forceinline__ float at(int x, int& low, int& high) const {
-    const uint32_t position = uint32_t(x) * uint32_t(inputs - 1);
-    low = int(steps.divide(position));
-    high = min(low + 1, inputs - 1);
-    return float(position - uint32_t(low) * steps.value()) * weight;
-  }
-  // Whether every input is an output.
-  __host__ __device__ bool coincides() const {
-    return inputs == 1 || (outputs > 1 && (outputs - 1) % (inputs - 1) == 0);
-  }
-};
-
-// The nearest of `outputs` pixels to position i of `inputs`, halves up.
-__device__ inline int nearest(int64_t i, int64_t inputs, int64_t outputs) {
-  return inputs == 1 ? 0 : int((2 * i * (outputs - 1) + inputs - 1) / (2 * (inputs - 1)));
 }
 
 struct Problem {

@@ -5,16 +5,14 @@
 // group of blocks a picture, the masks that are left vote in order; claimed pixels are unpacked. In the vote each
 // thread owns some words of all maps, so only counts pass between threads. The maps lie in shared memory, in that of a
 // cluster where one multiprocessor has not enough, or else in global memory.
-#include <cooperative_groups.h>
-
 #include "launch.cuh"
+#include "team.cuh"
 
 namespace corrmatch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVoters = 1024, kVoterWarps = kVoters / kWarp;
-constexpr int kMostPlanes = 16, kMostCluster = 8;
+constexpr int kMostPlanes = Counter::kMost;
 constexpr int kBestCells = 4;  // words of two 64-bit integers
 
 enum Map { kValid, kCounted, kClaimed, kPlanes };  // counted: valid and reliable before the first mask
@@ -112,85 +110,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The blocks that share a picture: a cluster, or one block.
-class Team {
- public:
-  __device__ Team() {
-#if __CUDA_ARCH__ >= 900
-    rank_ = int(cooperative_groups::this_cluster().block_rank());
-    blocks_ = int(cooperative_groups::this_cluster().num_blocks());
-#endif
-  }
-  __device__ int rank() const { return rank_; }
-  __device__ int blocks() const { return blocks_; }
-
-  __device__ void sync() const {
-#if __CUDA_ARCH__ >= 900
-    if (blocks_ > 1) return cooperative_groups::this_cluster().sync();
-#endif
-    __syncthreads();
-  }
-  // The same place in the shared memory of another block.
-  template <class T>
-  __device__ T* of(T* place, int rank) const {
-#if __CUDA_ARCH__ >= 900
-    if (blocks_ > 1) return cooperative_groups::this_cluster().map_shared_rank(place, unsigned(rank));
-#endif
-    return place;
-  }
-
- private:
-  int rank_ = 0, blocks_ = 1;
-};
-
-// Sums over all threads of a team. Two sets of cells take turns, so that one barrier a sum (two in a cluster) is
-// enough: who writes a set again has passed a barrier that all readers of its last sum had reached.
-class Counter {
- public:
-  static constexpr int kSet = kMostPlanes * (kVoterWarps + kMostCluster);
-  static constexpr int kCells = 2 * kSet;
-
-  __device__ Counter(const Team& team, uint32_t* cells) : team_(team), cells_(cells) {}
-
-  // counts[i] becomes its sum, for i < n <= kMostPlanes.
-  __device__ void sum(uint32_t* counts, int n) {
-    const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-    uint32_t *of_warps = cells_ + (turn_ ? kSet : 0), *of_blocks = of_warps + kMostPlanes * kVoterWarps;
-    turn_ = !turn_;
-#pragma unroll
-    for (int i = 0; i < kMostPlanes; ++i) {
-      if (i >= n) break;
-      const uint32_t count = __reduce_add_sync(~0u, counts[i]);
-      if (lane == 0) of_warps[i * kVoterWarps + warp] = count;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMostPlanes; ++i) {
-      if (i >= n) break;
-      counts[i] = __reduce_add_sync(~0u, of_warps[i * kVoterWarps + lane]);
-    }
-    if (team_.blocks() == 1) return;
-#pragma unroll
-    for (int i = 0; i < kMostPlanes; ++i) {
-      if (i >= n) break;
-      if (int(threadIdx.x) < team_.blocks())
-        team_.of(of_blocks, int(threadIdx.x))[i * kMostCluster + team_.rank()] = counts[i];
-    }
-    team_.sync();
-#pragma unroll
-    for (int i = 0; i < kMostPlanes; ++i) {
-      if (i >= n) break;
-      counts[i] = 0;
-      for (int rank = 0; rank < team_.blocks(); ++rank) counts[i] += of_blocks[i * kMostCluster + rank];
-    }
-  }
-
- private:
-  const Team& team_;
-  uint32_t* cells_;
-  bool turn_ = false;
-};
-
 // A team's part of the maps of a picture: `words` of each, `pitch` apart, from word `first` of the picture on.
 struct Part {
   uint32_t* data;
@@ -210,7 +129,7 @@ struct Part {
 __device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, int k, int planes, uint32_t votes,
                              Counter& counter, uint32_t& of_class) {
   uint32_t ones[kMostPlanes] = {};
-  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+  for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads) {
     const uint32_t counted = masks.at(b, k, part.first + word) & part.at(kCounted, word);
 #pragma unroll
     for (int i = 0; i < kMostPlanes; ++i)
@@ -222,7 +141,7 @@ __device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, in
   for (int i = 0; i < kMostPlanes; ++i)
     if (i < planes && ones[i] > votes / 2) c |= 1u << i;
   of_class = 0;
-  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+  for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads) {
     const uint32_t counted = masks.at(b, k, part.first + word) & part.at(kCounted, word);
     of_class += __popc(counted & part.labelled(c, planes, word));
   }
@@ -235,10 +154,10 @@ __device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, in
 __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, int k, int planes, const Team& team,
                               uint32_t* histogram, unsigned long long* best, uint32_t& of_class) {
   const int classes = 1 << planes;
-  for (int c = int(threadIdx.x); c < classes; c += kVoters) histogram[c] = 0;
+  for (int c = int(threadIdx.x); c < classes; c += kTeamThreads) histogram[c] = 0;
   if (threadIdx.x == 0) *best = 0;
   team.sync();
-  for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+  for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads) {
     uint32_t left = masks.at(b, k, part.first + word) & part.at(kCounted, word);
     while (left != 0) {
       const int pixel = __ffs(int(left)) - 1;
@@ -251,7 +170,7 @@ __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, i
   }
   team.sync();
   unsigned long long largest = 0;  // votes, and then the lowest class
-  for (int c = int(threadIdx.x); c < classes; c += kVoters) {
+  for (int c = int(threadIdx.x); c < classes; c += kTeamThreads) {
     uint32_t votes = 0;
     for (int rank = 0; rank < team.blocks(); ++rank) votes += team.of(histogram, rank)[c];
     largest = max(largest, static_cast<unsigned long long>(votes) << 32 | uint32_t(~c));
@@ -265,7 +184,7 @@ __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, i
 
 // One team a picture.
 template <bool kShared>
-__global__ void __launch_bounds__(kVoters)
+__global__ void __launch_bounds__(kTeamThreads)
     vote_kernel(Masks masks, Maps maps, const double* threshold, const int* votes, uint32_t* histograms) {
   const Team team;
   const int64_t b = blockIdx.x / team.blocks();
@@ -284,7 +203,7 @@ __global__ void __launch_bounds__(kVoters)
     part.data = histogram + (1 << maps.planes);
     part.pitch = share;
     for (int map = 0; map < maps.count(); ++map)
-      for (int word = int(threadIdx.x); word < part.words; word += kVoters)
+      for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads)
         part.at(map, word) = global[int64_t(map) * maps.words + word];
   } else {
     part.data = global;
@@ -307,7 +226,7 @@ __global__ void __launch_bounds__(kVoters)
       next_best = used;
     }
     if (!(__fdiv_rn(float(of_class), float(all)) > limit)) continue;
-    for (int word = int(threadIdx.x); word < part.words; word += kVoters) {
+    for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads) {
       const uint32_t region = masks.at(b, k, part.first + word) & part.at(kValid, word);
       part.at(kClaimed, word) |= region;
       for (int i = 0; i < maps.planes; ++i) {
@@ -318,7 +237,7 @@ __global__ void __launch_bounds__(kVoters)
   }
   if constexpr (kShared)
     for (int map = kClaimed; map < maps.count(); ++map)
-      for (int word = int(threadIdx.x); word < part.words; word += kVoters)
+      for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads)
         global[int64_t(map) * maps.words + word] = part.at(map, word);
   team.sync();  // no block of a cluster ends while others may look into its memory
 }
@@ -396,11 +315,11 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, con
     const int team = team_size(sizes);
     if (team > 0)
       launch("region_propagate: vote", vote_kernel<true>,
-             Shape{sizes.batch * team, 1, kVoters, sizes.shared_bytes(team), team}, stream, masks, maps, threshold,
+             Shape{sizes.batch * team, 1, kTeamThreads, sizes.shared_bytes(team), team}, stream, masks, maps, threshold,
              votes, histograms);
     else
-      launch("region_propagate: vote", vote_kernel<false>, Shape{sizes.batch, 1, kVoters, sizes.fixed_bytes()}, stream,
-             masks, maps, threshold, votes, histograms);
+      launch("region_propagate: vote", vote_kernel<false>, Shape{sizes.batch, 1, kTeamThreads, sizes.fixed_bytes()},
+             stream, masks, maps, threshold, votes, histograms);
   }
   launch("region_propagate: unpack", unpack_kernel<T>, pixels, stream, in_labels, in_reliable, grid, maps,
          out_labels.at<T>(0), out_reliable.at<bool>(0));

@@ -1,0 +1,39 @@
+// Bilinear enlargement with align_corners=True, in whole numbers: the first and last samples of both grids coincide.
+#pragma once
+
+#include "launch.cuh"
+
+namespace corrmatch::cuda {
+
+// One axis.
+struct Axis {
+  int inputs, outputs;
+  Divisor steps;
+  float weight;  // of one step
+
+  Axis(int64_t inputs, int64_t outputs)
+      : inputs(int(inputs)),
+        outputs(int(outputs)),
+        steps(outputs > 1 ? outputs - 1 : 1),
+        weight(1.0f / float(outputs > 1 ? outputs - 1 : 1)) {
+    if (inputs * outputs > INT32_MAX) throw std::invalid_argument("size: too large an enlargement");
+  }
+  // Where output x lies: behind input `low`, by this share of the way to input `high`.
+  __device__ __forceinline__ float at(int x, int& low, int& high) const {
+    const uint32_t position = uint32_t(x) * uint32_t(inputs - 1);
+    low = int(steps.divide(position));
+    high = min(low + 1, inputs - 1);
+    return float(position - uint32_t(low) * steps.value()) * weight;
+  }
+  // Whether every input is an output.
+  __host__ __device__ bool coincides() const {
+    return inputs == 1 || (outputs > 1 && (outputs - 1) % (inputs - 1) == 0);
+  }
+};
+
+// The nearest of `outputs` pixels to position i of `inputs`, halves up.
+__device__ inline int nearest(int64_t i, int64_t inputs, int64_t outputs) {
+  return inputs == 1 ? 0 : int((2 * i * (outputs - 1) + inputs - 1) / (2 * (inputs - 1)));
+}
+
+}  // namespace corrmatch::cuda
