@@ -33,12 +33,12 @@ def draw(run: Path, out: Path) -> None:
         for name, label in curves.items():
             ax.plot([line["step"] for line in train], [line[name] for line in train], label=label)
         ax.set_title(title)
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="upper right")
     axes[-1].plot([line["step"] for line in val], [100 * line["miou"] for line in val], marker="o")
     axes[-1].set_title("Validation, mean IoU, %")
     for ax in axes:
         ax.set_xlabel("step")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
     figure.savefig(out, dpi=110)
 
 

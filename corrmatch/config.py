@@ -114,7 +114,7 @@ CHOICES = {
 LEAST = {
     "train.crop": 33, "train.epochs": 1, "train.batch_size": 2, "train.accumulate": 1, "train.log_every": 1,
     "train.save_every": 1, "train.eval_every": 1, "train.workers": 0, "eval.window": 33, "eval.stride": 1,
-    "eval.panels": 0, "data.val_every": 2, "corrmatch.num_masks": 0, "model.channels": 1,
+    "eval.panels": 0, "data.val_every": 2, "corrmatch.num_masks": 1, "model.channels": 1,
 }  # fmt: skip
 
 

@@ -108,10 +108,6 @@ class DeepLabV3Plus(nn.Module):
         high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
         return self.decode(torch.cat([high, self.reduce(low)], 1))
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """All but the backbone's: their learning rate is `lr_multi` times as large."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
-
 
 class AtrousPyramid(nn.Module):
     """ASPP: a 1 x 1, three atrous 3 x 3 convolutions and the picture's mean, fused."""

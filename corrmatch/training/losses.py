@@ -118,7 +118,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         index = labels.long().clamp(max=logits.shape[1] - 1).unsqueeze(1)  # IGNORE has no weight
         log_p = logits.log_softmax(1)
         at = log_p.gather(1, index)
-        loss = -(at.squeeze(1) * weight).sum()
+        loss = (-at.squeeze(1) * weight).sum()
         if ctx.needs_input_grad[0]:
             grad = log_p.exp_().scatter_(1, index, at.expm1()).mul_(weight.unsqueeze(1))
             ctx.save_for_backward(grad)

@@ -52,10 +52,11 @@ class Trainer:
         self.ema = None
         if train.ema is not None:
             self.ema = AveragedModel(method.model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
-        head = method.model.head_parameters()
-        backbone = [p for p in method.parameters() if all(p is not other for other in head)]
+        groups: tuple[list[nn.Parameter], ...] = ([], [])  # backbones, and all else, of whatever networks there are
+        for name, parameter in method.named_parameters():
+            groups["backbone" not in name.split(".")].append(parameter)
         self.optimizer = torch.optim.SGD(
-            [{"params": backbone, "lr": train.lr}, {"params": head, "lr": train.lr * train.lr_multi}],
+            [{"params": groups[0], "lr": train.lr}, {"params": groups[1], "lr": train.lr * train.lr_multi}],
             momentum=train.momentum, weight_decay=train.weight_decay,
         )  # fmt: skip
         pictures = max(len(self.data.labeled), len(self.data.unlabeled))
