@@ -42,7 +42,7 @@ def pixel_propagate(
             None, the largest softmax probability over the C channels of value, computed inside the kernel.
         threshold: Number or 0-d tensor (read on the device). None opens every gate.
         normalize: Divide by the arriving mass sum_i g_i P_ij; 0 where none arrives.
-        backend: "cpu", "triton", "cuda", "reference", or None for the best available.
+        backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
         (B, C, Hk, Wk), or (B, C, N_k) for such a key, in the dtype of value. Accumulated in float32 (float64 if an

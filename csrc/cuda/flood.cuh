@@ -1,6 +1,6 @@
 // The connected region of a bit mask that holds a given pixel, by one warp.
 //
-// Rows are sweeped down and up in turns; each takes over what touches it from the row before and then fills its runs as
+// Rows are swept down and up in turns; each takes over what touches it from the row before and then fills its runs as
 // a whole, by the carries of an addition. So a sweep follows any path that does not turn back, and a region of usual
 // shape takes a few sweeps.
 #pragma once
