@@ -76,6 +76,17 @@ class cpu:
         class_peak: Tensor | None,
         threads: int,
     ) -> None: ...
+    @staticmethod
+    def pixel_loss(
+        logits: Tensor | None,
+        labels: Tensor | None,
+        target: Tensor | None,
+        weight: Tensor | None,
+        pixels: Tensor | None,
+        loss: Tensor | None,
+        grad: Tensor | None,
+        threads: int,
+    ) -> None: ...
 
 class cuda:  # absent where CUDA was not built; scratch functions return bytes
     @staticmethod

@@ -145,6 +145,36 @@ def pseudo_label(
     return labels, confidence, class_peak
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over pixels of weight * -log softmax(logits)[label], and its terms."""
+    weight = logits.new_ones(labels.shape) if weight is None else weight
+    log_p = counted_log_softmax(logits, weight)
+    labels = torch.where(weight == 0, 0, labels).long()
+    return weighted_sum(-log_p.gather(1, labels.unsqueeze(1)).squeeze(1), weight)
+
+
+def divergence(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum over pixels of weight * KL(softmax target || softmax logits), and its terms; 0 log 0 is 0."""
+    weight = logits.new_ones(logits[:, 0].shape) if weight is None else weight
+    log_p, log_q = counted_log_softmax(logits, weight), counted_log_softmax(target, weight)
+    q = log_q.exp()
+    return weighted_sum(torch.where(q == 0, 0, q * (log_q - log_p)).sum(1), weight)
+
+
+def counted_log_softmax(logits: Tensor, weight: Tensor) -> Tensor:
+    """At the pixels of weight; where that is 0, of anything finite."""
+    (logits,) = accumulation(logits)
+    if weight.shape[1:] != logits.shape[2:]:
+        logits = F.interpolate(logits, size=weight.shape[1:], mode="bilinear", align_corners=True)
+    return torch.where(weight.unsqueeze(1) == 0, 0, logits).log_softmax(1)
+
+
+def weighted_sum(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of weight * loss, and its terms, detached."""
+    pixels = torch.where(weight == 0, 0, weight.to(loss.dtype) * loss)
+    return pixels.sum(), pixels.detach()
+
+
 def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """P (B, N_q, N_k)."""
     q, k = (x.flatten(2) for x in accumulation(query, key))

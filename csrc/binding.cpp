@@ -113,5 +113,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   cpu.def("region_propagate", &Bind<&CpuKernels::region_propagate>::call);
   cpu.def("connected_components", &Bind<&CpuKernels::connected_components>::call);
   cpu.def("pseudo_label", &Bind<&CpuKernels::pseudo_label>::call);
+  cpu.def("pixel_loss", &Bind<&CpuKernels::pixel_loss>::call);
 #endif
 }

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corrmatch.kernels import packing, pixel_propagate, pixel_propagate_backward, pseudo_label
+from corrmatch.kernels import packing, pixel_loss, pixel_propagate, pixel_propagate_backward, pseudo_label
 from corrmatch.kernels.configs import Config, configs
 
 ARCHITECTURES = (80, 90, 100)
@@ -35,6 +35,7 @@ POINTERS = {
     "dvalue": "data", "shift": "fp32", "normalizer": "fp32", "mean_key": "fp32", "delta": "fp32", "count": "i32",
     "index": "i32", "source": "data", "packed": "data", "divisor": "fp32", "gate": "i1", "threshold": "fp64",
     "logits": "data", "ignore": "i1", "labels": "i64", "confidence": "fp32", "class_peak": "i32",
+    "target": "data", "weight": "fp32", "pixels": "fp32", "parts": "fp32",
 }  # fmt: skip
 FLOATS = ("factor", "unbias", "scale", "inverse_factor", "log2e")
 
@@ -110,6 +111,10 @@ def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
         "gate": (packing.confidence_gate_kernel, {"BLOCK": block}),
         "label": (pseudo_label.label_kernel, {"RESIZE": True, "IGNORE": True, "BLOCK": pseudo_label.BLOCK}),
     }
+    classes, cells = pixel_loss.tile(channels)
+    for name, divergence in (("cross-entropy", False), ("divergence", True)):
+        own = {"RESIZE": True, "DIVERGENCE": divergence, "GRADIENT": True, "CHANNELS": classes, "CELLS": cells}
+        linear[name] = (pixel_loss.loss_kernel, own)
     for name, (kernel, own) in linear.items():
         yield compile_one(name, kernel, arch, dtype, {"CHANNELS": padded, **own}, None)
 
@@ -137,7 +142,7 @@ def compile_one(
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
     registers, spilled, sass = assembled(ptx, arch)
-    matrix, loop, tile = "", None, str(constants.get("BLOCK"))
+    matrix, loop, tile = "", None, str(constants.get("BLOCK", constants.get("CELLS")))
     if config is not None:
         tile = f"{config.rows}x{config.columns}"
         body, machine_body = inner_loop(ptx), inner_loop(sass)

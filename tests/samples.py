@@ -81,6 +81,18 @@ def pseudo_label(size=(7, 9), device="cpu", **options):
     return call, arguments
 
 
+def cross_entropy(size=(7, 9), device="cpu", **options):
+    height, width = 4 * size[0] - 2, 4 * size[1]
+    labels = torch.randint(6, (2, height, width), device=device)
+    arguments = [3 * maps(2, 6, *size, device), labels, torch.rand(2, height, width, device=device)]
+    return lambda logits, labels, weight: ops.cross_entropy(logits, labels, weight, **options)[0], arguments
+
+
+def divergence(size=(7, 9), device="cpu", **options):
+    arguments = [3 * maps(2, 6, *size, device), torch.rand(2, 4 * size[0] - 2, 4 * size[1], device=device)]
+    return lambda logits, weight: ops.divergence(logits, logits.detach().flip(1), weight, **options)[0], arguments
+
+
 # Name of the sample: the op, and what makes the call.
 SAMPLES = {
     "pixel_propagate": ("pixel_propagate", pixel_propagate),
@@ -92,8 +104,13 @@ SAMPLES = {
     "region_propagate": ("region_propagate", region_propagate),
     "connected_components": ("connected_components", connected_components),
     "pseudo_label": ("pseudo_label", pseudo_label),
+    "cross_entropy": ("pixel_loss", cross_entropy),
+    "divergence": ("pixel_loss", divergence),
 }
-DIFFERENTIABLE = ("pixel_propagate", "pixel_propagate_thresholded", "pixel_propagate_gated", "correlation_rows")
+DIFFERENTIABLE = (
+    "pixel_propagate", "pixel_propagate_thresholded", "pixel_propagate_gated", "correlation_rows", "cross_entropy",
+    "divergence",
+)  # fmt: skip
 
 
 def results(found) -> list[Tensor]:

@@ -16,7 +16,7 @@ LINE = re.compile(
     r"(?: +(?P<matrix>\S+) +(?P<slots>[\d.]+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+))?$"
 )
 PASSES = {"row", "row, mean key", "column", "backward row", "backward column"}
-LINEAR = {"pack", "fold", "gate", "label"}  # in the positions: without an inner loop
+LINEAR = {"pack", "fold", "gate", "label", "cross-entropy", "divergence"}  # in the positions: without an inner loop
 
 
 @pytest.mark.parametrize("arch", MATRIX)

@@ -66,6 +66,12 @@ def opcheck_calls():
     yield REGISTERED.pseudo_label.default, (logits, None, 4, 6)
     yield REGISTERED.pseudo_label.default, (logits.half(), torch.rand(2, 9, 7) < 0.3, 9, 7)
 
+    wanted = torch.randn(2, 5, 4, 6, requires_grad=True)
+    classes, weight = torch.randint(5, (2, 9, 7)), torch.rand(2, 9, 7)
+    yield REGISTERED.pixel_loss.default, (wanted, classes, None, weight, True)
+    yield REGISTERED.pixel_loss.default, (wanted, None, logits, weight, True)
+    yield REGISTERED.pixel_loss.default, (logits.half(), classes.to(torch.uint8), None, weight.half(), False)
+
 
 CALLS = [op.name().removeprefix("corrmatch::") for op, _ in opcheck_calls()]
 
@@ -78,7 +84,7 @@ def test_opcheck(call):
     for case in cases(CALLS[call].removesuffix("_backward")):
         if case.device != "cpu" or not floating <= set(case.dtypes):
             continue
-        if CALLS[call].startswith("pixel_propagate") and case.name == "reference":
+        if CALLS[call].startswith("pixel_") and case.name == "reference":
             continue  # that oracle is not an op of its own
         if CALLS[call] == "pixel_propagate_backward":
             *_, saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
@@ -95,6 +101,11 @@ def test_gradient_that_was_not_announced_is_refused():
     out, *_ = REGISTERED.pixel_propagate(maps[0].detach(), *maps[1:], None, None, 0.5, False, False, "triton")
     out.sum().backward()
     assert maps[1].grad.isfinite().all()
+
+
+def test_opcheck_of_the_backward_of_losses():
+    arguments = (torch.tensor(0.3), torch.randn(2, 3, 4, 5), torch.float16)
+    assert set(opcheck(REGISTERED.pixel_loss_backward.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("index", [(2, 6), (2, 1)], ids=str)

@@ -46,6 +46,14 @@ def pseudo(logits=LOGITS, **options):
     return ops.pseudo_label(logits, **options)
 
 
+def entropy(logits=LOGITS, labels=LABELS % 3, **options):
+    return ops.cross_entropy(logits, labels, **options)
+
+
+def distance(logits=LOGITS, target=LOGITS + 1, **options):
+    return ops.divergence(logits, target, **options)
+
+
 def from_bool(masks):
     return RegionMasks.from_bool(masks)
 
@@ -175,11 +183,37 @@ WRONG = [
     (pseudo, {"ignore": torch.zeros(2, 4, 5)}, TypeError, "ignore: expected dtype bool, got float32"),
     (pseudo, {"ignore": FLAGS}, ValueError, "ignore: expected shape (2, 4, 5), got (2, 5, 6)"),
     (pseudo, {"ignore": FLAGS, "size": (6, 5)}, ValueError, "ignore: expected shape (2, 6, 5), got (2, 5, 6)"),
+    *[
+        case
+        for call in (entropy, distance)
+        for case in (
+            (call, {"logits": LABELS}, TypeError, "logits: expected dtype"),
+            (call, {"logits": LOGITS.flatten(2)}, ValueError, "logits: expected shape (B, channels, H, W)"),
+            (call, {"logits": LOGITS[:, :0]}, ValueError, "logits: expected at least one channel"),
+            (call, {"weight": FLAGS}, TypeError, f"weight: expected dtype {FLOATS}, got bool"),
+            (call, {"weight": 0.5}, TypeError, "weight: expected a tensor, got float"),
+            (call, {"weight": torch.rand(1, 5, 6)}, ValueError, "weight: expected shape (2, H, W), got (1, 5, 6)"),
+            (call, {"weight": torch.rand(2, 5)}, ValueError, "weight: expected shape (2, H, W), got (2, 5)"),
+            (call, {"weight": torch.rand(2, 0, 6)}, ValueError, "weight: expected shape (2, H, W), got (2, 0, 6)"),
+            (call, {"weight": torch.rand(2, 5, 6).requires_grad_()}, ValueError, "weight: it is given no gradient"),
+            (call, {"weight": META[:, 0]}, ValueError, "weight: expected a tensor on cpu as the others, got meta"),
+        )
+    ],
+    (entropy, {"weight": torch.rand(2, 6, 5)}, ValueError, "weight: expected shape (2, 5, 6) as labels, got (2, 6, 5)"),
+    (entropy, {"labels": LABELS.float()}, TypeError, f"labels: expected dtype {INTEGERS}, got float32"),
+    (entropy, {"labels": FLAGS}, TypeError, f"labels: expected dtype {INTEGERS}, got bool"),
+    (entropy, {"labels": LABELS[:1]}, ValueError, "labels: expected shape (2, H, W), got (1, 5, 6)"),
+    (entropy, {"labels": LABELS[0]}, ValueError, "labels: expected shape (2, H, W), got (5, 6)"),
+    (entropy, {"labels": LABELS + 3}, ValueError, "labels: expected values in [0, 2] where the weight is not 0, got "),
+    (distance, {"target": LOGITS[..., :4]}, ValueError, "target: expected shape (2, 3, 4, 5) as logits"),
+    (distance, {"target": LOGITS[:1]}, ValueError, "target: expected a batch of 2 as the others, got 1"),
+    (distance, {"target": LABELS}, TypeError, "target: expected dtype"),
+    (distance, {"target": LOGITS.clone().requires_grad_()}, ValueError, "target: it is given no gradient; detach it"),
     (from_bool, {"masks": LABELS[None]}, TypeError, "masks: expected a bool tensor, got torch.int64"),
     (from_bool, {"masks": FLAGS}, ValueError, "masks: expected shape (B, K, H, W), got (2, 5, 6)"),
     *[
         case
-        for call in (pixel, masks, region, parts, pseudo)
+        for call in (pixel, masks, region, parts, pseudo, entropy, distance)
         for case in (
             (call, {"backend": "gpu"}, ValueError, "backend: expected one of cuda, triton, cpu, reference, got 'gpu'"),
             (call, {"backend": 0}, TypeError, "backend: expected a name or None, got int"),
@@ -195,7 +229,7 @@ def test_refused(call, arguments, exception, message):
     assert type(caught.value) is exception
 
 
-@pytest.mark.parametrize("call", [pixel, rows, masks, region, parts, pseudo])
+@pytest.mark.parametrize("call", [pixel, rows, masks, region, parts, pseudo, entropy, distance])
 def test_not_refused(call):
     """What the table above varies is right."""
     assert call() is not None

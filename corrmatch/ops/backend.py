@@ -13,7 +13,9 @@ from corrmatch import _C
 from corrmatch.ops import cuda
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-ALL_OPS = frozenset({"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label"})
+ALL_OPS = frozenset(
+    {"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label", "pixel_loss"}
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _triton() -> Backend:
     return Backend(
         "triton",
         ("cpu",) if interpreted else ("cuda",),
-        frozenset({"pixel_propagate", "pseudo_label"}),
+        frozenset({"pixel_propagate", "pseudo_label", "pixel_loss"}),
         missing,
         detail="interpreted on the CPU; for checks" if interpreted else "",
         dtypes=HALF_AND_SINGLE,
@@ -139,11 +141,6 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
     if reason is not None:
         raise ValueError(f"backend: {backend!r} cannot serve {op}: {reason}")
     return backend
-
-
-def check_values(tensor: Tensor) -> bool:
-    """Whether values are to be checked: always on a CPU, elsewhere on request, for it synchronises with the host."""
-    return tensor.device.type == "cpu" or os.environ.get("CORRMATCH_CHECK") == "1"
 
 
 def threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Integral, Real
 from typing import Any
 
@@ -80,6 +81,22 @@ def real(name: str, x: Any) -> float:
     if not -math.inf < float(x) < math.inf:  # NaN included; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name}: expected a finite number, got {x}")
     return float(x)
+
+
+def values_wanted(x: Tensor) -> bool:
+    """Whether values are to be checked: always on a CPU, elsewhere on request, for it synchronises with the host."""
+    return x.device.type == "cpu" or os.environ.get("CORRMATCH_CHECK") == "1"
+
+
+def classes(labels: Tensor, counted: Tensor, num_classes: int, where: str) -> None:
+    """Labels in [0, num_classes) at the pixels that count, where values are to be checked."""
+    if not values_wanted(labels):
+        return
+    values = labels[counted]
+    low, high = (int(x) for x in values.aminmax()) if values.numel() > 0 else (0, 0)
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ValueError(f"labels: expected values in [0, {num_classes - 1}] {where}, got {wrong}")
 
 
 def scale(x: Any, query: Tensor) -> float:

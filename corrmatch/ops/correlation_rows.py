@@ -7,7 +7,6 @@ from torch import Tensor
 
 from corrmatch import reference
 from corrmatch.ops import checks
-from corrmatch.ops.backend import check_values
 from corrmatch.ops.registration import register
 
 
@@ -43,7 +42,7 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
 
 def check_index(index: Tensor, positions: int) -> None:
     """Raises ValueError for an index out of range, where values are checked."""
-    if index.numel() > 0 and check_values(index):
+    if index.numel() > 0 and checks.values_wanted(index):
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= positions:
             raise ValueError(f"index: expected values in [0, {positions - 1}], got {low if low < 0 else high}")

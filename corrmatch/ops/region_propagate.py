@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import check_values, choose, threads
+from corrmatch.ops.backend import choose, threads
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -80,8 +80,9 @@ def region_propagate_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Labels and reliability after propagation; packed is RegionMasks.packed."""
+    if backend != "cpu":  # the kernel for CPUs looks itself
+        checks.classes(labels, reliable if valid is None else reliable & valid, num_classes, "where reliable")
     if backend == "reference":
-        _check_labels(labels, reliable, valid, num_classes)
         masks = RegionMasks(packed, (labels.shape[1], labels.shape[2]))
         return reference.region_propagate(labels, reliable, masks, threshold, num_classes=num_classes, valid=valid)
     out_labels, out_reliable = _empty_results(labels)
@@ -92,21 +93,11 @@ def region_propagate_op(
         borrow(out_labels), borrow(out_reliable),
     )  # fmt: skip
     if backend == "cuda":
-        _check_labels(labels, reliable, valid, num_classes)
         scratch = cuda.KERNELS.region_propagate_scratch(borrow(labels), borrow(packed), num_classes)
         cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *arguments)
     else:
         _C.cpu.region_propagate(*arguments, threads())
     return out_labels, out_reliable
-
-
-def _check_labels(labels: Tensor, reliable: Tensor, valid: Tensor | None, num_classes: int) -> None:
-    counted = labels[reliable if valid is None else reliable & valid]
-    if counted.numel() > 0 and check_values(labels):
-        low, high = (int(x) for x in counted.aminmax())
-        if low < 0 or high >= num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"labels: expected values in [0, {num_classes - 1}] where reliable, got {wrong}")
 
 
 def _empty_results(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ r"""The loss of CorrMatch, term by term.
     L = \tfrac12 \left( \tfrac12 L_x + \tfrac12 L_{x,\mathrm{corr}} + \tfrac14 L_s + \tfrac14 L_{kl} + \tfrac14 L_{fp}
     + \tfrac14 L_{\mathrm{corr}} \right)
 
-Every function takes logits (B, C, H, W), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor.
+Every function takes logits (B, C, h, w), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor. The
+logits are enlarged to the labels (bilinearly, align_corners=True) in the loss itself, see `corrmatch.ops.cross_entropy`.
 Nothing here knows the network, and nothing waits for the device.
 
 Source: CorrMatch (CVPR 2024, arXiv 2306.04300).
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from corrmatch import ops
+
 IGNORE = 255  # label of a pixel that does not count
 WEIGHTS = {"x": 0.25, "x_corr": 0.25, "s": 0.125, "kl": 0.125, "fp": 0.125, "corr": 0.125}
 OHEM_PROBABILITY = 0.7
@@ -24,7 +27,7 @@ OHEM_PIXELS = 100_000
 
 
 class Outputs(NamedTuple):
-    """Logits (., C, H, W) of one step at the size of the pictures: B_x labelled and B_u unlabelled ones."""
+    """Logits (., C, h, w) of one step, of any size: B_x labelled and B_u unlabelled pictures."""
 
     labeled: Tensor
     labeled_propagated: Tensor  # along the correlation map
@@ -70,27 +73,26 @@ def supervised(logits: Tensor, truth: Tensor, *, ohem: bool = False) -> Tensor:
     """Mean cross-entropy over the pixels with a label; with `ohem` over the hard ones among them."""
     counted = truth != IGNORE
     if ohem:
-        counted &= hard(logits.detach(), truth)
+        counted &= hard(logits, truth)
     return pseudo_supervised(logits, truth, counted, counted)
 
 
 def hard(logits: Tensor, truth: Tensor) -> Tensor:
     """The OHEM_PIXELS pixels whose label is least probable, and all whose label is less probable than 0.7."""
-    index = truth.long().clamp(max=logits.shape[1] - 1).unsqueeze(1)
-    probability = logits.float().softmax(1).gather(1, index).squeeze(1)
-    probability = probability.masked_fill(truth == IGNORE, 1.0)
+    _, surprise = ops.cross_entropy(logits.detach(), truth, (truth != IGNORE).float())
+    probability = surprise.neg().exp()  # 1 where there is no label
     kth = probability.flatten().kthvalue(min(OHEM_PIXELS, probability.numel())).values
     return probability <= kth.clamp(min=OHEM_PROBABILITY)
 
 
 def pseudo_supervised(logits: Tensor, labels: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
     """Cross-entropy summed over the reliable pixels, over the number of pixels that count."""
-    return _WeightedCrossEntropy.apply(logits.float(), labels, _share(reliable, counted))
+    return ops.cross_entropy(logits, labels, _share(reliable, counted))[0]
 
 
 def consistency(strong: Tensor, weak: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
     """KL(softmax weak || softmax strong) summed over the reliable pixels, over the number of pixels that count."""
-    return _WeightedDivergence.apply(strong.float(), weak.float(), _share(reliable, counted))
+    return ops.divergence(strong, weak, _share(reliable, counted))[0]
 
 
 def correlation(strong: Tensor, weak: Tensor, targets: Targets) -> Tensor:
@@ -103,46 +105,4 @@ def correlation(strong: Tensor, weak: Tensor, targets: Targets) -> Tensor:
 
 def _share(reliable: Tensor, counted: Tensor) -> Tensor:
     """The weight of each pixel in a masked mean."""
-    return reliable.float() / counted.sum().clamp(min=1)
-
-
-class _WeightedCrossEntropy(torch.autograd.Function):
-    """Sum over pixels of weight * cross-entropy.
-
-    The gradient, weight * (softmax - one_hot), is made in the forward in place of the probabilities: a third of the
-    time and of the memory of log_softmax and nll_loss, which keep and fill one map of all classes after the other.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, labels, weight):
-        index = labels.long().clamp(max=logits.shape[1] - 1).unsqueeze(1)  # IGNORE has no weight
-        log_p = logits.log_softmax(1)
-        at = log_p.gather(1, index)
-        loss = (-at.squeeze(1) * weight).sum()
-        if ctx.needs_input_grad[0]:
-            grad = log_p.exp_().scatter_(1, index, at.expm1()).mul_(weight.unsqueeze(1))
-            ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None
-
-
-class _WeightedDivergence(torch.autograd.Function):
-    """Sum over pixels of weight * KL(softmax target || softmax logits); gradient weight * (softmax - target)."""
-
-    @staticmethod
-    def forward(ctx, logits, target, weight):
-        log_p, log_q = logits.log_softmax(1), target.log_softmax(1)
-        q = log_q.exp()
-        loss = (log_q.sub_(log_p).mul_(q).sum(1) * weight).sum()
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(log_p.exp_().sub_(q).mul_(weight.unsqueeze(1)))
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None
+    return reliable.float() / counted.count_nonzero().clamp(min=1)

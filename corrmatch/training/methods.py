@@ -65,8 +65,7 @@ class Supervised(Method):
     def forward(self, batch: Batch, generator: torch.Generator) -> Step:
         """Cross-entropy."""
         labeled = batch["labeled"]
-        logits = enlarge(self.model(labeled["image"]).logits, labeled["label"].shape[1:])
-        loss = losses.supervised(logits, labeled["label"], ohem=self.ohem)
+        loss = losses.supervised(self.model(labeled["image"]).logits, labeled["label"], ohem=self.ohem)
         return Step(loss, {"loss": loss.detach()})
 
 
@@ -93,20 +92,20 @@ class CorrMatch(Method):
             perturb=True, propagate=True, generator=generator, **self.regions,
         )  # fmt: skip
         strong = self.model(torch.where(box.unsqueeze(1), mix["strong"], unlabeled["strong"]), propagate=True)
-        outputs = losses.Outputs(*(enlarge(x, size) for x in (
+        outputs = losses.Outputs(
             weak.logits[:count], weak.propagated[:count], weak.logits[count:].detach(), weak.perturbed[count:],
             weak.propagated[count:], strong.logits, strong.propagated,
-        )))  # fmt: skip
+        )  # fmt: skip
         masks = RegionMasks(weak.masks.packed[count:], weak.masks.size)
         targets = make_targets(outputs.weak, pasted, unlabeled["ignore"], box, masks, self.theta, labeled["label"])
         parts = losses.terms(outputs, targets, ohem=self.ohem)
         loss = losses.total(parts)
-        counted = targets.counted.sum().clamp(min=1)
+        counted = targets.counted.count_nonzero().clamp(min=1)
         return Step(loss, {name: part.detach() for name, part in parts.items()} | {
             "loss": loss.detach(),
             "threshold": self.theta.threshold.clone(),
-            "reliable": targets.reliable_before.sum() / counted,
-            "reliable_after": targets.reliable.sum() / counted,
+            "reliable": targets.reliable_before.count_nonzero() / counted,
+            "reliable_after": targets.reliable.count_nonzero() / counted,
             "mask_area": RegionMasks(masks.packed[:1], masks.size).area().float().mean() / box[0].numel(),
         })  # fmt: skip
 

@@ -34,7 +34,7 @@ def make_targets(
     """Targets of the losses; moves the threshold `theta`.
 
     Args:
-        weak_logits: (B, C, H, W) of the unlabelled pictures.
+        weak_logits: (B, C, h, w) of the unlabelled pictures.
         mix: Of the pictures that CutMix pastes.
         ignore: bool (B, H, W), padding of the unlabelled pictures.
         box: bool (B, H, W), where CutMix pastes.
@@ -42,7 +42,9 @@ def make_targets(
         theta: The dynamic threshold; sees the weak logits where the *mixed* picture is not padding, as published.
         truth: (B_x, H, W), labels of the labelled pictures, passed on.
     """
-    labels, confidence, class_peak = ops.pseudo_label(weak_logits, ignore=torch.where(box, mix.ignore, ignore))
+    labels, confidence, class_peak = ops.pseudo_label(
+        weak_logits, size=(box.shape[1], box.shape[2]), ignore=torch.where(box, mix.ignore, ignore)
+    )
     weak = PseudoLabels(labels, confidence, ignore)
     mixed = cut_mix(box, mix, weak)
     threshold = theta.update(class_peak)

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "bilinear.hpp"
@@ -21,13 +20,6 @@ struct Extrema {
   T largest = -std::numeric_limits<T>::infinity();
   Pixel peak{0, 0};  // the first in raster order that has the largest value
 };
-
-template <class T>
-Vec<T> load_unaligned(const T* p) {
-  Vec<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // Extrema of `count` values; a last incomplete vector counts in full.
 template <class T>

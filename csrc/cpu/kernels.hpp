@@ -44,6 +44,13 @@ struct CpuKernels {
   // logits (B, C, h, w); labels int64 (B, H, W), confidence float32 (B, H, W), class_peak float32 (C). ignore: bool
   // (B, H, W), optional. Logits are enlarged bilinearly (align_corners) where (H, W) differs from (h, w).
   void (*pseudo_label)(Tensor logits, Tensor ignore, Tensor labels, Tensor confidence, Tensor class_peak, int threads);
+
+  // logits (B, C, h, w), enlarged as above to the pixels of weight (B, H, W), any floating dtype. Either labels, any
+  // integer dtype (B, H, W): cross-entropy; or target, floating (B, C, h, w), enlarged as well: divergence of the
+  // softmax of logits from that of target. pixels (B, H, W) and loss, one number, float32 or float64: weight times the
+  // loss of each pixel, and their sum. grad (B, C, h, w), optional: the gradient of the sum.
+  void (*pixel_loss)(Tensor logits, Tensor labels, Tensor target, Tensor weight, Tensor pixels, Tensor loss,
+                     Tensor grad, int threads);
 };
 
 // The table in use: the widest that this processor runs, unless another was selected.

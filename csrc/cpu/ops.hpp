@@ -15,5 +15,7 @@ void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor thre
                       int64_t num_classes, Tensor out_labels, Tensor out_reliable, int threads);
 void connected_components(Tensor image, int connectivity, int64_t background, Tensor out, int threads);
 void pseudo_label(Tensor logits, Tensor ignore, Tensor labels, Tensor confidence, Tensor class_peak, int threads);
+void pixel_loss(Tensor logits, Tensor labels, Tensor target, Tensor weight, Tensor pixels, Tensor loss, Tensor grad,
+                int threads);
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -4,28 +4,14 @@
 #include <limits>
 #include <vector>
 
-#include "bilinear.hpp"
 #include "ops.hpp"
 #include "parallel.hpp"
-#include "planes.hpp"
+#include "rows.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
 inline constexpr int64_t kRowsPerTask = 8;
-
-// Row y of all channels of a picture as a (channels, pitch) array; the last column is repeated up to the pitch.
-template <class T>
-void read_row(const Tensor& logits, int64_t b, int64_t y, int64_t pitch, T* out) {
-  Tensor row = logits;
-  row.size[2] = 1;
-  for (int64_t c = 0; c < logits.size[1]; ++c) {
-    visit_floating(logits.dtype, [&](auto zero) { row.data = logits.at<decltype(zero)>(b, c, y); });
-    T* channel = out + c * pitch;
-    read_plane(row, 0, 0, channel);
-    std::fill(channel + logits.size[3], channel + pitch, channel[logits.size[3] - 1]);
-  }
-}
 
 // `peak` if it is at least x; a NaN on either side stays.
 inline void raise(float& peak, float x) { peak = x > peak || x != x ? x : peak; }
@@ -90,22 +76,17 @@ template <class T>
 class Labeller {
  public:
   Labeller(const Tensor& logits, const Axis<T>& y, const Columns<T>& columns, int64_t width)
-      : logits_(logits),
-        resize_(columns.sampling() != Sampling::copy),
+      : classes_(int(logits.size[1])),
         width_(width),
-        y_(y),
         columns_(columns),
-        pitch_((logits.size[3] / 16 + 2) * 16),
-        upper_(logits.size[1] * pitch_),
-        lower_(resize_ ? logits.size[1] * pitch_ : 0),
-        line_(resize_ ? logits.size[1] * pitch_ : 0),
+        rows_(logits, y, columns.sampling() != Sampling::copy),
         values_(logits.size[1] * kLanes<T>),
         labels_(width + kLanes<T>),
         confidences_(width + kLanes<T>) {}
 
   // Labels and confidences of picture row y, `width` of each.
   void row(int64_t b, int64_t y) {
-    const T* source = resize_ ? enlarge_vertically(b, y) : load_source(b, y);
+    const T* source = rows_.at(b, y);
     switch (columns_.sampling()) {
       case Sampling::copy:
         return label_row<Sampling::copy>(source);
@@ -119,45 +100,23 @@ class Labeller {
   const float* confidences() const { return confidences_; }
 
  private:
-  const T* load_source(int64_t b, int64_t y) {
-    read_row<T>(logits_, b, y, pitch_, upper_);
-    return upper_;
-  }
-
-  const T* enlarge_vertically(int64_t b, int64_t y) {
-    const int64_t low = y_.low()[y];
-    if (b != loaded_picture_ || low != loaded_row_) {
-      read_row<T>(logits_, b, low, pitch_, upper_);
-      read_row<T>(logits_, b, y_.high(y), pitch_, lower_);
-      loaded_picture_ = b;
-      loaded_row_ = low;
-    }
-    const T weight = y_.weight()[y];
-    const T *upper = upper_, *lower = lower_;
-    T* line = line_;
-    for (int64_t i = 0; i < logits_.size[1] * pitch_; i += kLanes<T>)
-      store(line + i, lerp(load(upper + i), load(lower + i), weight));
-    return line_;
-  }
-
   static Vec<T> exponential(Vec<T> x) { return exp2<true>(x * kLog2e<T>); }
 
   template <Sampling S>
   void label_row(const T* source) {
-    const int channels = int(logits_.size[1]);
     for (int64_t x = 0; x < width_; x += kLanes<T>) {
       Vec<T> largest = columns_.template at<S>(source, x), sum{};
       Int<T> label{};
       store<T>(values_, largest);
-      for (int c = 1; c < channels; ++c) {
-        const Vec<T> value = columns_.template at<S>(source + c * pitch_, x);
+      for (int c = 1; c < classes_; ++c) {
+        const Vec<T> value = columns_.template at<S>(source + c * rows_.pitch(), x);
         store<T>(values_ + c * kLanes<T>, value);
         // A NaN is larger than all but an earlier NaN.
         const Int<T> better = ~(value <= largest) & (largest == largest);
         largest = better ? value : largest;
         label = better ? Int<T>{} + c : label;
       }
-      for (int c = 0; c < channels; ++c) sum += exponential(load<T>(values_ + c * kLanes<T>) - largest);
+      for (int c = 0; c < classes_; ++c) sum += exponential(load<T>(values_ + c * kLanes<T>) - largest);
       // Not 1 / sum: so rounding in the exponential of 0 cancels, and certainty is exactly 1.
       const Vec<T> confidence = exponential(largest - largest) / sum;
       for (int i = 0; i < kLanes<T>; ++i) {
@@ -167,18 +126,13 @@ class Labeller {
     }
   }
 
-  const Tensor logits_;
-  const bool resize_;
+  const int classes_;
   const int64_t width_;
-  const Axis<T>& y_;
   const Columns<T>& columns_;
-  const int64_t pitch_;
-  Buffer<T> upper_, lower_;  // (channels, pitch): the source rows around the current one
-  Buffer<T> line_;           // their mixture
-  Buffer<T> values_;         // (channels, lanes)
+  Rows<T> rows_;
+  Buffer<T> values_;  // (classes, lanes)
   Buffer<int64_t> labels_;
   Buffer<float> confidences_;
-  int64_t loaded_picture_ = -1, loaded_row_ = -1;
 };
 
 template <class T>

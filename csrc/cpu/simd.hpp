@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace corrmatch::CORRMATCH_ISA {
@@ -48,6 +49,16 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class T>
+inline Vec<T> load_unaligned(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_unaligned(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
 }
 template <class T>
 inline Vec<T> splat(T x) {
@@ -131,6 +142,21 @@ inline Vec<double> exp2(Vec<double> x) {
   p = p * f + 9.999999999999999971e-1;
   const Int<double> power = (reinterpret_cast<Int<double>>(shifted) << 52) + (int64_t(1023) << 52);
   return p * reinterpret_cast<Vec<double>>(power);
+}
+
+// Natural logarithm of normal numbers: x = 2^n m with m around 1, and log m = 2 artanh((m - 1) / (m + 1)). NaN stays
+// NaN.
+template <class T>
+inline Vec<T> log(Vec<T> x) {
+  constexpr int mantissa = sizeof(T) == 4 ? 23 : 52, terms = sizeof(T) == 4 ? 5 : 12;
+  const Int<T> bits = reinterpret_cast<Int<T>>(x);
+  const Int<T> n = (bits - reinterpret_cast<Int<T>>(splat(T(0.70710678118654752440)))) >> mantissa;
+  const Vec<T> m = reinterpret_cast<Vec<T>>(bits - (n << mantissa));  // sqrt(1/2) to sqrt(2)
+  const Vec<T> s = (m - 1) / (m + 1), z = s * s;
+  Vec<T> series = splat(T(1) / (2 * terms - 1));
+  for (int i = terms - 2; i >= 0; --i) series = series * z + T(1) / (2 * i + 1);
+  const Vec<T> result = __builtin_convertvector(n, Vec<T>) * T(0.69314718055994530942) + 2 * s * series;
+  return x == x ? result : x;
 }
 
 }  // namespace corrmatch::CORRMATCH_ISA

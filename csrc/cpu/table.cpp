@@ -16,6 +16,7 @@ const CpuKernels kernels = {
     region_propagate,
     connected_components,
     pseudo_label,
+    pixel_loss,
 };
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -1,0 +1,182 @@
+"""Losses at every pixel of logits on a smaller grid: cross-entropy and divergence, enlargement included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corrmatch import _C, reference
+from corrmatch.ops import checks
+from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.borrowing import borrow
+from corrmatch.ops.registration import register
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Weighted cross-entropy of logits that are enlarged to the labels, never stored at that size.
+
+    .. math::
+        L = \sum_p w_p \left( -\log \operatorname{softmax}(\hat x_p)_{y_p} \right), \qquad
+        \hat x = \text{logits, enlarged bilinearly (align\_corners=True)}
+
+    The weights say what counts: 0 where a pixel is to be ignored, its share of a mean elsewhere. Where a weight is 0,
+    logits and label may be anything, infinite or 255. The gradient is made along with the loss, on the grid of the logits:
+    neither enlarged logits nor their softmax are ever stored.
+
+    Args:
+        logits: (B, C, h, w); float16, bfloat16, float32, or float64 on a CPU; any strides.
+        labels: Integer (B, H, W), in [0, C) where the weight is not 0. Where (H, W) is (h, w) nothing is enlarged.
+        weight: Floating (B, H, W), without a gradient; 1 everywhere if None.
+        backend: "cpu", "triton", "reference", or None for the best available.
+
+    Returns:
+        loss: 0-d, the sum L; float32 (float64 for float64 logits), as everything is computed.
+        pixels: (B, H, W) in the same dtype, the terms of the sum. Without a gradient.
+
+    Gradients flow to the logits: sum over the pixels around a grid point of w (softmax - one_hot) times the weight of the
+    enlargement. They are the same from run to run. Second derivatives raise RuntimeError.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device, backend or label (on a CPU, or with
+            CORRMATCH_CHECK=1); the message names the argument.
+
+    Source: the supervised and pseudo-supervised losses of CorrMatch (CVPR 2024, arXiv 2306.04300).
+    """
+    checks.feature_map("logits", logits, flat=False)
+    _check_pixels("labels", labels, checks.INTEGER, logits)
+    if weight is None:
+        weight = _ones(logits, labels.shape)
+    _check_pixels("weight", weight, checks.FLOATING, logits)
+    if weight.shape != labels.shape:
+        raise ValueError(f"weight: expected shape {tuple(labels.shape)} as labels, got {tuple(weight.shape)}")
+    backend = choose("pixel_loss", backend, logits)
+    if backend != "cpu":  # the kernel for CPUs looks itself
+        checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
+    if backend == "reference":
+        return reference.cross_entropy(logits, labels, weight)
+    return _fused(logits, labels, None, weight, backend)
+
+
+def divergence(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Weighted divergence of the softmax of logits from that of a target, both enlarged to the weights.
+
+    .. math::
+        L = \sum_p w_p \sum_c q_{cp} \log \frac{q_{cp}}{p_{cp}}, \qquad
+        p = \operatorname{softmax}(\hat x), \quad q = \operatorname{softmax}(\hat t), \quad 0 \log 0 = 0
+
+    Args:
+        logits: (B, C, h, w), as for `cross_entropy`.
+        target: (B, C, h, w), logits of the distribution to approach; without a gradient.
+        weight: Floating (B, H, W), without a gradient: both are enlarged bilinearly (align_corners=True) to (H, W).
+            If None, 1 everywhere on the grid of the logits.
+        backend: "cpu", "triton", "reference", or None for the best available.
+
+    Returns:
+        loss and pixels, as those of `cross_entropy`. Gradients flow to the logits: w (p - q), spread over the grid.
+
+    Raises:
+        TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
+
+    Source: the consistency loss of CorrMatch (CVPR 2024, arXiv 2306.04300).
+    """
+    checks.feature_map("logits", logits, flat=False)
+    checks.feature_map("target", target, logits, flat=False)
+    if target.shape != logits.shape:
+        raise ValueError(f"target: expected shape {tuple(logits.shape)} as logits, got {tuple(target.shape)}")
+    if target.requires_grad:
+        raise ValueError("target: it is given no gradient; detach it")
+    if weight is None:
+        weight = _ones(logits, logits[:, 0].shape)
+    _check_pixels("weight", weight, checks.FLOATING, logits)
+    backend = choose("pixel_loss", backend, logits, target)
+    if backend == "reference":
+        return reference.divergence(logits, target, weight)
+    return _fused(logits, None, target, weight, backend)
+
+
+def _check_pixels(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], logits: Tensor) -> None:
+    checks.tensor(name, x, dtypes, logits)
+    if x.dim() != 3 or x.shape[0] != logits.shape[0] or 0 in x.shape[1:]:
+        raise ValueError(f"{name}: expected shape ({logits.shape[0]}, H, W), got {tuple(x.shape)}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: it is given no gradient; detach it")
+
+
+def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
+    return torch.ones(shape, dtype=reference.accumulation_dtype(logits), device=logits.device)
+
+
+def _fused(
+    logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.is_grad_enabled() and logits.requires_grad
+    loss, pixels, _ = torch.ops.corrmatch.pixel_loss(logits, labels, target, weight, gradient, backend)
+    return loss, pixels.detach()
+
+
+def pixel_loss_op(
+    logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, gradient: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its pixels and, where `gradient`, the gradient of the loss (B, C, h, w), all in the accumulation dtype.
+
+    The cross-entropy of labels, or the divergence from a target. The gradient is not narrowed: a loss scale may come.
+    """
+    loss, pixels, grad = _empty_results(logits, weight, gradient)
+    if pixels.numel() == 0:
+        return loss.zero_(), pixels, grad
+    if backend == "triton":
+        from corrmatch.kernels import pixel_loss as kernels
+
+        kernels.loss(logits, labels, target, weight, loss, pixels, grad if gradient else None)
+        return loss, pixels, grad
+    _C.cpu.pixel_loss(
+        borrow(logits), borrow(labels), borrow(target), borrow(weight), borrow(pixels), borrow(loss),
+        borrow(grad) if gradient else None, threads(),
+    )  # fmt: skip
+    return loss, pixels, grad
+
+
+def _empty_results(logits: Tensor, weight: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(logits)
+    return (
+        torch.empty((), dtype=dtype, device=logits.device),
+        torch.empty(weight.shape, dtype=dtype, device=logits.device),
+        torch.empty(logits.shape if gradient else (0,), dtype=dtype, device=logits.device),
+    )
+
+
+def _fake(logits, labels, target, weight, gradient, backend):
+    return _empty_results(logits, weight, gradient)
+
+
+def pixel_loss_backward_op(grad_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The saved gradient times that of the loss, in the dtype of the logits."""
+    return (grad * grad_loss).to(dtype)
+
+
+def _fake_backward(grad_loss, grad, dtype):
+    return torch.empty_like(grad, dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    logits, _, _, _, ctx.gradient, _ = inputs
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(output[2])
+
+
+def _backward(ctx, grad_loss, *_):
+    if not ctx.gradient:
+        raise RuntimeError("logits: a gradient is asked for, but the op was called with gradient=False")
+    return torch.ops.corrmatch.pixel_loss_backward(grad_loss, *ctx.saved_tensors, ctx.dtype), *[None] * 5
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("pixel_loss has no second derivatives; backend='reference' has them")
+
+
+register("pixel_loss", pixel_loss_op, fake=_fake, save=_save, backward=_backward)
+register("pixel_loss_backward", pixel_loss_backward_op, fake=_fake_backward, backward=_refuse)
