@@ -22,6 +22,9 @@ if not torch.cuda.is_available():  # the kernels run here as well; corrmatch rea
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
+torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
+
 from backends import cases
 from samples import SAMPLES
 
