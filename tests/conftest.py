@@ -23,12 +23,13 @@ if not torch.cuda.is_available():  # the kernels run here as well; corrmatch rea
     os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
-torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 
 from backends import cases
 from samples import SAMPLES
 
 from corrmatch import _C
+
+torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 
 hypothesis.settings.register_profile(
     "corrmatch",
