@@ -26,6 +26,9 @@ not timed, and the exit code is 1. Contenders are timed in turns within a time b
         times             (if ok) for forward and, where it has them, backward and both, on a GPU also forward_graph
                           and both_graph (replays of a CUDA graph): median, spread (half the interquartile range
                           over the median), rounds, seconds (of every round)
+        floor_shares      (if ok) for the timed passes that exponentials bound: the least time that those take, at
+                          exponentials_a_second, over the median; empty where that is unknown
+        no_graph          (where no CUDA graph could be captured) the error
 """
 
 from __future__ import annotations
