@@ -32,8 +32,8 @@ def record(date="2027-01-02T03:04:05+00:00", device_type="cuda", **rest):
         row("published, compiled", {}, status="failed"),
     ]
     components = [
-        case("connected_components", size, [row("corrmatch", {"forward": t}, ours=True), row("OpenCV", {"forward": u})],
-             f"{kind}, 8-connectivity")
+        case("connected_components", size, [row("corrmatch", {"forward": 9.0, "forward_graph": t}, ours=True),
+             row("OpenCV", {"forward": u})], f"{kind}, 8-connectivity")
         for size, kind, t, u in (("9x9", "blobs", 1e-3, 2e-3), ("17x17", "noise", 2.5e-3, 0.1))
     ]  # fmt: skip
     found = {"environment": environment, "cases": [case("pixel_propagate", "9x9, B = 8", propagate), *components]}
