@@ -86,11 +86,11 @@ def block(result: dict[str, Any]) -> str:
             if "forward_graph" in row["times"]:
                 lines.append(_times("    in a CUDA graph", row, timed, [f"{p}_graph" for p in passes_of(result["op"])]))
             elif "no_graph" in row:
-                lines.append(textwrap.shorten(f"    no CUDA graph: {row['no_graph']}", WIDTH))
+                lines.append(f"    no CUDA graph: {row['no_graph']}"[:WIDTH])
         elif row["status"] == "wrong":
             lines.append(f"! {name}   WRONG, not timed: error {row['error']:.1e}, bound {result['tolerance']:.0e}")
         elif row["status"] == "failed":
-            lines.append(textwrap.shorten(f"! {name}   FAILED, not timed: {row['reason']}", WIDTH))
+            lines.append(f"! {name}   FAILED, not timed: {row['reason']}"[:WIDTH])
         elif row["status"] == "not installed":
             lines.append(f"  {name}   not installed")
     lines += [floor_line(row) for row in timed if row["ours"]]
