@@ -6,22 +6,29 @@ not timed, and the exit code is 1. Contenders are timed in turns within a time b
 `--json FILE` writes an object:
     environment   date, device, device_type, threads, load and load_after (average number of running
                   processes in the minute before start and end, null where unknown), backends {name: detail},
-                  corrmatch, commit (null outside a checkout), torch, cuda, python, platform,
-                  exponentials_a_second (of a GPU at its highest clock, else null)
+                  variables (of the environment: CORRMATCH_*, TRITON_*), corrmatch, commit (null outside a
+                  checkout), torch, triton, numpy, cuda, python, platform; and, null on a CPU, gpu {driver,
+                  capability, multiprocessors, memory_bytes}, clocks and clocks_after {sm_mhz, sm_max_mhz,
+                  memory_mhz, memory_max_mhz, power_w, power_limit_w, celsius}, exponentials_a_second (at its
+                  highest clock)
     command       the arguments
     seconds       duration of the whole run
-    failures      number of contenders that disagree with the oracle and of cases that could not be checked
+    failures      number of contenders that failed or disagree with the oracle and of cases that could not be checked
     cases         a list; each has op, size, workload, positions (N), batch, dtype, elements (in one call), unit (of
                   elements), tolerance (of error), exponentials (the least that forward and both compute, where
                   that bounds them) and contenders, a list of
         name, ours, family (variants of which only the fastest is timed, or null)
-        status            "ok", "wrong", "not installed" or "slower variant"
-        error             (unless not installed) largest relative Frobenius norm among result and gradients or, where
-                          results are discrete, share of pixels that differ
+        status            "ok", "wrong", "failed" (it raised an error), "not installed" or "slower variant"
+        reason            (if failed) the error
+        error             (unless failed or not installed) largest relative Frobenius norm among result and gradients
+                          or, where results are discrete, share of pixels that differ
         peak_extra_bytes  (if ok) forward and, where it has a backward, both; null where unknown
         times             (if ok) for forward and, where it has them, backward and both, on a GPU also forward_graph
                           and both_graph (replays of a CUDA graph): median, spread (half the interquartile range
                           over the median), rounds, seconds (of every round)
+        floor_shares      (if ok) for the timed passes that exponentials bound: the least time that those take, at
+                          exponentials_a_second, over the median; empty where that is unknown
+        no_graph          (where no CUDA graph could be captured) the error
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import machine
 import measure
 import plot
 import report
@@ -67,7 +75,11 @@ def measure_case(case: workload.Case, seconds: float, device: str) -> dict[str, 
         if contender.leaves:
             row["peak_extra_bytes"]["both"] = measure.peak_extra_bytes(contender.both, device)
         if device == "cuda" and not contender.on_host:
-            contender.capture()
+            try:
+                contender.capture()
+            except RuntimeError as error:  # a peer may do what a graph cannot hold
+                contender.graphs.clear()
+                row["no_graph"] = first_line(error)
     if racing:
         samples = measure.race([contender for contender, _ in racing], seconds, device)
         for (_, row), times in zip(racing, samples, strict=True):
@@ -88,7 +100,11 @@ def verify(case: workload.Case, device: str) -> list[dict[str, Any]]:
             row["status"] = contender.missing
             continue
         start = measure.now(device)
-        answer = contender.both() if contender.answer is None else contender.answer()
+        try:
+            answer = contender.both() if contender.answer is None else contender.answer()
+        except RuntimeError as error:  # out of memory, or no code for this device; the others can still be measured
+            row |= {"status": "failed", "reason": first_line(error)}
+            continue
         trial = measure.now(device) - start
         row["error"] = case.error(answer, expected)
         del answer
@@ -105,6 +121,11 @@ def verify(case: workload.Case, device: str) -> list[dict[str, Any]]:
         if best is None or trial < best[0]:
             fastest[contender.family] = (trial, row)
     return rows
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def chosen_cases(options: argparse.Namespace) -> list[tuple[str, workload.Setting]]:
@@ -175,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         plot.require(options.ops)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    environment = measure.environment(options.device)
+    environment = machine.environment(options.device)
     print(report.header(environment, options), flush=True)
     chosen, results, failures = chosen_cases(options), [], 0
     total = sum(SHARE[op] for op, _ in chosen)
@@ -191,10 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             result = measure_case(case, options.budget * case.share * SHARE[op] / total, options.device)
             result["dtype"] = options.dtype
-            print(report.block(result, environment["exponentials_a_second"]), flush=True)
-            failures += sum(row["status"] == "wrong" for row in result["contenders"])
+            report.add_floor_shares(result, environment["exponentials_a_second"])
+            print(report.block(result), flush=True)
+            failures += sum(row["status"] in ("wrong", "failed") for row in result["contenders"])
             results.append(result)
-    elapsed, environment["load_after"] = time.perf_counter() - start, measure.load()
+    elapsed, environment["load_after"] = time.perf_counter() - start, machine.load()
+    environment["clocks_after"] = machine.clocks(options.device)
     print(report.footer(results, failures, elapsed, environment, options))
     if options.json is not None:
         command = list(sys.argv[1:] if arguments is None else arguments)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine
 import measure
 import report
 import torch
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    environment = measure.environment(options.device)
+    environment = machine.environment(options.device)
     print(f"corrmatch {environment['corrmatch']}, commit {environment['commit']}, torch {environment['torch']}")
     print(f"{environment['device']}, {report.threads(environment)}, {environment['platform']}, {environment['date']}")
     pictures = f"{options.batch} + {options.batch} pictures of {options.crop} x {options.crop}"
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"\n{'part':<9}{'contender':<26}{'ms':>9}{'spread':>8}{'per s':>8}{'ratio':>8}{'peak extra MiB':>16}")
     parts = {part: measure_part(part, runs, options) for part, runs in contenders(setting).items()}
-    environment["load_after"] = measure.load()
+    environment |= {"load_after": machine.load(), "clocks_after": machine.clocks(options.device)}
     print("\nratio: time as a multiple of corrmatch's. peak: memory in use above the level before, during one call.")
     if options.json is not None:
         command = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,14 +1,10 @@
-"""How things are measured: interleaved timing, peak memory, and the environment they were measured in."""
+"""How things are measured: interleaved timing and peak memory."""
 
 from __future__ import annotations
 
 import ctypes
-import datetime
-import os
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,14 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import corrmatch
-
 LEAST_ROUNDS = 5  # for corrmatch and for every peer that is not far behind
 LEAST_ROUNDS_SLOW = 2  # for a contender that takes more than SLOW times as long as the fastest
 SLOW = 4.0
 MOST_ROUNDS = 300
 REPLAYS = 5  # of a CUDA graph in one sample
-EXP2_A_CLOCK = 16  # of one multiprocessor, on every architecture since sm_70
 
 
 @dataclass
@@ -207,74 +200,10 @@ def _resident_bytes(field: str) -> int:
 def available_bytes(device: str) -> int | None:
     """Memory that can still be had; None where unknown."""
     if device == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
-        "device_type": device,
-        "threads": torch.get_num_threads(),
-        "load": load(),
-        "backends": {b.name: b.detail for b in corrmatch.backends().values() if b.available},
-        "corrmatch": corrmatch.__version__,
-        "commit": _commit(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "exponentials_a_second": exponentials_a_second(device),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def exponentials_a_second(device: str) -> float | None:
-    """What the GPU's special function units reach at their highest clock; None on a CPU or where that is unknown."""
-    if device != "cuda" or shutil.which("nvidia-smi") is None:
-        return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    command = [
-        "nvidia-smi",
-        f"--id=GPU-{properties.uuid}",
-        "--query-gpu=clocks.max.sm",
-        "--format=csv,noheader,nounits",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not done.stdout.strip().isdecimal():
-        return None
-    return EXP2_A_CLOCK * properties.multi_processor_count * 1e6 * int(done.stdout)
-
-
-def load() -> float | None:
-    """Processes that ran or wanted to, on average over the last minute; None where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this file lies in, and whether files differ from it; None outside a checkout."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return commit if commit is None or not changed else f"{commit}, modified"

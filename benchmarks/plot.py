@@ -12,6 +12,7 @@ COLORS = {
     "corrmatch": "#c1121f",
     "row-chunked": "#1d6fa5",
     "attention composition": "#6a994e",
+    "FlexAttention composition": "#6a994e",
     "published eager": "#444444",
     "published, compiled": "#8d5fb8",
 }

@@ -75,7 +75,7 @@ def op_header(op: str) -> str:
     return "\n".join([f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
 
 
-def block(result: dict[str, Any], exponentials_a_second: float | None) -> str:
+def block(result: dict[str, Any]) -> str:
     """One row for each contender of a case, and one for its CUDA graphs."""
     lines = [f"{result['size']} ({result['workload']}; {_si(result['elements'])} {result['unit']})"]
     timed = [row for row in result["contenders"] if row["status"] == "ok"]
@@ -85,23 +85,36 @@ def block(result: dict[str, Any], exponentials_a_second: float | None) -> str:
             lines.append(_row(row, timed, passes_of(result["op"]), result["elements"]))
             if "forward_graph" in row["times"]:
                 lines.append(_times("    in a CUDA graph", row, timed, [f"{p}_graph" for p in passes_of(result["op"])]))
+            elif "no_graph" in row:
+                lines.append(f"    no CUDA graph: {row['no_graph']}"[:WIDTH])
         elif row["status"] == "wrong":
             lines.append(f"! {name}   WRONG, not timed: error {row['error']:.1e}, bound {result['tolerance']:.0e}")
+        elif row["status"] == "failed":
+            lines.append(f"! {name}   FAILED, not timed: {row['reason']}"[:WIDTH])
         elif row["status"] == "not installed":
             lines.append(f"  {name}   not installed")
-    if exponentials_a_second is not None:
-        lines += [exp_floor(row, result["exponentials"], exponentials_a_second) for row in timed if row["ours"]]
+    lines += [floor_line(row) for row in timed if row["ours"]]
     return "\n".join([*(line for line in lines if line), ""])
 
 
-def exp_floor(row: dict[str, Any], exponentials: dict[str, int], a_second: float) -> str:
-    """Least time that the exponentials take, as a share of the time taken."""
-    shares = []
-    for name, count in exponentials.items():
-        for timed in (name, f"{name}_graph"):
-            if timed in row["times"]:
-                share = count / a_second / row["times"][timed]["median"]
-                shares.append(f"{PASSES[name]}{' in a graph' if timed != name else ''} {100 * share:.0f} %")
+def add_floor_shares(result: dict[str, Any], exponentials_a_second: float | None) -> None:
+    """Gives every timed contender the least time that the exponentials take as a share of the time taken."""
+    for row in result["contenders"]:
+        if row["status"] == "ok":
+            row["floor_shares"] = {
+                timed: count / exponentials_a_second / row["times"][timed]["median"]
+                for name, count in result["exponentials"].items()
+                for timed in (name, f"{name}_graph")
+                if exponentials_a_second is not None and timed in row["times"]
+            }
+
+
+def floor_line(row: dict[str, Any]) -> str:
+    """Shares of the exp floor, for people."""
+    shares = [
+        f"{PASSES[name.removesuffix('_graph')]}{' in a graph' if name.endswith('_graph') else ''} {100 * share:.0f} %"
+        for name, share in row["floor_shares"].items()
+    ]
     return f"    share of the exp floor: {', '.join(shares)}" if shares else ""
 
 
@@ -156,14 +169,16 @@ def footer(
     after = environment["load_after"]
     if after is not None and after > environment["threads"] + 0.7:
         notes.append(f"Load {after:.1f} at the end: other processes ran meanwhile, and {UNCERTAIN}")
-    verdict = "All agree with the oracle." if failures == 0 else f"{failures} FAILED: wrong, or without an oracle."
+    verdict = (
+        "All agree with the oracle." if failures == 0 else f"{failures} FAILED: an error, wrong, or without an oracle."
+    )
     notes.append(f"{verdict} {elapsed:.0f} s in all.")
     return "\n".join(textwrap.fill(note, WIDTH) for note in notes)
 
 
 def _milliseconds(seconds: float) -> str:
     ms = 1e3 * seconds
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
 
 
 def _mebibytes(count: int | None) -> str:

@@ -22,10 +22,14 @@ if not torch.cuda.is_available():  # the kernels run here as well; corrmatch rea
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
+
 from backends import cases
 from samples import SAMPLES
 
 from corrmatch import _C
+
+torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 
 hypothesis.settings.register_profile(
     "corrmatch",

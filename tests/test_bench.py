@@ -110,6 +110,23 @@ def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one
     assert "2 FAILED" in printed
 
 
+def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path, capsys, one_thread):
+    def refuses(query, key, value):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(peers, "published", refuses)
+    code, record = run(tmp_path, "--ops", "pixel_propagate")
+    assert code == 1
+    assert record["failures"] == len(record["cases"]) == 2
+    for case in record["cases"]:
+        rows = {row["name"]: row for row in case["contenders"]}
+        failed = rows.pop("published eager")
+        assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: CUDA out of memory.")
+        assert "times" not in failed
+        assert {row["status"] for row in rows.values()} == {"ok", "slower variant"}
+    assert capsys.readouterr().out.count("FAILED, not timed: OutOfMemoryError: CUDA out of memory.") == 2
+
+
 def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one_thread):
     monkeypatch.setattr(cases.ops, "connected_components", lambda image: torch.zeros_like(image, dtype=torch.int32))
     code, record = run(tmp_path, "--ops", "connected_components")
@@ -215,7 +232,9 @@ def test_a_graph_has_a_row_and_the_floor_a_line():
         r["peak_extra_bytes"] = {"forward": 0, "both": 0}
     result = {"op": "pixel_propagate", "size": "9x9", "workload": "", "elements": 1, "unit": ""}
     result |= {"contenders": [row, peer], "exponentials": {"forward": 10**6, "both": 2 * 10**6}}
-    lines = report.block(result, 2e9).splitlines()
+    report.add_floor_shares(result, 2e9)
+    assert peer["floor_shares"] == {"forward": 0.25, "forward_graph": pytest.approx(1 / 6), "both": 0.5}
+    lines = report.block(result).splitlines()
     assert [line[:20].strip() for line in lines[1:5]] == ["▸ corrmatch", "in a CUDA graph", "peer", "in a CUDA graph"]
     assert "3.00x" in lines[2]
     assert lines[5].strip() == (

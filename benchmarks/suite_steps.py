@@ -1,0 +1,141 @@
+"""The steps of the GPU suite: their time limits, in order, and their commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight pictures of 101 x 101
+
+LIMITS = {  # seconds that a step may take, in the order of the run: what is worth most comes first
+    "build": 150,
+    "build-without-cuda": 60,  # only where the first failed: Triton's kernels can still be measured
+    "device": 40,
+    "tests-core": 75,
+    "ops-bfloat16-101": 75,
+    "ops-bfloat16-65": 60,
+    "ops-bfloat16-41": 60,
+    "regions-masks": 45,
+    "regions-components": 45,
+    "train": 90,
+    "ops-float32": 90,
+    "tests-rest": 150,
+    "tests-sanitizer": 60,
+}
+
+TRAINER = ("timm", "omegaconf", "accelerate", "torchmetrics", "torchvision")
+DEVICE = """import json, sys, machine
+with open(sys.argv[2], "w") as file:
+    json.dump(machine.environment(sys.argv[1]), file)"""
+
+# Of the tests, with a GPU: what only a GPU can show, then every body that runs on one. Without one, some that take
+# the interpreter and the emulator through the same door. Files and an expression for -k.
+OPS = ("connected_components", "pixel_propagate", "pixel_propagate_layout", "pseudo_label", "region_masks",
+       "region_propagate")  # fmt: skip
+MORE = ("cuda_kernels", "golden", "threads", "transforms")
+TESTS = {
+    "tests-core": (["test_gpu.py"], ""),
+    "tests-rest": ([f"test_{name}.py" for name in (*OPS, *MORE)], "triton or cuda"),
+    "tests-sanitizer": (
+        ["test_region_masks.py", "test_region_propagate.py", "test_connected_components.py"],
+        "cuda and (index or sizes or leading)",
+    ),
+}
+DRY_TESTS = {
+    "tests-core": (["test_pixel_propagate.py"], "triton and scale"),
+    "tests-rest": (["test_region_masks.py", "test_pseudo_label.py"], "cuda and index or triton and ties"),
+    "tests-sanitizer": (["test_region_propagate.py"], "cuda and sizes"),
+}
+
+
+@dataclass
+class Step:
+    """A process to run.
+
+    Attributes:
+        name: Of the step and its files. Up to the first hyphen it names the part.
+        command: What to run.
+        folder: Where.
+        environment: Variables that it gets besides.
+        needs: Modules without which it cannot run.
+        tool: A program without which it is left out.
+    """
+
+    name: str
+    command: list[str]
+    folder: Path = ROOT
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    tool: str | None = None
+
+    @property
+    def part(self) -> str:
+        """What `--only` calls it."""
+        return self.name.split("-")[0]
+
+
+class Plan:
+    """Makes the steps: full ones on a GPU, tiny ones on a CPU in a dry run. `site` is where the build is put."""
+
+    def __init__(self, out: Path, dry: bool, site: Path):
+        self.out, self.dry, self.site = out, dry, site
+        self.device = "cpu" if dry else "cuda"
+
+    def file(self, name: str, suffix: str = ".json") -> Path:
+        """What a step writes beside its log."""
+        return self.out / "runs" / f"{name}{suffix}"
+
+    def build(self, name: str, cuda: bool) -> Step:
+        """pip, without isolation and without an index. In a dry run it stops before it compiles."""
+        options = ["--dry-run"] if self.dry else ["--target", str(self.site)]
+        command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *options]
+        variables = {"CORRMATCH_BUILD_CUDA": str(int(cuda)), "CORRMATCH_CUDA_ARCHS": "native"}
+        return Step(name, [*command, str(ROOT)], environment=variables, needs=("pip", "pybind11", "ninja"))
+
+    def probe(self) -> Step:
+        """Writes down the machine and the software."""
+        command = [sys.executable, "-c", DEVICE, self.device, str(self.file("device"))]
+        return Step("device", command, ROOT / "benchmarks")
+
+    def tests(self, name: str, workers: int = 0, tool: tuple[str, ...] = (), **variables: str) -> Step:
+        """Some tests. They run in their folder, for the source tree lacks the extension."""
+        files, expression = (DRY_TESTS if self.dry else TESTS)[name]
+        command = [*([] if self.dry else tool), sys.executable, "-m", "pytest", "-q", *files, "-k", expression]
+        command += ["-o", "addopts=--import-mode=importlib", f"--junitxml={self.file(name, '.xml')}"]
+        if workers > 1 and not self.dry and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(workers)]
+        return Step(name, command, ROOT / "tests", variables, ("pytest", "hypothesis"), tool[0] if tool else None)
+
+    def corr(self, name: str, *arguments: str) -> Step:
+        """A run of bench_corr."""
+        tiny = ["--sizes", "5", "--batch", "1", "--budget", "0.2"] if self.dry else []
+        command = [sys.executable, "benchmarks/bench_corr.py", "--device", self.device, "--json", str(self.file(name))]
+        return Step(name, [*command, *arguments, *tiny])
+
+    def train(self) -> Step:
+        """A run of bench_train."""
+        tiny = ["--crop", "33", "--channels", "8", "--backbone", "test_resnet", "--budget", "0.2"]
+        command = [sys.executable, "benchmarks/bench_train.py", "--device", self.device, "--budget", "30"]
+        return Step("train", [*command, "--json", str(self.file("train")), *(tiny if self.dry else [])], needs=TRAINER)
+
+    def steps(self, memory: int) -> list[Step]:
+        """What follows build and device, in order."""
+        workers = min(8, len(os.sched_getaffinity(0)))
+        batch = ["--batch", "8"] if memory >= LARGE else []
+        half = ["--ops", "pixel_propagate", "--dtype", "bfloat16", *batch, "--budget", "10"]
+        memcheck = ("compute-sanitizer", "--target-processes=all", "--report-api-errors=no", "--error-exitcode=86")
+        return [
+            self.tests("tests-core", workers),
+            *(self.corr(f"ops-bfloat16-{side}", *half, "--sizes", str(side)) for side in (101, 65, 41)),
+            self.corr("regions-masks", "--ops", "region_masks,region_propagate", "--budget", "10"),
+            self.corr("regions-components", "--ops", "connected_components", "--budget", "10"),
+            self.train(),
+            self.corr("ops-float32", "--ops", "pseudo_label,pixel_propagate", "--sizes", "41,65", "--budget", "15"),
+            self.tests("tests-rest", workers),
+            # Without its cache torch asks the driver for every tensor, so that the tool knows where each one ends.
+            self.tests("tests-sanitizer", tool=memcheck, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        ]

@@ -1,0 +1,327 @@
+"""The GPU suite: its dry run from end to end, and what it does where something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench_corr
+import gpu_suite
+import pytest
+import suite_report
+import suite_results
+import suite_steps
+
+SCRIPT = Path(gpu_suite.__file__).with_name("gpu_suite.sh")
+OPS = ["ops-bfloat16-101", "ops-bfloat16-65", "ops-bfloat16-41"]
+REGIONS = ["regions-masks", "regions-components"]
+LATER = ["tests-core", *OPS, *REGIONS, "train", "ops-float32", "tests-rest", "tests-sanitizer"]
+ORDER = ["build", "device", *LATER]
+GPU = {"driver": "580.1", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 85 * 10**9}
+CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
+
+
+def test_dry_run_goes_through_every_step(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PYTHON": sys.executable}
+    command = ["bash", str(SCRIPT), "out", "--dry-run", "--commit", "0123456789ab"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    out = tmp_path / "out"
+    logs = "\n".join(path.read_text()[-1000:] for path in (out / "logs").glob("*"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+
+    results = json.loads((out / "results.json").read_text())
+    assert suite_results.problems(results) == []
+    assert results["dry_run"]
+    assert results["failures"] == 0
+    assert [step["name"] for step in results["steps"]] == ORDER
+    assert {step["status"] for step in results["steps"]} == {"passed"}
+    assert results["environment"]["commit"] == "0123456789ab"
+    assert results["environment"]["device_type"] == "cpu"
+    for step in results["steps"]:
+        assert (out / step["log"]).exists()
+        assert step["part"] != "tests" or step["tests"]["passed"] > 3
+    measured = {(case["op"], case["dtype"]) for case in results["cases"]}
+    assert measured == {
+        ("pixel_propagate", "bfloat16"), ("pixel_propagate", "float32"), ("pseudo_label", "float32"),
+        ("region_masks", "float32"), ("region_propagate", "float32"), ("connected_components", "float32"),
+    }  # fmt: skip
+    assert set(results["train"]["parts"]["step"]) == {"corrmatch", "published eager"}
+    assert "seconds" in json.loads((out / "runs/train.json").read_text())["parts"]["network"]["both"]
+
+    first, *rest = (out / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "nothing in this report was measured on a GPU" in first
+    assert sum("▸ corrmatch" in line for line in rest) == len(results["cases"])
+    assert (out / "pixel_propagate-bfloat16.png").read_bytes().startswith(b"\x89PNG")
+    table = done.stdout.splitlines()[-2 - len(ORDER) :]
+    assert [line.split()[:2] for line in table[: len(ORDER)]] == [[name, "passed"] for name in ORDER]
+    assert table[-2].startswith("all passed, ")
+    assert table[-1] == "dry run: nothing was measured on a GPU"
+
+
+ENVIRONMENT = {
+    "date": "2027-01-02T03:04:05+00:00", "device": "NVIDIA X", "device_type": "cuda", "threads": 8, "load": 0.5,
+    "backends": {"triton": ""}, "variables": {}, "corrmatch": "0.1.0", "commit": None, "torch": "2.11.0",
+    "triton": "3.6.0", "numpy": "2.5.2", "cuda": "13.0", "python": "3.12.3", "platform": "Linux", "clocks": CLOCKS,
+    "exponentials_a_second": 4e12, "gpu": GPU,
+}  # fmt: skip
+
+
+class Machine:
+    """Stands in for the processes of a run on a GPU: what each was, and how it ends."""
+
+    def __init__(self, codes, clock):
+        self.codes, self.clock, self.steps, self.variables = codes, clock, {}, {}
+
+    def wait(self, step, limit, environment, log):
+        self.steps[step.name], self.variables[step.name] = step, environment
+        self.clock[0] += limit
+        code = self.codes.get(step.name, 0)
+        if step.name == "device" and code == 0:
+            Path(step.command[-1]).write_text(json.dumps(ENVIRONMENT))
+        if step.name.startswith("tests"):
+            junit = next(x for x in step.command if x.startswith("--junitxml=")).removeprefix("--junitxml=")
+            bad = '<testcase classname="test_x" name="bad"><failure/></testcase>' if code else ""
+            good = '<testcase classname="test_x" name="good"/><testcase name="left"><skipped/></testcase>'
+            Path(junit).write_text(f"<testsuites><testsuite>{good}{bad}</testsuite></testsuites>")
+        return code
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the suite on a stand-in, in which everything is installed."""
+
+    def suite(*arguments, codes=(), lacking=(), clock=None):
+        machine = Machine(dict(codes), [0.0] if clock is None else clock)
+        monkeypatch.setattr(gpu_suite, "wait", machine.wait)
+        monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None if name in lacking else name)
+        monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path: None if name in lacking else name)
+        monkeypatch.setattr(gpu_suite.suite_report, "draw", lambda results, out: [])
+        code = gpu_suite.main([str(tmp_path / "out"), *arguments])
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        assert suite_results.problems(results) == []
+        return code, results, machine
+
+    return suite
+
+
+def statuses(results):
+    return {step["name"]: step["status"] for step in results["steps"]}
+
+
+def test_a_run_on_a_gpu(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    code, results, machine = run("--commit", "0123456789ab")
+    assert code == 0
+    assert list(machine.steps) == ORDER
+    assert not results["dry_run"]
+    build = machine.steps["build"]
+    assert build.environment == {"CORRMATCH_BUILD_CUDA": "1", "CORRMATCH_CUDA_ARCHS": "native"}
+    assert {"--no-index", "--no-build-isolation", "--no-deps"} <= set(build.command)
+    site = build.command[build.command.index("--target") + 1]
+    assert not Path(site).exists()  # afterwards
+    for variables in machine.variables.values():
+        assert variables["PYTHONPATH"] == f"{site}{os.pathsep}mine"
+        assert variables["CORRMATCH_COMMIT"] == "0123456789ab"
+        assert "TRITON_INTERPRET" not in variables
+    for name in OPS:
+        assert "--batch 8 --budget 10" in " ".join(machine.steps[name].command)
+    assert machine.steps["tests-core"].command[-2] == "-n"
+    assert machine.steps["tests-sanitizer"].command[0] == "compute-sanitizer"
+    assert "-n" not in machine.steps["tests-sanitizer"].command
+    report = (tmp_path / "out/report.md").read_text()
+    assert report.startswith("# GPU suite: NVIDIA X\n")
+    assert "- clocks at the start: sm_mhz 1980\n" in report
+    assert "Dry run" not in report
+
+
+def test_limits_of_a_run_fit_nine_minutes(run, monkeypatch):
+    """Where every step takes all it may, those that come later get what is left."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
+    code, results, machine = run(clock=now)
+    assert code == 1
+    assert list(machine.steps) == ORDER[: len(machine.steps)]
+    assert set(OPS) < set(machine.steps) < set(ORDER)  # what is worth most has had its turn
+    assert now[0] == gpu_suite.TOTAL - gpu_suite.RESERVE
+    assert (results["steps"][-1]["status"], results["steps"][-1]["reason"]) == ("not run", "no time left")
+    assert set(suite_steps.LIMITS) == {*ORDER, "build-without-cuda"}
+
+
+def test_a_failing_step_stops_no_other(run, capsys):
+    code, results, machine = run(codes={"tests-core": 1, "ops-bfloat16-65": None, "train": -11})
+    assert code == 1
+    assert list(machine.steps) == ORDER
+    found = statuses(results)
+    assert [name for name, status in found.items() if status != "passed"] == ["tests-core", "ops-bfloat16-65", "train"]
+    assert found["ops-bfloat16-65"] == "timed out"
+    step = results["steps"][2]
+    assert step["tests"] == {"passed": 1, "failed": 1, "skipped": 1, "names": ["test_x::bad"]}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("3 FAILED")
+    assert any(line.split()[:2] == ["train", "failed"] and line.endswith("exit code -11") for line in printed)
+    report = Path(results["command"][0], "report.md").read_text()
+    assert "- failed: `test_x::bad`" in report
+
+
+def test_without_cuda_kernels_the_rest_is_measured(run):
+    code, results, machine = run(codes={"build": 1})
+    assert code == 1
+    assert list(machine.steps) == ["build", "build-without-cuda", *ORDER[1:]]
+    assert machine.steps["build-without-cuda"].environment["CORRMATCH_BUILD_CUDA"] == "0"
+    assert [name for name, status in statuses(results).items() if status != "passed"] == ["build"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "started", "reason"),
+    [
+        ({"build": 1, "build-without-cuda": 1}, 2, "no device to run on"),
+        ({"device": 1}, 2, "no device to run on"),
+    ],
+)
+def test_without_a_build_or_a_device_nothing_else_starts(run, codes, started, reason):
+    code, results, machine = run(codes=codes)
+    assert code == 1
+    assert len(machine.steps) == started
+    assert results["environment"] is None
+    later = results["steps"][-len(LATER) :]
+    assert [step["name"] for step in later] == LATER
+    assert {(step["status"], step["reason"]) for step in later} == {("not run", reason)}
+    assert "No device" in Path(results["command"][0], "report.md").read_text()
+
+
+def test_what_is_not_installed_is_named(run):
+    code, results, machine = run(lacking=("omegaconf", "compute-sanitizer", "xdist"))
+    assert code == 1
+    steps = {step["name"]: step for step in results["steps"]}
+    assert (steps["train"]["status"], steps["train"]["reason"]) == ("not run", "needs omegaconf")
+    assert steps["tests-sanitizer"]["status"] == "left out"
+    assert "-n" not in machine.steps["tests-core"].command
+    assert results["failures"] == 1
+    code, results, _ = run("--only", "tests,ops", lacking=("omegaconf", "compute-sanitizer"))
+    assert code == 0
+    assert {step["part"] for step in results["steps"]} == {"build", "device", "tests", "ops"}
+
+
+def test_tests_that_are_all_skipped_have_not_passed(run, monkeypatch):
+    monkeypatch.setattr(suite_results, "read_tests", lambda path: {"passed": 0, "failed": 0, "skipped": 9, "names": []})
+    code, results, _ = run("--only", "tests")
+    assert code == 1
+    assert {step["reason"] for step in results["steps"] if step["part"] == "tests"} == {"no test passed"}
+
+
+@pytest.mark.parametrize("memory", [24, 80])
+def test_eight_pictures_where_their_oracle_fits(run, monkeypatch, memory):
+    monkeypatch.setitem(ENVIRONMENT, "gpu", GPU | {"memory_bytes": memory * 2**30})
+    _, _, machine = run("--only", "ops")
+    assert ("--batch" in machine.steps[OPS[0]].command) is (memory == 80)
+
+
+def test_unknown_part_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        gpu_suite.parse(["out", "--only", "tests,speed"])
+    assert "no part 'speed'" in capsys.readouterr().err
+
+
+def running(pid):
+    """Not so where it has ended and is only not yet collected by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_process_past_its_limit_ends_with_all_that_it_started(tmp_path):
+    pid, log = tmp_path / "pid", tmp_path / "log"
+    code = f"""import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(pid)!r}, "w").write(str(child.pid))
+print("started", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("asked to stop", flush=True)"""
+    start = time.monotonic()
+    with log.open("w") as file:
+        assert gpu_suite.wait(suite_steps.Step("x", [sys.executable, "-c", code]), 3, dict(os.environ), file) is None
+    assert time.monotonic() - start < 60
+    assert log.read_text().splitlines() == ["started", "asked to stop"]
+    while time.monotonic() - start < 60 and running(int(pid.read_text())):
+        time.sleep(0.1)
+    assert not running(int(pid.read_text()))
+
+
+def test_exit_code_of_a_process(tmp_path):
+    step = suite_steps.Step("x", [sys.executable, "-c", "import os, sys; print(os.getcwd()); sys.exit(7)"], tmp_path)
+    with (tmp_path / "log").open("w") as file:
+        assert gpu_suite.wait(step, 60, dict(os.environ), file) == 7
+    assert (tmp_path / "log").read_text().strip() == str(tmp_path)
+
+
+TIMES = {"forward": {"median": 1.0, "spread": 0.1, "rounds": 3}}
+OURS = {"name": "corrmatch", "ours": True, "family": None, "status": "ok", "error": 0.0,
+        "peak_extra_bytes": {"forward": 7}, "times": TIMES, "floor_shares": {"forward": 0.5}}  # fmt: skip
+CASE = {"op": "pseudo_label", "size": "5x5", "workload": "C = 21", "positions": 25, "batch": 1, "dtype": "float32",
+        "elements": 9, "unit": "pixels", "tolerance": 1e-4, "exponentials": {}, "contenders": [OURS]}  # fmt: skip
+STEP = {"part": "ops", "name": "ops-float32", "command": ["python"], "status": "passed", "reason": None, "seconds": 1.5,
+        "limit": 9, "log": "logs/ops-float32.txt", "tests": None, "clocks": [CLOCKS, None]}  # fmt: skip
+GOOD = {"schema": 1, "dry_run": False, "environment": ENVIRONMENT, "command": [], "seconds": 2.5, "failures": 0,
+        "steps": [STEP], "cases": [CASE], "train": None}  # fmt: skip
+
+
+def test_good_results_have_no_problem():
+    assert suite_results.problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (["schema"], 2, "results.schema: 2, expected 1"),
+        (["dry_run"], 1, "results.dry_run: expected bool"),
+        (["failures"], True, "results.failures: expected int"),
+        (["failures"], 1, "results.failures: 1, but 0 steps"),
+        (["environment", "gpu", "driver"], 580, "results.environment.gpu.driver: expected str"),
+        (["environment", "torch"], ..., "results.environment.torch: lacking"),
+        (["steps", 0, "extra"], 1, "results.steps[0].extra: not documented"),
+        (["steps", 0, "clocks", 0, "sm_mhz"], "fast", "results.steps[0].clocks[0].sm_mhz: expected"),
+        (["cases"], {}, "results.cases: expected a list"),
+        (["cases", 0, "contenders", 0, "times", "forward", "spread"], None, "times.forward.spread: expected"),
+        (["cases", 0, "contenders", 0, "times"], [], "times: expected an object"),
+        (["cases", 0, "contenders", 0, "floor_shares"], ..., "pseudo_label 5x5, corrmatch: was timed, but has no"),
+        (["train"], {"parts": {}, "differences": []}, "results.train.setting: lacking"),
+        ([], None, "results: expected an object"),
+    ],
+)
+def test_what_is_not_as_documented_is_found(path, value, problem):
+    results = {"": json.loads(json.dumps(GOOD))}
+    at, *keys = results, "", *path
+    for key in keys[:-1]:
+        at = at[key]
+    if value is ...:
+        del at[keys[-1]]
+    else:
+        at[keys[-1]] = value
+    found = suite_results.problems(results[""])
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_every_field_is_documented():
+    """In the words above the schema, or in those of bench_corr for what it wrote."""
+    words = suite_results.__doc__
+    assert all(name in words for name in (*suite_results.RESULTS, *suite_results.STEP))
+    fields = (*suite_results.CASE, *suite_results.CONTENDER, *suite_results.TIMES, *suite_results.ENVIRONMENT)
+    assert [name for name in fields if name not in bench_corr.__doc__] == []
+
+
+def test_report_of_a_measured_case():
+    blocks = "\n".join(suite_report.figures(GOOD))
+    assert "## pseudo_label, float32" in blocks
+    assert "share of the exp floor: forward 50 %" in blocks
+    clocks = [{"sm_mhz": 1980.0}, {"sm_mhz": 1755.0}], [{"sm_mhz": None}, {"sm_mhz": None}], None
+    shown = suite_report.steps(GOOD | {"steps": [STEP | {"clocks": pair} for pair in clocks]}).splitlines()[-3:]
+    assert [line.split("|")[5].strip() for line in shown] == ["1980 to 1755", "", ""]
