@@ -16,12 +16,6 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from emulator import build
-
-if not torch.cuda.is_available():  # the kernels run here as well; corrmatch reads both when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
-
 from backends import cases
 from samples import SAMPLES
 

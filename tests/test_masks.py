@@ -64,6 +64,15 @@ def test_layouts(layout):
     assert torch.equal(placed.area(), bools.sum((2, 3)))
 
 
+def test_one_word_of_any_stride():
+    """It counts as contiguous."""
+    packed = torch.arange(9, dtype=torch.int32).view(1, 1, 9)[..., 3:6:3]
+    assert packed.is_contiguous()
+    masks = RegionMasks(packed, (1, 5))
+    assert masks.to_bool().tolist() == [[[[True, True, False, False, False]]]]
+    assert masks.area().tolist() == [[2]]
+
+
 def test_words_device_and_immutability():
     assert [RegionMasks.words(size) for size in ((1, 1), (4, 8), (3, 11), (321, 321))] == [1, 1, 2, 3221]
     masks = RegionMasks.from_bool(torch.ones(1, 1, 2, 3, dtype=torch.bool))
