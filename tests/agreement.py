@@ -248,7 +248,9 @@ def check_pseudo_label(problem, case, found):
     if size is None:  # numbers stay where they are, so what is not one shows
         wrong = (exact.isnan() != confidence.isnan()).nonzero()
         if len(wrong):
-            return f"confidence at {wrong[0].tolist()} is {confidence[tuple(wrong[0])]}, expected {exact[tuple(wrong[0])]}"
+            return (
+                f"confidence at {wrong[0].tolist()} is {confidence[tuple(wrong[0])]}, expected {exact[tuple(wrong[0])]}"
+            )
     wrong = beyond("confidence", confidence, torch.where(strict, exact, 0), bound, ~strict)
     counted = confidence if ignore is None else torch.where(ignore, 0, confidence)
     of_class = torch.zeros(logits.shape[1]).scatter_reduce(0, labels.flatten(), counted.flatten(), "amax")

@@ -156,9 +156,7 @@ def row_index(r: random.Random, query: Tensor) -> Tensor:
 def correlation_rows(r: random.Random) -> Problem:
     (query, key), _ = features(r, flat=r.random() < 0.3)
     key = key.to(query.dtype)
-    return Problem(
-        "correlation_rows", {"query": query, "key": key, "index": row_index(r, query)}, {"scale": scale(r)}
-    )
+    return Problem("correlation_rows", {"query": query, "key": key, "index": row_index(r, query)}, {"scale": scale(r)})
 
 
 def region_masks(r: random.Random) -> Problem:
