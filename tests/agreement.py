@@ -16,7 +16,7 @@ from backends import Case
 from problems import Problem
 from torch import Tensor
 
-from corrmatch import RegionMasks, ops, reference
+from corrmatch import ops, reference
 
 
 def call(problem: Problem, case: Case) -> Any:
@@ -216,7 +216,8 @@ def check_region_masks(problem, case, found):
                 if names != ([at] if at else []):
                     return f"mask {b}, {k} is not that of its seed"
             elif slack[b, k] < 0.01 and threshold < 0.98 and not constant[b, k]:
-                if not names or position[b, k][kept[b, k]].max() < 1 - 2 * slack[b, k]:
+                highest = position[b, k][kept[b, k]].tolist()
+                if max(highest, default=0) < 1 - 2 * slack[b, k]:
                     return f"mask {b}, {k} is not that of the peak"
     return None
 
@@ -234,9 +235,10 @@ def check_pseudo_label(problem, case, found):
             F.interpolate(x, size=size, mode="bilinear", align_corners=True) for x in (wide, largest, bad)
         )
     strict = ((bad == 0) & (largest < info.max / 8)).squeeze(1)
-    if labels.numel() > 0 and not (0 <= int(labels.min()) and int(labels.max()) < logits.shape[1]):
+    if ((labels < 0) | (labels >= logits.shape[1])).any():
         return "a label is out of range"
-    error = 16 * info.eps * largest.squeeze(1) + 4 * info.smallest_normal
+    units = 16 if size is None else 16 + 2 * max(logits.shape[2:])  # F.interpolate rounds the position
+    error = units * info.eps * largest.squeeze(1) + 4 * info.smallest_normal
     best = wide.amax(1)
     chosen = wide.gather(1, labels.unsqueeze(1)).squeeze(1)
     wrong = (strict & ~(chosen >= best - 2 * error)).nonzero()

@@ -92,14 +92,24 @@ def threshold_tensor(x: Any, like: Tensor) -> Tensor:
     if isinstance(x, Tensor):
         if x.dim() != 0 or not x.dtype.is_floating_point:
             raise ValueError(f"threshold: expected a number or a 0-d floating tensor, got {tuple(x.shape)} {x.dtype}")
+        if x.device not in (like.device, torch.device("cpu")):
+            raise ValueError(f"threshold: expected a tensor on {like.device} as the others, got {x.device}")
         return x.detach().to(like.device, torch.float64)
     return torch.full((), real("threshold", x), dtype=torch.float64, device=like.device)
 
 
 def choice(name: str, x: Any, choices: tuple[Any, ...]) -> None:
     """One of the choices."""
-    if x not in choices:
+    plain = x is None or isinstance(x, str | Integral | torch.SymInt)  # a tensor's == is another tensor
+    if not plain or x not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")
+
+
+def flag(name: str, x: Any) -> bool:
+    """True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
+    return x
 
 
 def integer(name: str, x: Any, low: int, high: int) -> int:

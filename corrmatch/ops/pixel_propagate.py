@@ -71,7 +71,7 @@ def pixel_propagate(
             raise ValueError(f"confidence: expected shape {expected}, got {tuple(confidence.shape)}")
         if threshold is None:
             raise ValueError("threshold: expected one along with confidence, got None")
-    scale = checks.scale(scale, query)
+    scale, normalize = checks.scale(scale, query), checks.flag("normalize", normalize)
     backend = choose("pixel_propagate", backend, query, key, value)
     query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
