@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import layouts
 import numpy as np
@@ -71,6 +72,13 @@ def test_one_word_of_any_stride():
     masks = RegionMasks(packed, (1, 5))
     assert masks.to_bool().tolist() == [[[[True, True, False, False, False]]]]
     assert masks.area().tolist() == [[2]]
+
+
+def test_pickle():
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    copied = pickle.loads(pickle.dumps(masks))
+    assert copied.size == masks.size
+    assert torch.equal(copied.packed, masks.packed)
 
 
 def test_words_device_and_immutability():

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_PIXELS = 2**31 - 1024  # of a picture: kernels count them in 32 bits, some in whole blocks
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -24,6 +26,12 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
         raise ValueError(f"{name}: expected a tensor on {like.device} as the others, got {x.device}")
 
 
+def no_tangent(name: str, x: Tensor) -> None:
+    """Forward-mode derivatives, which torch would take for 0, are refused."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode derivatives are not supported; backend='reference' has them")
+
+
 def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
     """A floating map (B, channels, H, W), or (B, channels, N) where `flat`; neither channels nor positions empty."""
     tensor(name, x, FLOATING, like)
@@ -34,6 +42,8 @@ def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = T
         raise ValueError(f"{name}: expected at least one channel and one position, got shape {tuple(x.shape)}")
     if like is not None and x.shape[0] != like.shape[0]:
         raise ValueError(f"{name}: expected a batch of {like.shape[0]} as the others, got {x.shape[0]}")
+    if not flat:
+        pixels(name, x.shape[2], x.shape[3])
 
 
 def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
@@ -51,6 +61,13 @@ def picture(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | N
         raise ValueError(f"{name}: expected shape (B, H, W), got {tuple(x.shape)}")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(x.shape)}")
+    pixels(name, x.shape[1], x.shape[2])
+
+
+def pixels(name: str, height: int, width: int) -> None:
+    """A picture of a size that the kernels can count."""
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{name}: expected a picture of at most {MOST_PIXELS} pixels, got {height} x {width}")
 
 
 def row_index(index: Any, query: Tensor) -> None:
@@ -70,6 +87,7 @@ def image_size(size: Any) -> tuple[int, int]:
         raise TypeError(f"size: expected two integers (H, W), got {size!r}")
     if height < 1 or width < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {size!r}")
+    pixels("size", height, width)  # type: ignore[arg-type]
     return height, width  # type: ignore[return-value]
 
 
