@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ class CorrelationHead(nn.Module):
         if num_masks > 0:
             positions = feature.shape[2] * feature.shape[3]
             # torch.export takes the number of positions for a constant where a generator is named, even None.
-            source = {} if generator is None else {"generator": generator}
+            source: dict[str, Any] = {} if generator is None else {"generator": generator}
             index = torch.randint(positions, (num_masks,), device=feature.device, **source)
             size = mask_size if mask_size is not None else (logits.shape[2], logits.shape[3])
             masks = ops.region_masks(query, key, index, size, connected=connected)

@@ -50,7 +50,8 @@ def pixel_propagate(
         run and, on a CPU, for any number of threads. Under autocast query, key and value are cast to its dtype.
 
     Gradients flow to query, key and value, not through the gate. Second and forward-mode derivatives raise
-    RuntimeError, and so do gradients under the transforms of torch.func; vmap calls the op once an element.
+    RuntimeError, and so do gradients under the transforms of torch.func; vmap calls the op once an element, and gives
+    no gradient of query.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
