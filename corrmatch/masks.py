@@ -48,18 +48,23 @@ class RegionMasks:
     def to_bool(self) -> Tensor:
         """The masks as a bool tensor (B, K, H, W)."""
         height, width = self.size
-        octets = self.packed.contiguous().view(torch.uint8).unsqueeze(-1)
+        octets = self._octets().unsqueeze(-1)
         bits = (octets >> torch.arange(8, dtype=torch.uint8, device=octets.device)) & 1
         return bits.flatten(2)[..., : height * width].unflatten(-1, self.size).to(torch.bool)
 
     def area(self) -> Tensor:
         """Number of pixels in each mask: int64 (B, K)."""
         # Population count of each byte by adding neighbouring groups of 1, 2 and 4 bits, then of the four of a word.
-        octets = self.packed.contiguous().view(torch.uint8)
+        octets = self._octets()
         octets = octets - ((octets >> 1) & 0x55)
         octets = (octets & 0x33) + ((octets >> 2) & 0x33)
         octets = (octets + (octets >> 4)) & 0x0F
         return ((octets.view(torch.int32) * 0x01010101) >> 24).sum(-1, dtype=torch.int64)
+
+    def _octets(self) -> Tensor:
+        """The words as uint8 (B, K, 4 * words), low byte first."""
+        # Not contiguous(): a last dimension of one word counts as that with any stride.
+        return self.packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
     def to(self, device: torch.device | str) -> RegionMasks:
         """The same masks on another device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,9 @@ class CorrelationHead(nn.Module):
         masks = None
         if num_masks > 0:
             positions = feature.shape[2] * feature.shape[3]
-            index = torch.randint(positions, (num_masks,), generator=generator, device=feature.device)
+            # torch.export takes the number of positions for a constant where a generator is named, even None.
+            source: dict[str, Any] = {} if generator is None else {"generator": generator}
+            index = torch.randint(positions, (num_masks,), device=feature.device, **source)
             size = mask_size if mask_size is not None else (logits.shape[2], logits.shape[3])
             masks = ops.region_masks(query, key, index, size, connected=connected)
         return CorrelationOutput(ops.pixel_propagate(query, key, value), masks)

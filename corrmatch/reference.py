@@ -108,7 +108,7 @@ def region_propagate(
 def connected_components(image: Tensor, *, connectivity: int = 8, background: int = 0) -> Tensor:
     """Components of equal value, numbered from 1 in raster order of their first pixel; 0 is background."""
     height, width = image.shape[-2:]
-    values = image.reshape(-1, height, width).long()
+    values = image.reshape(image.shape[:-2].numel(), height, width).long()
     front = values != background
     # Every pixel takes the smallest raster index of its equal neighbours until nothing changes. Background and what is
     # beyond the border hold an index larger than all.
@@ -137,8 +137,7 @@ def pseudo_label(
     (logits,) = accumulation(logits)
     if size is not None and tuple(size) != tuple(logits.shape[2:]):
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-    confidence, labels = logits.softmax(1).max(1)
-    confidence = confidence.float()
+    labels, confidence = logits.argmax(1), logits.softmax(1).amax(1).float()
     counted = confidence if ignore is None else torch.where(ignore, 0, confidence)
     class_peak = counted.new_zeros(logits.shape[1])
     class_peak = class_peak.scatter_reduce(0, labels.flatten(), counted.flatten(), "amax")

@@ -88,10 +88,10 @@ def configs(arch: int, dtype: torch.dtype, channels: int) -> Configs:
 def launch(kernel: Any, config: Config, blocks: str, positions: int, batch: int, *arguments: Any, **flags: Any) -> None:
     """Runs `kernel` with one block for each tile of `positions` along `blocks` ("ROWS" or "COLUMNS") and picture."""
     if os.environ.get("CORRMATCH_AUTOTUNE") == "1":
-        tuned(kernel)[lambda chosen: (triton.cdiv(positions, chosen[blocks]), batch)](*arguments, **flags)
+        tuned(kernel)[lambda chosen: (triton.cdiv(positions, chosen[blocks]) * batch,)](*arguments, **flags)
         return
     tile = {"ROWS": config.rows, "COLUMNS": config.columns}
-    kernel[(triton.cdiv(positions, tile[blocks]), batch)](
+    kernel[(triton.cdiv(positions, tile[blocks]) * batch,)](
         *arguments, **flags, **tile, num_warps=config.warps, num_stages=config.stages
     )
 

@@ -22,6 +22,16 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @triton.jit
+def block_of(positions, SIZE: tl.constexpr):
+    """The picture of this program and the first position of its block of SIZE.
+
+    Both are counted on the first axis of the grid, which takes 2^31 - 1 programs; the others take 65,535.
+    """
+    blocks = tl.cdiv(positions, SIZE)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * SIZE
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """The sum of acc and a b, in float32; PRECISION is the `input_precision` of tl.dot."""
     if INTERPRETED:  # it would multiply the bit patterns of bfloat16, and NumPy's sums are not those of tensor cores

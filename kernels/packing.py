@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.language import LOG2E, narrow
+from corrmatch.kernels.language import LOG2E, block_of, narrow
 
 ALIGNMENT = 128  # positions; a multiple of every block size
+MOST_NUMBERS = 2**31  # of a packed picture: kernels count within one in 32 bits
 SPARE = tl.constexpr(3)  # channels that hold one number in three pieces
 
 
@@ -75,10 +76,15 @@ def pack(
     `ones` channels behind the last are 1 at every position. All are divided by `divisor` (B, N), of stride 1 in N.
     """
     batch, width, positions = source.shape[0], source.shape[3], source.shape[2] * source.shape[3]
+    if channels * padded(positions) > MOST_NUMBERS:
+        raise ValueError(
+            f"pixel_propagate: 'triton' takes pictures of at most 2^31 numbers, channels padded to a power of two and "
+            f"positions to a multiple of {ALIGNMENT}; got {channels} x {padded(positions)}"
+        )
     packed = torch.empty(batch, channels, padded(positions), dtype=dtype, device=source.device)
     index = None if rows is None else rows.index
     block = block_size(channels)
-    pack_kernel[(packed.shape[2] // block, batch)](
+    pack_kernel[(packed.shape[2] // block * batch,)](
         source, packed, index, divisor, source.shape[1], positions, packed.shape[2], width, *source.stride(), ones,
         factor, 0 if divisor is None else divisor.stride(0),
         GATHER=index is not None, DIVIDE=divisor is not None, CHANNELS=channels, BLOCK=block,
@@ -92,9 +98,9 @@ def pack_kernel(
     stride_b, stride_c, stride_y, stride_x, ones, factor, stride_divisor,
     GATHER: tl.constexpr, DIVIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
+    b, start = block_of(packed_positions, BLOCK)
     packed += b * CHANNELS * packed_positions
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = start + tl.arange(0, BLOCK)
     if GATHER:
         position = tl.load(index + b * packed_positions + column)
     else:
@@ -118,15 +124,15 @@ def fold(query: Tensor, depth: int, shift: Tensor, factor: float) -> None:
     each channel holds the next eight bits, which every dtype keeps.
     """
     batch, channels, positions = query.shape
-    fold_kernel[(positions // ALIGNMENT, batch)](
+    fold_kernel[(positions // ALIGNMENT * batch,)](
         query, shift, positions, depth, -1 / factor, CHANNELS=channels, BLOCK=ALIGNMENT
     )
 
 
 @triton.jit
 def fold_kernel(query, shift, positions, depth, inverse_factor, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, start = block_of(positions, BLOCK)
+    i = start + tl.arange(0, BLOCK)
     rest = tl.load(shift + b * positions + i) * inverse_factor
     for piece in tl.static_range(SPARE):
         part = narrow(rest, tl.bfloat16).to(tl.float32)
@@ -140,7 +146,7 @@ def confidence_gate(value: Tensor, threshold: Tensor) -> Tensor:
     gate = torch.empty(batch, height * width, dtype=torch.bool, device=value.device)
     padded_to = triton.next_power_of_2(channels)
     block = block_size(padded_to)
-    confidence_gate_kernel[(triton.cdiv(height * width, block), batch)](
+    confidence_gate_kernel[(triton.cdiv(height * width, block) * batch,)](
         value, threshold, gate, channels, height * width, width, *value.stride(), LOG2E, CHANNELS=padded_to, BLOCK=block
     )
     return gate
@@ -151,8 +157,8 @@ def confidence_gate_kernel(
     value, threshold, gate, channels, positions, width, stride_b, stride_c, stride_y, stride_x, log2e,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, start = block_of(positions, BLOCK)
+    position = start + tl.arange(0, BLOCK)
     channel = tl.arange(0, CHANNELS)[:, None]
     in_channel = (position // width).to(tl.int64) * stride_y + (position % width).to(tl.int64) * stride_x
     at = b * stride_b + channel.to(tl.int64) * stride_c + in_channel[None, :]

@@ -1,8 +1,8 @@
 """Losses of logits that are enlarged bilinearly, and their gradients on the small grid.
 
-A block owns neighbouring cells of one row of the grid, and holds the logits at their corners in registers: the pixels of
-a cell lie between the same four grid points, so enlarged logits are a mixture of what is there, and their gradients are
-summed where they belong. What the blocks around a grid point have for it is added up afterwards: no atomics, the same
+A block owns neighbouring cells of one row of the grid, and holds the logits at their corners in registers: the pixels
+of a cell lie between the same four grid points, so enlarged logits are a mixture of what is there, and their gradients
+are summed where they belong. What the blocks around a grid point have for it is added up afterwards: no atomics, the same
 result from run to run.
 """
 
@@ -58,8 +58,9 @@ def tile(classes: int) -> tuple[int, int]:
 
 @triton.jit
 def pixels_of(cell, inputs, outputs):
-    """The first pixel at or behind grid position `cell`, with aligned corners, the first that no longer is, and how far
-    behind the position the first is, of 1 / steps grid steps: in whole numbers, as in `pseudo_label.cell`.
+    """Of a cell, with aligned corners: its first pixel, the first of the next, and how far in its first one lies.
+
+    The last in units of 1 / (outputs - 1) grid steps: in whole numbers, where samples coincide it is 0.
     """
     steps = tl.maximum(outputs - 1, 1)
     gaps = tl.maximum(inputs - 1, 1)
@@ -126,7 +127,7 @@ def loss_kernel(
         first_y, last_y, first_x, last_x = row, row + 1, cell, cell + 1
     last_x = tl.where(cell < grid_width, last_x, first_x)
     places = tl.max(last_x - first_x, 0)
-    for line in range(0, last_y - first_y):
+    for line in range(last_y - first_y):
         y = first_y + line
         if RESIZE:
             fall = (behind_y + line * (grid_height - 1)).to(tl.float32) / steps_y
@@ -134,7 +135,7 @@ def loss_kernel(
             if DIVERGENCE:
                 target_left, target_beside = t00 + fall * (t10 - t00), t01 + fall * (t11 - t01)
             g_left, g_beside = tl.zeros((CHANNELS, CELLS), tl.float32), tl.zeros((CHANNELS, CELLS), tl.float32)
-        for place in range(0, places):
+        for place in range(places):
             x = first_x + place
             there = x < last_x
             line_x, line_y = x.to(tl.int64), y.to(tl.int64)

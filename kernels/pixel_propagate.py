@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.configs import Configs, architecture, configs, launch
-from corrmatch.kernels.language import LOG2E, dot, narrow, on_device_of
+from corrmatch.kernels.language import LOG2E, block_of, dot, narrow, on_device_of
 from corrmatch.kernels.packing import SPARE, Rows, confidence_gate, fold, pack, padded_channels
 
 
@@ -171,13 +171,12 @@ def row_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Owner of ROWS query positions: shift, sum and mean key."""
-    b = tl.program_id(1).to(tl.int64)
+    b, i0 = block_of(n_q, ROWS)
     query += b * DEPTH * packed_q
     key += b * DEPTH * packed_k
     stop = n_q
     if GATED:
         stop = tl.load(count + b)
-    i0 = tl.program_id(0) * ROWS
     if i0 < stop:
         i, d = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH)
         q = tl.load(query + d[None, :] * packed_q + i[:, None])
@@ -218,7 +217,7 @@ def column_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Owner of COLUMNS key positions: Z. Tiles are transposed, so that P is the operand that stays in registers."""
-    b = tl.program_id(1).to(tl.int64)
+    b, j0 = block_of(n_k, COLUMNS)
     key += b * DEPTH * packed_k
     query += b * DEPTH * packed_q
     value += b * CHANNELS * packed_q
@@ -227,7 +226,7 @@ def column_kernel(
     stop = n_q
     if GATED:
         stop = tl.load(count + b)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    j = j0 + tl.arange(0, COLUMNS)
     d, c = tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     k = tl.load(key + d[None, :] * packed_k + j[:, None])
     z = tl.zeros((COLUMNS, CHANNELS), tl.float32)

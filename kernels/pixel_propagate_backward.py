@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.configs import launch
-from corrmatch.kernels.language import LOG2E, dot, narrow, on_device_of
+from corrmatch.kernels.language import LOG2E, block_of, dot, narrow, on_device_of
 from corrmatch.kernels.packing import Rows, pack
 from corrmatch.kernels.pixel_propagate import Plan, pack_features, pack_rows
 
@@ -70,7 +70,7 @@ def backward_row_kernel(
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Owner of ROWS query positions: delta, dquery and dvalue."""
-    b = tl.program_id(1).to(tl.int64)
+    b, i0 = block_of(n_q, ROWS)
     query += b * DEPTH * packed_q
     value += b * CHANNELS * packed_q
     key += b * DEPTH * packed_k
@@ -80,7 +80,6 @@ def backward_row_kernel(
     stop = n_q
     if GATED:
         stop = tl.load(count + b)
-    i0 = tl.program_id(0) * ROWS
     if i0 < stop:
         i, d, c = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
         q = tl.load(query + d[None, :] * packed_q + i[:, None])
@@ -134,7 +133,7 @@ def backward_column_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Owner of COLUMNS key positions: dkey."""
-    b = tl.program_id(1).to(tl.int64)
+    b, j0 = block_of(n_k, COLUMNS)
     key += b * DEPTH * packed_k
     grad += b * CHANNELS * packed_k
     query += b * DEPTH * packed_q
@@ -145,7 +144,7 @@ def backward_column_kernel(
     stop = n_q
     if GATED:
         stop = tl.load(count + b)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    j = j0 + tl.arange(0, COLUMNS)
     d, c = tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     k = tl.load(key + d[None, :] * packed_k + j[:, None])
     g = tl.load(grad + c[None, :] * packed_k + j[:, None])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
+from corrmatch.kernels.language import INTERPRETED, LOG2E, block_of, on_device_of
 
 NAN = tl.constexpr(0x7FC00000)  # as an integer larger than every confidence
 UNROLL = tl.constexpr(4)  # classes whose loads are under way at once
@@ -25,7 +25,7 @@ def label(logits: Tensor, ignore: Tensor | None, labels: Tensor, confidence: Ten
     height, width = labels.shape[1:]
     with on_device_of(logits):
         class_peak.zero_()
-        label_kernel[(triton.cdiv(height * width, BLOCK), batch)](
+        label_kernel[(triton.cdiv(height * width, BLOCK) * batch,)](
             logits, ignore, labels, confidence, class_peak.view(torch.int32),
             classes, grid_height, grid_width, height, width,
             *logits.stride(), *((0, 0, 0) if ignore is None else ignore.stride()), LOG2E,
@@ -48,8 +48,8 @@ def label_kernel(
     stride_b, stride_c, stride_y, stride_x, ignore_b, ignore_y, ignore_x, log2e,
     RESIZE: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, start = block_of(height * width, BLOCK)
+    pixel = start + tl.arange(0, BLOCK)
     inside = pixel < height * width
     y, x = pixel // width, pixel % width
     logits += b * stride_b

@@ -1,10 +1,19 @@
-"""The backends under test: which exist here, on which device and with which instruction sets. The only such list."""
+"""The backends under test: which exist here, on which device and with which instruction sets. The only such list.
+
+To be imported before corrmatch, which reads when it is imported whether kernels run on the CPU.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
+from emulator import build
+
+if not torch.cuda.is_available():  # the kernels run here as well
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
 
 import corrmatch
 from corrmatch import _C

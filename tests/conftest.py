@@ -16,19 +16,12 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from emulator import build
-
-if not torch.cuda.is_available():  # the kernels run here as well; corrmatch reads both when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
-
 from backends import cases
 from samples import SAMPLES
 
 from corrmatch import _C
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
 torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
 
 hypothesis.settings.register_profile(

@@ -105,6 +105,17 @@ def test_connected_region_of_any_shape(name, turned, connectivity):
         assert drawn(np.ascontiguousarray(picture), mark, connectivity)[tuple(mark)]
 
 
+@emulated
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("width", [7, 40, 1100])
+def test_connected_region_of_one_row_under_any_schedule(width, seed):
+    """No second sweep makes up for what the first leaves out."""
+    picture = np.zeros((1, width), bool)
+    picture[0, : width - 2] = True
+    build.seed(build.kernels(), seed)
+    assert drawn(picture, (0, 0), 8).sum() == width - 2
+
+
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_connected_region_over_rows_of_many_words(connectivity):
     """A row of more than 32 words, which no warp holds at once; runs that fill words, and end and start in them."""

@@ -1,4 +1,4 @@
-"""The example, run as a user runs it."""
+"""The examples, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "propagate_labels.py"
 IGNORE = 255
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, script=SCRIPT):
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
 
 
@@ -84,3 +84,44 @@ def test_unusable_labels_are_explained(sample, tmp_path, labels, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# What a script is given to be quick, and the rows of its table: the better ones behind.
+QUICK = {
+    "across_pictures": (["out.png"], ["same place", "carried over"]),
+    "frozen_features": (
+        ["--no-pretrained", "--model", "vit_tiny_patch16_224", "--size", "128", "--out", "out.png"],
+        ["most frequent class", "propagated"],
+    ),
+    "fixmatch": (["--steps", "6", "--out", "out.png"], ["labelled alone", "with propagation"]),
+    "head_on_smp": (["--steps", "3", "--out", "out.png"], ["logits", "propagated logits", "both"]),
+}
+TRAINED = ("fixmatch", "head_on_smp")  # so few steps gain nothing
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_prints_what_it_gained_and_writes_a_picture(name, tmp_path):
+    arguments, expected = QUICK[name]
+    done = run(tmp_path, *arguments, script=SCRIPT.with_name(f"{name}.py"))
+    assert done.returncode == 0, done.stderr
+    found = {key.strip(): float(iou) for key, iou in re.findall(r"^  (.+?) +mean IoU +([\d.]+) %$", done.stdout, re.M)}
+    assert set(expected) <= set(found)
+    assert all(0 < iou <= 100 for iou in found.values())
+    if name not in TRAINED:
+        assert found[expected[-1]] > found[expected[0]] + 10
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 700
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_short_enough_to_read(name):
+    assert len(SCRIPT.with_name(f"{name}.py").read_text().splitlines()) < 120
+
+
+def test_weights_out_of_reach_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    done = run(tmp_path, script=SCRIPT.with_name("frozen_features.py"))
+    assert done.returncode == 1
+    assert "no weights" in done.stderr
+    assert "--no-pretrained" in done.stderr

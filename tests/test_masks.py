@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import layouts
 import numpy as np
@@ -62,6 +63,22 @@ def test_layouts(layout):
     placed = RegionMasks(layouts.ANY[layout](masks.packed), masks.size)
     assert torch.equal(placed.to_bool(), bools)
     assert torch.equal(placed.area(), bools.sum((2, 3)))
+
+
+def test_one_word_of_any_stride():
+    """It counts as contiguous."""
+    packed = torch.arange(9, dtype=torch.int32).view(1, 1, 9)[..., 3:6:3]
+    assert packed.is_contiguous()
+    masks = RegionMasks(packed, (1, 5))
+    assert masks.to_bool().tolist() == [[[[True, True, False, False, False]]]]
+    assert masks.area().tolist() == [[2]]
+
+
+def test_pickle():
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    copied = pickle.loads(pickle.dumps(masks))
+    assert copied.size == masks.size
+    assert torch.equal(copied.packed, masks.packed)
 
 
 def test_words_device_and_immutability():

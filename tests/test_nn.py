@@ -88,6 +88,51 @@ def test_head_moves_and_compiles(head):
     torch.testing.assert_close(compiled(feature, logits).propagated, head(feature, logits).propagated)
 
 
+def test_head_pickles(head):
+    head.eval()
+    feature, logits = torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37)
+    expected = head(feature, logits).propagated
+    for copied in (pickle.loads(pickle.dumps(head)), copy.deepcopy(head)):
+        assert torch.equal(copied(feature, logits).propagated, expected)
+
+
+class Segmenter(torch.nn.Module):
+    """A small model with the head."""
+
+    def __init__(self, num_masks):
+        super().__init__()
+        self.backbone = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.classify = torch.nn.Conv2d(8, 4, 1)
+        self.head = nn.CorrelationHead(8, 4, hidden_channels=16)
+        self.num_masks = num_masks
+
+    def forward(self, picture):
+        feature = self.backbone(picture)
+        logits = self.classify(feature)
+        size = picture.shape[2:]
+        out = self.head(feature, logits, num_masks=self.num_masks, mask_size=size)
+        large = F.interpolate(out.propagated, size=size, mode="bilinear", align_corners=True)
+        return large if out.masks is None else (large, out.masks.packed)
+
+
+@pytest.mark.parametrize("num_masks", [0, 5])
+def test_export_of_a_model_with_the_head(num_masks, tmp_path):
+    """With dynamic batch and size, through a file."""
+    model = Segmenter(num_masks).eval()
+    dynamic = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    exported = torch.export.export(model, (torch.randn(2, 3, 20, 24),), dynamic_shapes=(dynamic,))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for shape in ((2, 3, 20, 24), (3, 3, 28, 17)):
+        picture = torch.randn(shape)
+        torch.manual_seed(0)
+        found = loaded(picture)
+        torch.manual_seed(0)
+        expected = model(picture)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_threshold_formula():
     theta = nn.DynamicThreshold(0.6, momentum=0.9)
     theta.update(torch.tensor([0.5, 0.0, 1.0]))

@@ -222,3 +222,14 @@ def test_rows_hand_out_all_of_their_value(backend):
     query, key, value, _ = (x.to(backend.device) for x in maps((2, 5, 4, (17, 9), (5, 11))))
     z = ops.pixel_propagate(query, key, value, backend=backend.name)
     torch.testing.assert_close(z.sum((2, 3)), value.sum((2, 3)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("score", [-5.5, 5.5])
+def test_values_of_any_size(backend, score, size):
+    """Sums of exponentials are far from 1 where all scores are; they must not carry the values out of range."""
+    query, key = torch.ones(1, 21, 5, 5), torch.full((1, 21, 5, 5), score)
+    value = torch.randn(1, 3, 5, 5) * size
+    z = ops.pixel_propagate(*(x.to(backend.device) for x in (query, key, value)), backend=backend.name)
+    expected = (value / size).sum((2, 3), keepdim=True).expand(1, 3, 5, 5) / 25
+    torch.testing.assert_close(z.cpu() / size, expected, rtol=1e-5, atol=1e-6)

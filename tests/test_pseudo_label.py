@@ -180,3 +180,12 @@ def test_expanded_logits(backend):
     found = label(backend, expanded, ignore=torch.tensor([[[False]], [[True]]]).expand(2, 9, 11))
     expected = label(backend, expanded.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9])
+def test_the_largest_class_though_probabilities_are_equal(backend, size):
+    """Probabilities of almost equal logits round to the same number; the label is that of the logits all the same."""
+    logits = torch.randperm(7).float().view(1, 7, 1, 1).expand(1, 7, 3, 4) * size
+    labels, confidence, _ = label(backend, logits)
+    assert torch.equal(labels, logits.argmax(1))
+    torch.testing.assert_close(confidence, torch.full((1, 3, 4), 1 / 7))

@@ -110,3 +110,8 @@ def test_pseudo_label_by_hand():
     torch.testing.assert_close(peak, torch.tensor([0.5, 0.0]))
     _, confidence, _ = reference.pseudo_label(logits, size=(1, 3))
     torch.testing.assert_close(confidence[0, 0, 1], torch.tensor(3**0.5 / (3**0.5 + 1)))
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 17), (0, 5, 0), (0, 5, 7), (2, 0, 3)], ids=str)
+def test_components_of_no_pixels(shape):
+    assert reference.connected_components(torch.zeros(shape, dtype=torch.int32)).shape == shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from child import run_python
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
@@ -12,10 +13,11 @@ from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 LARGE = {"pixel_propagate": (23, 19), "region_masks": (19, 23), "connected_components": (130, 150)}
 
 
-def computed(sample, backend, seed):
+def computed(sample, backend, seed, size=None):
     torch.manual_seed(seed)
     op, make = SAMPLES[sample]
-    size = (11, 13) if backend.interpreted else LARGE.get(op, (51, 43))
+    if size is None:
+        size = (11, 13) if backend.interpreted else LARGE.get(op, (51, 43))
     call, arguments = make(size, device=backend.device, backend=backend.name)
     return with_gradients(call, arguments) if sample in DIFFERENTIABLE else results(call(*arguments))
 
@@ -39,9 +41,10 @@ def test_any_number_of_threads(backend, sample):
 
 def test_run_to_run(backend, sample):
     torch.set_num_threads(2)
-    expected = computed(sample, backend, 1)
-    for _ in range(2 if backend.interpreted else 10):
-        assert_identical(computed(sample, backend, 1), expected)
+    size = (4, 6) if backend.interpreted or backend.name == "reference" else None
+    expected = computed(sample, backend, 1, size)
+    for _ in range(29):
+        assert_identical(computed(sample, backend, 1, size), expected)
 
 
 def test_several_python_threads(backend, sample):
@@ -59,18 +62,39 @@ def test_several_python_threads(backend, sample):
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_workers_of_a_data_loader():
-    """A forked worker can call the ops after its parent did."""
-    out = run_python("""
+def test_different_ops_at_once():
+    """Two Python threads, each going over all ops in another order."""
+    torch.set_num_threads(2)
+    calls = [make(LARGE.get(op, (23, 19))) for op, make in SAMPLES.values()]
+    expected = [results(call(*arguments)) for call, arguments in calls]
+
+    def go_over(order):
+        for i in order:
+            call, arguments = calls[i]
+            assert_identical(results(call(*arguments)), expected[i])
+        return len(order)
+
+    forwards = list(range(len(calls))) * 5
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(go_over, (forwards, forwards[::-1]))) == [len(forwards)] * 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_of_a_data_loader(threads):
+    """Forked workers can call the ops after their parent did, with one thread or with more."""
+    out = run_python(
+        """
+        import sys
         import torch
         from torch.utils.data import DataLoader
         from corrmatch import ops
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(sys.argv[1]))
         images = torch.randint(3, (6, 70, 90), generator=torch.Generator().manual_seed(0))
         logits = torch.randn(6, 5, 9, 9, generator=torch.Generator().manual_seed(0))
         expected = ops.connected_components(images), ops.pseudo_label(logits, size=(33, 33))[1]
-        ops.pixel_propagate(logits, logits, logits)
+        maps = torch.randn(3, 2, 5, 33, 33, requires_grad=True)
+        ops.pixel_propagate(*maps).sum().backward()
 
         class Pictures(torch.utils.data.Dataset):
             def __len__(self):
@@ -79,11 +103,13 @@ def test_workers_of_a_data_loader():
                 z = ops.pixel_propagate(logits[:1], logits[:1], logits[:1])
                 return ops.connected_components(images[i]), ops.pseudo_label(logits[i:i + 1], size=(33, 33))[1][0], z
 
-        loader = DataLoader(Pictures(), batch_size=2, num_workers=1, multiprocessing_context="fork", timeout=120)
+        loader = DataLoader(Pictures(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120)
         found = [torch.cat(x) for x in zip(*loader)]
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         print("same")
-    """)
+    """,
+        str(threads),
+    )
     assert out.strip() == "same"
 
 

@@ -76,6 +76,12 @@ def opcheck_calls():
 CALLS = [op.name().removeprefix("corrmatch::") for op, _ in opcheck_calls()]
 
 
+def test_every_op_is_checked():
+    names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    registered = {name for library, name in names if library == "corrmatch"}
+    assert registered == {*CALLS, "correlation_rows"}  # which has no backends, so a test of its own
+
+
 @pytest.mark.parametrize("call", range(len(CALLS)), ids=lambda i: f"{i}-{CALLS[i]}")
 def test_opcheck(call):
     """Of every call on every backend that takes it."""
@@ -183,6 +189,43 @@ def test_compile_of_a_training_step():
         assert torch.equal(parts, ops.connected_components(after))
         z.sum().backward()
         assert query.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_equals_a_loop(backend, sample):
+    """torch calls the op once an element."""
+    call, arguments = SAMPLES[sample][1](backend=backend.name)
+    stacked = [torch.stack([x, x.flip(0) if x.dim() else x]) for x in arguments]
+    found = results(torch.vmap(call)(*stacked))
+    for i in range(2):
+        expected = results(call(*(x[i] for x in stacked)))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@only(*DIFFERENTIABLE)
+def test_transforms_that_are_refused(backend, sample):
+    """Rather than to give a derivative that is wrong."""
+    if backend.name == "reference":
+        pytest.skip("plain PyTorch has them")
+    call, (query, *others) = SAMPLES[sample][1](backend=backend.name)
+    with pytest.raises(RuntimeError, match=r"functorch transforms"):
+        torch.func.grad(lambda x: call(x, *others).sum())(query)
+    if sample != "correlation_rows":
+        leaf = query.clone().requires_grad_()
+        z = torch.vmap(call)(*(torch.stack([x, x]) for x in (leaf, *others)))
+        with pytest.raises(RuntimeError, match=r"^query: a gradient is asked for"):
+            z.sum().backward()
+    with pytest.raises(RuntimeError, match=r"^query: forward-mode derivatives are not supported"):
+        torch.func.jvp(lambda x: call(x, *others), (query,), (query,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^key: forward-mode"):
+        call(query, torch.autograd.forward_ad.make_dual(others[0], others[0]), *others[1:])
+
+
+def test_forward_mode_of_other_inputs_goes_on():
+    call, arguments = SAMPLES["pixel_propagate"][1]()
+    z, tangent = torch.func.jvp(lambda x: x * call(*arguments).sum(), (torch.tensor(2.0),), (torch.tensor(1.0),))
+    torch.testing.assert_close(z, 2 * tangent)
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"normalize": True}], ids=str)

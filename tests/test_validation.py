@@ -111,6 +111,9 @@ WRONG = [
             (call, {"threshold": torch.tensor(1)}, ValueError, SCALAR),
         )
     ],
+    (pixel, {"normalize": 1}, TypeError, "normalize: expected a bool, got int"),
+    (pixel, {"normalize": torch.ones(2)}, TypeError, "normalize: expected a bool, got Tensor"),
+    (pixel, {"threshold": META[0, 0, 0, 0]}, ValueError, "threshold: expected a tensor on cpu as the others, got meta"),
     (region, {"threshold": None}, TypeError, "threshold: expected a number, got NoneType"),
     (rows, {"key": K.double()}, TypeError, "key: expected torch.float32 as query, got torch.float64"),
     *[
@@ -150,7 +153,7 @@ WRONG = [
     *[
         (call, {"connectivity": c}, ValueError, f"connectivity: expected one of 4, 8, got {c!r}")
         for call in (masks, parts)
-        for c in (6, 0, "8", None)
+        for c in (6, 0, "8", None, 8.0, torch.tensor([4, 8]))
     ],
     (region, {"labels": LABELS.float()}, TypeError, f"labels: expected dtype {INTEGERS}, got float32"),
     (region, {"labels": FLAGS}, TypeError, f"labels: expected dtype {INTEGERS}, got bool"),
@@ -163,6 +166,7 @@ WRONG = [
     (region, {"valid": LABELS}, TypeError, "valid: expected dtype bool, got int64"),
     (region, {"valid": FLAGS[:1]}, ValueError, "valid: expected shape (2, 5, 6), got (1, 5, 6)"),
     (region, {"masks": MASKS.packed}, TypeError, "masks: expected RegionMasks, got Tensor"),
+    (region, {"masks": RegionMasks(MASKS.packed, None)}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed, (6, 5))}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed.long(), (5, 6))}, TypeError, "masks.packed: expected dtype int32"),
     (region, {"masks": RegionMasks(MASKS.packed[:1], (5, 6))}, ValueError, PACKED),

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_PIXELS = 2**31 - 1024  # of a picture: kernels count them in 32 bits, some in whole blocks
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -25,6 +27,12 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
         raise ValueError(f"{name}: expected a tensor on {like.device} as the others, got {x.device}")
 
 
+def no_tangent(name: str, x: Tensor) -> None:
+    """Forward-mode derivatives, which torch would take for 0, are refused."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(f"{name}: forward-mode derivatives are not supported; backend='reference' has them")
+
+
 def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
     """A floating map (B, channels, H, W), or (B, channels, N) where `flat`; neither channels nor positions empty."""
     tensor(name, x, FLOATING, like)
@@ -35,6 +43,8 @@ def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = T
         raise ValueError(f"{name}: expected at least one channel and one position, got shape {tuple(x.shape)}")
     if like is not None and x.shape[0] != like.shape[0]:
         raise ValueError(f"{name}: expected a batch of {like.shape[0]} as the others, got {x.shape[0]}")
+    if not flat:
+        pixels(name, x.shape[2], x.shape[3])
 
 
 def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
@@ -52,6 +62,13 @@ def picture(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | N
         raise ValueError(f"{name}: expected shape (B, H, W), got {tuple(x.shape)}")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{name}: expected shape {tuple(like.shape)}, got {tuple(x.shape)}")
+    pixels(name, x.shape[1], x.shape[2])
+
+
+def pixels(name: str, height: int, width: int) -> None:
+    """A picture of a size that the kernels can count."""
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{name}: expected a picture of at most {MOST_PIXELS} pixels, got {height} x {width}")
 
 
 def row_index(index: Any, query: Tensor) -> None:
@@ -71,6 +88,7 @@ def image_size(size: Any) -> tuple[int, int]:
         raise TypeError(f"size: expected two integers (H, W), got {size!r}")
     if height < 1 or width < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {size!r}")
+    pixels("size", height, width)  # type: ignore[arg-type]
     return height, width  # type: ignore[return-value]
 
 
@@ -109,14 +127,24 @@ def threshold_tensor(x: Any, like: Tensor) -> Tensor:
     if isinstance(x, Tensor):
         if x.dim() != 0 or not x.dtype.is_floating_point:
             raise ValueError(f"threshold: expected a number or a 0-d floating tensor, got {tuple(x.shape)} {x.dtype}")
+        if x.device not in (like.device, torch.device("cpu")):
+            raise ValueError(f"threshold: expected a tensor on {like.device} as the others, got {x.device}")
         return x.detach().to(like.device, torch.float64)
     return torch.full((), real("threshold", x), dtype=torch.float64, device=like.device)
 
 
 def choice(name: str, x: Any, choices: tuple[Any, ...]) -> None:
     """One of the choices."""
-    if x not in choices:
+    plain = x is None or isinstance(x, str | Integral | torch.SymInt)  # a tensor's == is another tensor
+    if not plain or x not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")
+
+
+def flag(name: str, x: Any) -> bool:
+    """True or False."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
+    return x
 
 
 def integer(name: str, x: Any, low: int, high: int) -> int:

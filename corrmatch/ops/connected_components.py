@@ -33,6 +33,7 @@ def connected_components(
     checks.tensor("image", image, (torch.bool, *checks.INTEGER))
     if image.dim() < 2:
         raise ValueError(f"image: expected shape (..., H, W), got {tuple(image.shape)}")
+    checks.pixels("image", image.shape[-2], image.shape[-1])
     checks.choice("connectivity", connectivity, (4, 8))
     background = checks.integer("background", background, -(2**63), 2**63 - 1)
     backend = choose("connected_components", backend, image)

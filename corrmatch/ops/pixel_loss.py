@@ -22,8 +22,8 @@ def cross_entropy(
         \hat x = \text{logits, enlarged bilinearly (align\_corners=True)}
 
     The weights say what counts: 0 where a pixel is to be ignored, its share of a mean elsewhere. Where a weight is 0,
-    logits and label may be anything, infinite or 255. The gradient is made along with the loss, on the grid of the logits:
-    neither enlarged logits nor their softmax are ever stored.
+    logits and label may be anything, infinite or 255. The gradient is made along with the loss, on the grid of the
+    logits: neither enlarged logits nor their softmax are ever stored.
 
     Args:
         logits: (B, C, h, w); float16, bfloat16, float32, or float64 on a CPU; any strides.
@@ -35,8 +35,8 @@ def cross_entropy(
         loss: 0-d, the sum L; float32 (float64 for float64 logits), as everything is computed.
         pixels: (B, H, W) in the same dtype, the terms of the sum. Without a gradient.
 
-    Gradients flow to the logits: sum over the pixels around a grid point of w (softmax - one_hot) times the weight of the
-    enlargement. They are the same from run to run. Second derivatives raise RuntimeError.
+    Gradients flow to the logits: the sum over the pixels around a grid point of w (softmax - one_hot) times the weight
+    of the enlargement. They are the same from run to run. Second and forward-mode derivatives raise RuntimeError.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device, backend or label (on a CPU, or with
@@ -102,6 +102,7 @@ def _check_pixels(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], logits:
     checks.tensor(name, x, dtypes, logits)
     if x.dim() != 3 or x.shape[0] != logits.shape[0] or 0 in x.shape[1:]:
         raise ValueError(f"{name}: expected shape ({logits.shape[0]}, H, W), got {tuple(x.shape)}")
+    checks.pixels(name, x.shape[1], x.shape[2])
     if x.requires_grad:
         raise ValueError(f"{name}: it is given no gradient; detach it")
 
@@ -113,6 +114,7 @@ def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
 def _fused(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
+    checks.no_tangent("logits", logits)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, pixels, _ = torch.ops.corrmatch.pixel_loss(logits, labels, target, weight, gradient, backend)
     return loss, pixels.detach()

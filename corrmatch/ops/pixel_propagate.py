@@ -49,7 +49,9 @@ def pixel_propagate(
         input is float64). Memory beyond inputs and outputs is linear in N_q + N_k; results are the same from run to
         run and, on a CPU, for any number of threads. Under autocast query, key and value are cast to its dtype.
 
-    Gradients flow to query, key and value, not through the gate. Second derivatives raise RuntimeError.
+    Gradients flow to query, key and value, not through the gate. Second and forward-mode derivatives raise
+    RuntimeError, and so do gradients under the transforms of torch.func; vmap calls the op once an element, and gives
+    no gradient of query.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
@@ -71,7 +73,7 @@ def pixel_propagate(
             raise ValueError(f"confidence: expected shape {expected}, got {tuple(confidence.shape)}")
         if threshold is None:
             raise ValueError("threshold: expected one along with confidence, got None")
-    scale = checks.scale(scale, query)
+    scale, normalize = checks.scale(scale, query), checks.flag("normalize", normalize)
     backend = choose("pixel_propagate", backend, query, key, value)
     query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
@@ -80,6 +82,8 @@ def pixel_propagate(
                 query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
             )
 
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.no_tangent(name, x)
     gate = None
     if confidence is not None and threshold is not None:
         gate = reference.confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])

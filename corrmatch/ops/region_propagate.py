@@ -58,8 +58,8 @@ def region_propagate(
     if not isinstance(masks, RegionMasks):
         raise TypeError(f"masks: expected RegionMasks, got {type(masks).__name__}")
     checks.tensor("masks.packed", masks.packed, (torch.int32,), labels)
-    if tuple(masks.size) != tuple(labels.shape[1:]):
-        raise ValueError(f"masks: expected masks of {tuple(labels.shape[1:])} pixels, got {tuple(masks.size)}")
+    if masks.size != tuple(labels.shape[1:]):
+        raise ValueError(f"masks: expected masks of {tuple(labels.shape[1:])} pixels, got {masks.size}")
     words = RegionMasks.words(masks.size)
     packed = masks.packed
     if packed.dim() != 3 or packed.shape[0] != labels.shape[0] or packed.shape[2] != words:

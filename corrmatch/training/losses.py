@@ -4,8 +4,8 @@ r"""The loss of CorrMatch, term by term.
     L = \tfrac12 \left( \tfrac12 L_x + \tfrac12 L_{x,\mathrm{corr}} + \tfrac14 L_s + \tfrac14 L_{kl} + \tfrac14 L_{fp}
     + \tfrac14 L_{\mathrm{corr}} \right)
 
-Every function takes logits (B, C, h, w), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor. The
-logits are enlarged to the labels (bilinearly, align_corners=True) in the loss itself, see `corrmatch.ops.cross_entropy`.
+Every function takes logits (B, C, h, w), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor.
+Logits are enlarged to the labels in the loss itself, bilinearly with aligned corners: see `corrmatch.ops.cross_entropy`.
 Nothing here knows the network, and nothing waits for the device.
 
 Source: CorrMatch (CVPR 2024, arXiv 2306.04300).

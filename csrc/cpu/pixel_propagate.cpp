@@ -21,6 +21,7 @@ struct Picture {
   int64_t value_stride;
   const T* key;               // tiles of D channels
   T largest_key;              // largest norm of a key
+  bool moderate;              // whether values may be divided by any sum of exponentials
   T* partials;                // a Z for each group, tiles of `channels`
   std::vector<int64_t> rows;  // query positions with an open gate
 };
@@ -56,7 +57,7 @@ class Forward {
     const T bound = std::sqrt(largest) * picture.largest_key;
     std::fill_n(sums_, kBlock * kLanes<T>, T(0));
     std::fill_n(shift_, kBlock, T(0));
-    const bool shifted = !(bound <= kSafe);  // NaN included
+    const bool shifted = !(bound <= kSafe && picture.moderate);  // NaN included
     for (int64_t t = 0; t < tiles_; ++t) {
       set_tile<T>(query_, picture.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
       if (!shifted) exponentials<false>(t, count);
@@ -79,7 +80,7 @@ class Forward {
   }
 
  private:
-  // Scores up to 2^kSafe in size neither overflow, nor do their sums and quotients lose anything.
+  // Scores up to kSafe in size neither overflow, nor do their sums and quotients lose anything.
   static constexpr T kSafe = sizeof(T) == 4 ? 40 : 300;
 
   T* score_tile(int64_t t) { return scores_ + t * kBlock * kWidth<T>; }
@@ -134,6 +135,21 @@ T largest_norm(const T* tiles, int64_t count, int64_t channels) {
     largest = max_nan<T>(largest, max_nan<T>(squares[0], squares[1]));
   }
   return std::sqrt(max_lanes<T>(largest));
+}
+
+// Whether the largest value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
+template <class T>
+bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
+  constexpr T limit = sizeof(T) == 4 ? T(0x1p80) : T(0x1p700);
+  Vec<T> sizes{};
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* value = picture.value + c * picture.value_stride;
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) sizes = max_nan<T>(sizes, max_nan<T>(load(value + i), -load(value + i)));
+    for (; i < n; ++i) sizes = max_nan<T>(sizes, splat(std::abs(value[i])));
+  }
+  const T largest = max_lanes<T>(sizes);
+  return largest == 0 || (largest <= limit && largest >= 1 / limit);
 }
 
 // Positions whose gate is open: given as a mask, or where the largest softmax probability over the channels of V
@@ -206,6 +222,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tens
         picture.key = keys + p * depth * padded;
         picture.partials = partials + p * most.count * channels * padded;
         picture.largest_key = largest_norm(picture.key, tiles, depth);
+        picture.moderate = is_moderate(picture, values, n_q);
         open_rows(picture, values, gate, threshold, first + p, n_q, picture.rows);
         T* rows = normalizer.at<T>(0, first + p);
         std::fill_n(rows, n_q, T(0));

@@ -61,6 +61,7 @@ __device__ inline bool fill_row(const BitRows& mask, const BitRows& filled, int 
     if (w < pitch) row[w] = bits;
     changed |= bits != before;
   }
+  __syncwarp();  // from here on other lanes have the words
   carry = 0;
   for (int first = (pitch - 1) / kWarp * kWarp; first >= 0; first -= kWarp) {
     const int w = first + kWarp - 1 - lane;  // the carry goes down: lane 0 has the last word

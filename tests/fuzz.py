@@ -1,0 +1,124 @@
+"""Random calls of every op on every backend, against the oracle.
+
+    python tests/fuzz.py [--cases 2000] [--seed 0] [--only CASE] [--ops ...] [--backends ...]
+
+The cases run in a process of their own, so that a crash or a hang is seen as well. Whatever goes wrong prints the
+command that repeats it. What the cases are is in problems.py, what agreement means in agreement.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import signal
+import time
+import traceback
+from collections import Counter
+from multiprocessing.connection import Connection
+
+import agreement
+import backends
+import problems
+import torch
+from problems import Problem
+
+from corrmatch import _C, ops
+
+PATIENCE = 120.0  # seconds that one call may take
+
+
+def work(seed: int, cases: list[int], names: list[str], only: list[str], pipe: Connection) -> None:
+    """Runs the cases; says to the pipe what it is about to do and what was wrong: (case, backend, op, text or None)."""
+    for index in cases:
+        pipe.send((index, "", "", None))
+        problem = problems.problem(seed, index)
+        if problem.op not in names:
+            continue
+        floating = {x.dtype for x in problem.tensors.values() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        for case in backends.cases(problem.op):
+            if not floating <= set(case.dtypes) or (only and str(case) not in only):
+                continue
+            pipe.send((index, str(case), problem.op, None))
+            wrong = attempt(problem, case)
+            if wrong is not None:
+                pipe.send((index, str(case), problem.op, f"{wrong}\n  {problem}"))
+    pipe.send(None)
+
+
+def attempt(problem: Problem, case: backends.Case) -> str | None:
+    """What is wrong with one backend's result."""
+    if case.isa is not None:
+        _C.cpu.select_isa(case.isa)
+    torch.set_num_threads(1 if case.interpreted else problem.threads)
+    before = {k: x.clone() for k, x in problem.tensors.items() if isinstance(x, torch.Tensor)}
+    try:
+        wrong = agreement.disagreement(problem, case)
+    except Exception:  # noqa: BLE001  (whatever it is, it is a finding)
+        return "".join(traceback.format_exc(limit=-2))
+    for name, x in before.items():
+        if not torch.equal(torch.nan_to_num(x), torch.nan_to_num(problem.tensors[name])):
+            return f"{name} was changed"
+    return wrong
+
+
+def fuzz(seed: int, cases: list[int], names: list[str], only: list[str], patience: float = PATIENCE) -> int:
+    """Prints findings and a summary; returns how many there were. A crash or a hang costs the case, not the run."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
+    found, calls, start = 0, Counter(), time.monotonic()
+    while cases:
+        context = multiprocessing.get_context("fork")  # nothing was computed here, so it is safe, and fast
+        here, there = context.Pipe(duplex=False)
+        worker = context.Process(target=work, args=(seed, cases, names, only, there), daemon=True)
+        worker.start()
+        there.close()
+        index, backend, cases, over = cases[0], "", cases, False
+        while not over:
+            problem = None
+            if not here.poll(patience):
+                problem, over = f"no end after {patience:.0f} s", True
+                worker.kill()
+            else:
+                try:
+                    report = here.recv()
+                except EOFError:
+                    worker.join()
+                    problem, over = f"the process ended: {ending(worker.exitcode)}", True
+                else:
+                    if report is None:
+                        cases, over = [], True
+                        continue
+                    index, backend, op, problem = report
+                    calls[op, backend] += problem is None and bool(backend)
+            if problem is not None:
+                found += 1
+                print(f"{problem}\n  repeat: python tests/fuzz.py --seed {seed} --only {index} --backends {backend}\n")
+            if over:
+                cases = [i for i in cases if i > index]
+        worker.join()
+    for (op, backend), count in sorted((+calls).items()):
+        print(f"{op:<22}{backend:<14}{count:6}")
+    print(f"seed {seed}: {calls.total()} calls, {found} findings, {time.monotonic() - start:.0f} s")
+    return found
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, in words."""
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2000, help="how many (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="other cases (default: 0)")
+    parser.add_argument("--only", type=int, metavar="CASE", help="this one alone")
+    parser.add_argument("--ops", nargs="+", choices=ops.__all__, default=ops.__all__)
+    parser.add_argument("--backends", nargs="+", default=[], help="cpu-avx2, triton and so on (default: all)")
+    options = parser.parse_args(arguments)
+    cases = list(range(options.cases)) if options.only is None else [options.only]
+    return int(fuzz(options.seed, cases, options.ops, options.backends) > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,76 @@
+"""A share of the random calls of `fuzz.py`, and that it sees what it is there to see."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import problems
+import pytest
+import torch
+from child import FOLDER, run_python
+
+from corrmatch import ops
+
+
+def test_a_share():
+    """Other cases every time; whatever goes wrong prints the line that repeats it."""
+    command = [sys.executable, "fuzz.py", "--cases", "100", "--seed", os.environ["CORRMATCH_TEST_SEED"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 findings" in done.stdout
+
+
+def test_cases_are_of_every_op_and_repeat_themselves():
+    made = [problems.problem(7, i) for i in range(200)]
+    assert {problem.op for problem in made} == set(ops.__all__)
+    for i in (0, 50, 199):
+        again = problems.problem(7, i)
+        assert str(again) == str(made[i])
+        for name, x in again.tensors.items():
+            if isinstance(x, torch.Tensor):
+                assert x.stride() == made[i].tensors[name].stride()
+                assert torch.equal(x.nan_to_num(0.5), made[i].tensors[name].nan_to_num(0.5))
+
+
+PLANTED = """
+import os, sys, time
+import agreement, fuzz, problems, torch
+torch.set_num_threads(1)  # threads do not survive the fork
+right, fault = agreement.call, sys.argv[1]
+pictures = ((i, problems.problem(5, i)) for i in range(200))
+cases = [i for i, x in pictures if x.op == "connected_components" and x.tensors["image"].numel() > 1][:4]
+planted = str(problems.problem(5, cases[1]))
+
+def call(problem, case):
+    if str(problem) == planted:
+        if fault == "wrong":
+            return right(problem, case).flatten().sort().values.view(problem.tensors["image"].shape) + 1
+        if fault == "raises":
+            raise ZeroDivisionError("planted")
+        if fault == "crash":
+            os.abort()
+        time.sleep(1000)
+    return right(problem, case)
+
+agreement.call = call
+print("planted in", cases[1])
+print(fuzz.fuzz(5, cases, ["connected_components"], ["cpu-generic"], patience=10), "findings")
+"""
+WORDS = {
+    "wrong": "numbers at",
+    "raises": "ZeroDivisionError: planted",
+    "crash": "the process ended: SIGABRT",
+    "hang": "no end after 10 s",
+}
+
+
+@pytest.mark.parametrize("fault", WORDS)
+def test_a_fault_is_found_and_can_be_repeated(fault):
+    found = run_python(PLANTED, fault)
+    assert WORDS[fault] in found
+    planted = re.search(r"planted in (\d+)", found)[1]
+    assert f"repeat: python tests/fuzz.py --seed 5 --only {planted} --backends cpu-generic" in found
+    assert "4 calls, 1 findings" in found

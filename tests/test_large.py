@@ -1,0 +1,166 @@
+"""Large problems: offsets beyond 2^31, grids beyond 65,535 blocks, maps of 65,536 positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import cases
+from child import run_python
+from samples import SAMPLES, results
+
+from corrmatch import _C, ops
+from corrmatch.kernels import packing, pixel_propagate, pixel_propagate_backward, pseudo_label
+
+BEYOND = 2**31
+
+
+@pytest.fixture
+def untouched_memory(monkeypatch):
+    """Memory that is never written takes no room."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+def far(x, dim):
+    """The same numbers with the last slice along `dim` more than 2^31 elements behind the first."""
+    count, rest = x.shape[dim], x.select(dim, 0).contiguous()
+    step = BEYOND // (count - 1) + x.numel()
+    memory = torch.empty((count - 1) * step + x.numel(), dtype=x.dtype, device=x.device)
+    strides = [*rest.stride()]
+    strides.insert(dim, step)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+def small(x):
+    """In a dtype of one or two bytes."""
+    return x.half() if x.is_floating_point() and x.dim() > 0 else x
+
+
+def test_strides_beyond_31_bits(backend, sample, untouched_memory):
+    call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
+    if sample == "connected_components":
+        arguments = [arguments[0].to(torch.uint8)]
+    arguments = [small(x) for x in arguments]
+    expected = results(call(*arguments))
+    placed = 0
+    for i, x in enumerate(arguments):
+        for dim in range(x.dim()):
+            if x.dtype.itemsize > 2 or x.dim() < 3 or x.shape[dim] < 2:
+                continue
+            others = [*arguments]
+            others[i] = far(x, dim)
+            for a, b in zip(results(call(*others)), expected, strict=True):
+                tolerance = 0 if backend.exact else 1e-3
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            placed += 1
+    assert placed >= 3
+
+
+LARGE_MAP = """
+import sys, torch
+from corrmatch import _C, ops
+
+isa, height, width, channels = sys.argv[1], 256, 256, 4
+_C.cpu.select_isa(isa)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+positions, kinds = height * width, 389
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
+
+# Every key is one of a few, in any order: sums over 65,536 keys become sums over those, each so many times.
+kind = torch.randint(kinds, (positions,))
+distinct = torch.randn(channels, kinds)
+query, value = torch.randn(1, channels, height, width), torch.randn(1, channels, height, width)
+key = distinct[:, kind].view(1, channels, height, width)
+before = status("VmRSS")
+found = ops.pixel_propagate(query, key, value, threshold=0.3).flatten(2)[0].double()
+grown = status("VmHWM") - before
+
+scores = query[0].flatten(1).double().mT @ distinct.double() / channels**0.5
+weights = scores.exp()
+p = weights / (weights @ kind.bincount(minlength=kinds).double()).unsqueeze(1)
+confidence = value[0].flatten(1).softmax(0).amax(0)
+gate = (confidence >= 0.3).double()
+expected = ((value[0].flatten(1).double() * gate) @ p)[:, kind]
+print(grown, float((found - expected).norm() / expected.norm()), float((found - expected).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("isa", _C.cpu.isas()[-1:])
+def test_forward_of_65536_positions(isa):
+    """Every entry, in memory linear in the positions: the map itself would take 16 GiB."""
+    grown, error, largest = map(float, run_python(LARGE_MAP, isa).split())
+    assert grown < 64  # MiB
+    assert error < 1e-5
+    assert largest < 1e-3
+
+
+class Grids:
+    """Stands in the place of a kernel and notes with what grid it is launched."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        self.seen.append(grid)
+        return lambda *arguments, **options: None
+
+
+KERNELS = {
+    packing: ("pack_kernel", "fold_kernel", "confidence_gate_kernel"),
+    pixel_propagate: ("row_kernel", "column_kernel"),
+    pixel_propagate_backward: ("backward_row_kernel", "backward_column_kernel"),
+    pseudo_label: ("label_kernel",),
+}
+
+
+@pytest.mark.skipif(not cases("pseudo_label")[0].interpreted, reason="launches nothing")
+def test_grids_of_large_batches(monkeypatch, untouched_memory):
+    """A grid takes 2^31 - 1 blocks along x and 65,535 along y and z. Nothing is computed here."""
+    grids = {}
+    for module, names in KERNELS.items():
+        for name in names:
+            grids[name] = Grids()
+            monkeypatch.setattr(module, name, grids[name])
+    batch = 70_000
+    maps = [torch.zeros(1, 3, 3, 3, dtype=torch.bfloat16).expand(batch, 3, 3, 3).requires_grad_() for _ in range(3)]
+    ops.pixel_propagate(*maps, threshold=0.5, backend="triton").sum().backward()
+    ops.pseudo_label(maps[0].detach(), backend="triton")
+    for name, kernel in grids.items():
+        assert kernel.seen, name
+        for x, *others in kernel.seen:
+            assert batch <= x < 2**31, name
+            assert all(n <= 65_535 for n in others), name
+
+
+def wide(*shape, dtype=torch.float32):
+    """Of any size, in the memory of one number."""
+    return torch.zeros(1, dtype=dtype).expand(shape)
+
+
+TOO_LARGE = {
+    "logits": lambda: ops.pseudo_label(wide(1, 2, 2**16, 2**15)),
+    "size": lambda: ops.pseudo_label(wide(1, 2, 3, 3), size=(2**16, 2**15)),
+    "image": lambda: ops.connected_components(wide(2**16, 2**15, dtype=torch.uint8)),
+    "query": lambda: ops.region_masks(*[wide(1, 2, 2**16, 2**15)] * 2, torch.arange(3), (9, 9)),
+    "labels": lambda: ops.region_propagate(
+        wide(1, 2**16, 2**15, dtype=torch.uint8), wide(1, 2**16, 2**15, dtype=torch.bool), None, 0.5, num_classes=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_pictures_that_are_too_large(name):
+    with pytest.raises(
+        ValueError, match=rf"^{name}: expected a picture of at most 2147482624 pixels, got 65536 x 32768"
+    ):
+        TOO_LARGE[name]()
+
+
+def test_packed_pictures_that_are_too_large():
+    """Kernels count within a picture in 32 bits; the last that fits is not refused for its size."""
+    with pytest.raises(ValueError, match=r"at most 2\^31 numbers.*got 512 x 4196352"):
+        packing.pack(wide(1, 257, 2048, 2049), 512, torch.float16)
+    assert 512 * packing.padded(2048 * 2048) == packing.MOST_NUMBERS
