@@ -61,6 +61,7 @@ SHARE = {  # of the time budget, for one size
     "region_propagate": 2.0,
     "connected_components": 1.0,
     "pseudo_label": 1.0,
+    "pixel_loss": 1.0,
 }
 QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
 

@@ -250,6 +250,38 @@ def pseudo_label(s: Setting) -> Iterator[Case]:
     )  # fmt: skip
 
 
+def pixel_loss(s: Setting) -> Iterator[Case]:
+    """Cross-entropy of enlarged logits, a third of the pixels left out, forward and backward."""
+    size, (height, width) = s.full, s.grid
+    generator = s.generator()
+    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, generator)).to(s.device, s.dtype).requires_grad_()
+    labels = torch.randint(CHANNELS, (s.batch, *size), generator=generator).to(s.device)
+    kept = torch.rand(s.batch, *size, generator=generator) < 0.7
+    weight = (kept / kept.sum()).to(s.device)
+
+    def contender(name: str, f: Callable[..., Tensor], **rest: Any) -> Contender:
+        upstream = torch.ones((), device=s.device)
+        return Contender(name, lambda: f(logits, labels, weight), leaves=(logits,), upstream=upstream, **rest)
+
+    contenders = [
+        contender("corrmatch", lambda *x: ops.cross_entropy(*x)[0], ours=True),
+        contender("eager", peers.cross_entropy),
+    ]
+
+    def expected() -> tuple[Any, ...]:
+        wide = logits.detach().double().requires_grad_()
+        loss, _ = reference.cross_entropy(wide, labels, weight.double())
+        return loss.detach(), *torch.autograd.grad(loss, wide)
+
+    pixels = s.batch * size[0] * size[1]
+    yield Case(
+        "pixel_loss", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
+        f"C = {CHANNELS}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=6 * 8 * CHANNELS * pixels,
+    )  # fmt: skip
+
+
 OPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
-    f.__name__: f for f in (pixel_propagate, region_masks, region_propagate, connected_components, pseudo_label)
+    f.__name__: f
+    for f in (pixel_propagate, region_masks, region_propagate, connected_components, pseudo_label, pixel_loss)
 }

@@ -197,6 +197,12 @@ def _class_peak(confidence: Tensor, labels: Tensor, classes: int) -> Tensor:
     return confidence.new_zeros(classes).scatter_reduce(0, labels.flatten(), confidence.flatten(), "amax").float()
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Enlargement, cross-entropy, weighted sum."""
+    large = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=True)
+    return (F.cross_entropy(large, labels, reduction="none") * weight).sum()
+
+
 def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Connected components of a binary picture by the libraries that are installed."""
     peers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}

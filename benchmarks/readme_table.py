@@ -105,7 +105,7 @@ def others(record: Record) -> str:
     for (op, kind), cases in grouped.items():
         times, against = [], {}
         for case in cases:
-            name = timed_pass(our_row(case), "forward")
+            name = timed_pass(our_row(case), whole(case))
             times.append(our_row(case)["times"][name]["median"])
             for peer in peers(case):
                 against.setdefault(peer, []).append(ratio(case, name, peer))
@@ -113,8 +113,14 @@ def others(record: Record) -> str:
         inputs = " and ".join(dict.fromkeys(re.split("[,;]", case["workload"])[0] for case in cases))
         faster_than = "; ".join(f"{span(values, faster)} {peer}" for peer, values in against.items())
         of_dtype = "" if op in INTEGER else f", {kind}"
-        rows.append([f"`{op}`", f"{sizes}{of_dtype}; {inputs}", span(times, duration), faster_than])
+        title = f"`{op}`, forward + backward" if whole(cases[0]) == "both" else f"`{op}`"
+        rows.append([title, f"{sizes}{of_dtype}; {inputs}", span(times, duration), faster_than])
     return table(["", "inputs", "time", "faster than"], rows) if rows else ""
+
+
+def whole(case: Record) -> str:
+    """All that an op does: with the backward where it has one."""
+    return "both" if "both" in our_row(case)["times"] else "forward"
 
 
 def training(record: Record) -> str:

@@ -14,6 +14,7 @@ TITLES = {
     "region_masks": "rows of the map, enlarged, normalised, cut at one half; D = 21, 8 pixels a grid step",
     "region_propagate": "each region in turn takes its dominant label; 21 classes, threshold 0.85",
     "connected_components": "component numbers of a binary picture",
+    "pixel_loss": "weighted cross-entropy of enlarged logits, and their gradient; 21 classes",
     "pseudo_label": "logits enlarged; class, confidence, largest confidence of each class; 21 classes",
 }
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
@@ -59,7 +60,7 @@ def threads(environment: dict[str, Any]) -> str:
 
 def passes_of(op: str) -> tuple[str, ...]:
     """The passes that an op's table shows."""
-    return tuple(PASSES) if op == "pixel_propagate" else ("forward",)
+    return tuple(PASSES) if op in ("pixel_propagate", "pixel_loss") else ("forward",)
 
 
 def op_header(op: str) -> str:

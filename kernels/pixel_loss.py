@@ -2,8 +2,8 @@
 
 A block owns neighbouring cells of one row of the grid, and holds the logits at their corners in registers: the pixels
 of a cell lie between the same four grid points, so enlarged logits are a mixture of what is there, and their gradients
-are summed where they belong. What the blocks around a grid point have for it is added up afterwards: no atomics, the same
-result from run to run.
+are summed where they belong. What the blocks around a grid point have for it is added up afterwards: no atomics, the
+same result from run to run.
 """
 
 from __future__ import annotations

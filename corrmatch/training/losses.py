@@ -5,7 +5,7 @@ r"""The loss of CorrMatch, term by term.
     + \tfrac14 L_{\mathrm{corr}} \right)
 
 Every function takes logits (B, C, h, w), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor.
-Logits are enlarged to the labels in the loss itself, bilinearly with aligned corners: see `corrmatch.ops.cross_entropy`.
+Logits are enlarged to the labels in the loss itself (`corrmatch.ops.cross_entropy`), bilinearly with aligned corners.
 Nothing here knows the network, and nothing waits for the device.
 
 Source: CorrMatch (CVPR 2024, arXiv 2306.04300).
