@@ -64,18 +64,19 @@ def numbers(r: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
     """Floating numbers of a kind."""
     x = torch.randn(shape, dtype=torch.float64) * r.choice((0.1, 1, 1, 1, 3))
     info = torch.finfo(dtype)
+    largest = min(info.max, 1e100)  # products of two are in the range of the oracle
     kind = r.random()
     if kind < 0.05:
-        x = torch.full_like(x, r.choice((0.0, 1.0, -3.0, info.max, info.tiny, -0.0)))
+        x = torch.full_like(x, r.choice((0.0, 1.0, -3.0, largest, info.tiny, -0.0)))
     elif kind < 0.1:
         x = torch.randint(-2, 3, shape).double()
     elif kind < 0.2:
-        x *= r.choice((20, 1e3, 1e10, 1e30, 1e150))
+        x *= r.choice((20, 1e3, 1e10, 1e30, 1e100))
     elif kind < 0.3:
         x *= r.choice((1e-3, 1e-10, 1e-30, 1e-39, 1e-42, info.tiny, info.smallest_normal))
-    x = x.clamp(-info.max, info.max).to(dtype)
+    x = x.clamp(-largest, largest).to(dtype)
     if kind > 0.8 and x.numel() > 0:
-        spikes = (NAN, INF, -INF) if r.random() < 0.5 else (info.max, -info.max, info.tiny / 2, 0.0)
+        spikes = (NAN, INF, -INF) if r.random() < 0.5 else (largest, -largest, info.tiny / 2, 0.0)
         for _ in range(r.choice((1, 1, 3))):
             x.view(-1)[r.randrange(x.numel())] = r.choice(spikes)
     return x
