@@ -17,7 +17,7 @@ from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
 
 # Classes times cells of a block, so that the tiles of values and gradients, eight and more, stay in registers. The
 # interpreter takes its time by the block.
-ELEMENTS = 8192 if INTERPRETED.value else 512
+ELEMENTS = 8192 if INTERPRETED.value else 256
 CORNERS = 4
 
 

@@ -84,12 +84,13 @@ def pseudo_label(size=(7, 9), device="cpu", **options):
 def cross_entropy(size=(7, 9), device="cpu", **options):
     height, width = 4 * size[0] - 2, 4 * size[1]
     labels = torch.randint(6, (2, height, width), device=device)
-    arguments = [3 * maps(2, 6, *size, device), labels, torch.rand(2, height, width, device=device)]
+    arguments = [3 * maps(2, 6, *size, device), labels, torch.rand(2, height, width, device=device) / (height * width)]
     return lambda logits, labels, weight: ops.cross_entropy(logits, labels, weight, **options)[0], arguments
 
 
 def divergence(size=(7, 9), device="cpu", **options):
-    arguments = [3 * maps(2, 6, *size, device), torch.rand(2, 4 * size[0] - 2, 4 * size[1], device=device)]
+    height, width = 4 * size[0] - 2, 4 * size[1]
+    arguments = [3 * maps(2, 6, *size, device), torch.rand(2, height, width, device=device) / (height * width)]
     return lambda logits, weight: ops.divergence(logits, logits.detach().flip(1), weight, **options)[0], arguments
 
 

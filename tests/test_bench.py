@@ -67,7 +67,7 @@ def check_contenders(case, printed):
         if row["status"] == "slower variant":
             continue
         assert row["name"] in printed
-        passes = {"forward", "backward", "both"} if case["op"] == "pixel_propagate" else {"forward"}
+        passes = {"forward", "backward", "both"} if case["op"].startswith("pixel_") else {"forward"}
         assert set(row["times"]) == ({"forward"} if row["name"] == "attention composition" else passes)
         assert set(row["peak_extra_bytes"]) == set(row["times"]) - {"backward"}
         for times in row["times"].values():

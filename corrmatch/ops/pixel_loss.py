@@ -52,9 +52,8 @@ def cross_entropy(
     if weight.shape != labels.shape:
         raise ValueError(f"weight: expected shape {tuple(labels.shape)} as labels, got {tuple(weight.shape)}")
     backend = choose("pixel_loss", backend, logits)
-    if backend != "cpu":  # the kernel for CPUs looks itself
-        checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
     if backend == "reference":
+        labels = torch.ops.corrmatch.checked_labels(labels, weight, logits.shape[1])
         return reference.cross_entropy(logits, labels, weight)
     return _fused(logits, labels, None, weight, backend)
 
@@ -133,6 +132,8 @@ def pixel_loss_op(
     if backend == "triton":
         from corrmatch.kernels import pixel_loss as kernels
 
+        if labels is not None:
+            checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
         kernels.loss(logits, labels, target, weight, loss, pixels, grad if gradient else None)
         return loss, pixels, grad
     _C.cpu.pixel_loss(
@@ -140,6 +141,12 @@ def pixel_loss_op(
         borrow(grad) if gradient else None, threads(),
     )  # fmt: skip
     return loss, pixels, grad
+
+
+def checked_labels_op(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """The labels, none of which is wrong: an op, for a compiler cannot look at values."""
+    checks.classes(labels, weight != 0, num_classes, "where the weight is not 0")
+    return labels.clone()
 
 
 def _empty_results(logits: Tensor, weight: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,5 +187,6 @@ def _refuse(ctx, *grads):
     raise RuntimeError("pixel_loss has no second derivatives; backend='reference' has them")
 
 
+register("checked_labels", checked_labels_op, fake=lambda labels, weight, num_classes: torch.empty_like(labels))
 register("pixel_loss", pixel_loss_op, fake=_fake, save=_save, backward=_backward)
 register("pixel_loss_backward", pixel_loss_backward_op, fake=_fake_backward, backward=_refuse)
