@@ -260,6 +260,36 @@ def check_pseudo_label(problem, case, found):
     return wrong or different("class_peak", torch.nan_to_num(peak, 2.0), torch.nan_to_num(of_class, 2.0))
 
 
+def check_cross_entropy(problem, case, found):
+    """The terms of pixels whose logits are well in range; the loss is their sum."""
+    t = problem.tensors
+    weight, maps = t["weight"].double(), [t[name] for name in ("logits", "target") if name in t]
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in t.items()}
+    _, expected = getattr(reference, problem.op)(**wide)
+    info = torch.finfo(reference.accumulation_dtype(*maps))
+    largest, bad, size = torch.zeros_like(weight), torch.zeros_like(weight), weight.shape[1:]
+    for x in maps:
+        wild = (~x.isfinite()).any(1, keepdim=True).double()
+        most = x.double().abs().amax(1, keepdim=True).nan_to_num(0, 0, 0)
+        if size != x.shape[2:]:
+            wild = F.max_pool2d(wild, 3, 1, 1)  # a neighbour of weight 0 may be looked at
+            wild, most = (F.interpolate(y, size=size, mode="bilinear", align_corners=True) for y in (wild, most))
+        bad, largest = bad + wild.squeeze(1), torch.maximum(largest, most.squeeze(1))
+    units = 16 + 2 * max(maps[0].shape[2:])  # F.interpolate rounds the position
+    error = units * info.eps * largest
+    strict = (weight == 0) | ((bad == 0) & (largest < info.max / 8) & (error < 0.1))
+    rounding = (maps[0].shape[1] + 16) * info.eps * (1 + 4 * largest)
+    bound = weight * (4 * error * (1 + 4 * largest) + rounding) + 4 * info.eps * expected.abs() + info.smallest_normal
+    pixels, total = found[1].cpu().double(), found[0].detach().cpu().double()
+    wrong = beyond("pixels", pixels, torch.where(strict, expected, 0), torch.where(strict, bound, float("inf")))
+    if wrong or not pixels.isfinite().all():
+        return wrong
+    return beyond("loss", total, pixels.sum(), pixels.numel() * info.eps * pixels.abs().sum() + info.smallest_normal)
+
+
+check_divergence = check_cross_entropy
+
+
 def different(name: str, found: Tensor, expected: Tensor) -> str | None:
     """Where two tensors are not equal."""
     found = found.cpu()

@@ -221,6 +221,30 @@ def pseudo_label(r: random.Random) -> Problem:
     return Problem("pseudo_label", tensors, {"size": size})
 
 
+def loss(r: random.Random) -> tuple[dict[str, Any], int, torch.dtype]:
+    batch, (height, width), dtype = r.choice((0, 1, 1, 2, 3)), side(r), r.choice(FLOATING)
+    logits = numbers(r, dtype, batch, channels(r), height, width)
+    sizes = ((height, width), (r.randint(1, 40), r.randint(1, 40)), (3 * height - 2, 4 * width - 3))
+    shape = (batch, *r.choice(sizes))
+    weight = torch.rand(shape) * (torch.rand(shape) < r.choice((0.0, 0.5, 1.0))) * r.choice((1, 1e-6))
+    return {"logits": placed(r, logits), "weight": placed(r, weight.to(r.choice(FLOATING)))}, logits.shape[1], dtype
+
+
+def cross_entropy(r: random.Random) -> Problem:
+    tensors, classes, _ = loss(r)
+    dtype = r.choice([x for x in INTEGERS if classes <= torch.iinfo(x).max])
+    labels = torch.randint(classes, tensors["weight"].shape).to(dtype)
+    if r.random() < 0.5:  # what does not count may be anything
+        labels[tensors["weight"] == 0] = r.choice((torch.iinfo(dtype).max, torch.iinfo(dtype).min))
+    return Problem("cross_entropy", {**tensors, "labels": placed(r, labels, repeats=False)})
+
+
+def divergence(r: random.Random) -> Problem:
+    tensors, _, dtype = loss(r)
+    target = numbers(r, dtype, *tensors["logits"].shape)
+    return Problem("divergence", {**tensors, "target": placed(r, target)})
+
+
 MAKERS = {
     pixel_propagate: 8,
     correlation_rows: 2,
@@ -228,4 +252,6 @@ MAKERS = {
     region_propagate: 3,
     connected_components: 3,
     pseudo_label: 4,
+    cross_entropy: 3,
+    divergence: 2,
 }  # and how often each

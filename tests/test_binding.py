@@ -16,10 +16,12 @@ from torch import Tensor
 
 import corrmatch.ops
 from corrmatch import RegionMasks, ops
+from corrmatch.ops.backend import ALL_OPS
 
 DTYPES = (torch.bool, *problems.INTEGERS, *problems.FLOATING, torch.complex64)
 INTEGERS, FLOATING = (*problems.INTEGERS,), problems.FLOATING
-MODULES = ("pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label")
+FUNCTIONS = tuple(name for name in ops.__all__ if name != "correlation_rows")
+MODULES = ("pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label", "pixel_loss")
 
 
 def tensor(x: Tensor, dtypes: tuple, *shape: int, contiguous: bool = False) -> None:
@@ -96,12 +98,30 @@ def label(logits, ignore, labels, confidence, class_peak, threads):
     tensor(class_peak, (torch.float32,), logits.shape[1], contiguous=True)
 
 
+def loss(logits, labels, target, weight, pixels, loss, grad, threads):
+    batch, classes = logits.shape[:2]
+    tensor(logits, FLOATING, batch, classes, *logits.shape[2:4])
+    tensor(weight, FLOATING, batch, *weight.shape[1:3])
+    assert (labels is None) != (target is None)
+    if labels is not None:
+        tensor(labels, INTEGERS, *weight.shape)
+    else:
+        tensor(target, FLOATING, *logits.shape)
+    dtype = (torch.float64 if logits.dtype == torch.float64 else torch.float32,)
+    tensor(pixels, dtype, *weight.shape, contiguous=True)
+    tensor(loss, dtype)
+    if grad is not None:
+        tensor(grad, dtype, *logits.shape, contiguous=True)
+    assert min(logits.numel(), weight.numel()) > 0
+
+
 KERNELS = {
     "pixel_propagate_forward": forward,
     "region_masks": masks,
     "region_propagate": propagate,
     "connected_components": components,
     "pseudo_label": label,
+    "pixel_loss": loss,
 }
 
 
@@ -152,7 +172,7 @@ def changed(r: random.Random, x):
     return torch.zeros(size, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_what_reaches_a_kernel_is_true(op, reached):
     r = random.Random(torch.initial_seed())
     refused = 0
@@ -182,4 +202,4 @@ def test_what_reaches_a_kernel_is_true(op, reached):
 def test_every_kernel_of_the_forward_is_checked():
     known = {name for name in dir(corrmatch._C.cpu) if not name.startswith("_")}
     assert known - {"isa", "isas", "select_isa"} == {*KERNELS, "pixel_propagate_backward"}
-    assert set(MODULES) == set(ops.__all__) - {"correlation_rows"}
+    assert set(MODULES) == ALL_OPS
