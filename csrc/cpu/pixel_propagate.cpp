@@ -137,7 +137,7 @@ T largest_norm(const T* tiles, int64_t count, int64_t channels) {
   return std::sqrt(max_lanes<T>(largest));
 }
 
-// Whether the largest value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
+// Whether the largest finite value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
 template <class T>
 bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
   constexpr T limit = sizeof(T) == 4 ? T(0x1p80) : T(0x1p700);
@@ -145,8 +145,12 @@ bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
   for (int64_t c = 0; c < channels; ++c) {
     const T* value = picture.value + c * picture.value_stride;
     int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) sizes = max_nan<T>(sizes, max_nan<T>(load(value + i), -load(value + i)));
-    for (; i < n; ++i) sizes = max_nan<T>(sizes, splat(std::abs(value[i])));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+      const Vec<T> x = load(value + i), size = x < 0 ? -x : x;
+      sizes = size > sizes && size < std::numeric_limits<T>::infinity() ? size : sizes;
+    }
+    for (; i < n; ++i)
+      if (std::isfinite(value[i])) sizes = max_nan<T>(sizes, splat(std::abs(value[i])));
   }
   const T largest = max_lanes<T>(sizes);
   return largest == 0 || (largest <= limit && largest >= 1 / limit);
