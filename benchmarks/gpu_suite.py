@@ -106,7 +106,7 @@ def wait(step: Step, limit: float, environment: dict[str, str], log: Any) -> int
     """Exit code of a process; None if it had to be stopped. Nothing that it started outlives it."""
     process = subprocess.Popen(
         step.command, cwd=step.folder, env=environment | {"PATH": search_path()}, stdin=subprocess.DEVNULL,
-        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
     try:
         return process.wait(limit)
@@ -119,6 +119,11 @@ def wait(step: Step, limit: float, environment: dict[str, str], log: Any) -> int
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _heed_interrupts() -> None:
+    # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

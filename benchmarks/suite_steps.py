@@ -27,6 +27,7 @@ LIMITS = {  # seconds that a step may take, in the order of the run: what is wor
     "tests-sanitizer": 60,
 }
 
+SINGLE = "pseudo_label,pixel_loss,pixel_propagate"  # what is timed in float32
 TRAINER = ("timm", "omegaconf", "accelerate", "torchmetrics", "torchvision")
 DEVICE = """import json, sys, machine
 with open(sys.argv[2], "w") as file:
@@ -34,8 +35,8 @@ with open(sys.argv[2], "w") as file:
 
 # Of the tests, with a GPU: what only a GPU can show, then every body that runs on one. Without one, some that take
 # the interpreter and the emulator through the same door. Files and an expression for -k.
-OPS = ("connected_components", "pixel_propagate", "pixel_propagate_layout", "pseudo_label", "region_masks",
-       "region_propagate")  # fmt: skip
+OPS = ("connected_components", "pixel_loss", "pixel_propagate", "pixel_propagate_layout", "pseudo_label",
+       "region_masks", "region_propagate")  # fmt: skip
 MORE = ("cuda_kernels", "golden", "threads", "transforms")
 TESTS = {
     "tests-core": (["test_gpu.py"], ""),
@@ -134,7 +135,9 @@ class Plan:
             self.corr("regions-masks", "--ops", "region_masks,region_propagate", "--budget", "10"),
             self.corr("regions-components", "--ops", "connected_components", "--budget", "10"),
             self.train(),
-            self.corr("ops-float32", "--ops", "pseudo_label,pixel_propagate", "--sizes", "41,65", "--budget", "15"),
+            self.corr(
+                "ops-float32", "--ops", "pseudo_label,pixel_loss,pixel_propagate", "--sizes", "41,65", "--budget", "15"
+            ),
             self.tests("tests-rest", workers),
             # Without its cache torch asks the driver for every tensor, so that the tool knows where each one ends.
             self.tests("tests-sanitizer", tool=memcheck, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ import torch
 import corrmatch
 
 TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "tensorboard", "PIL", "tqdm")
+INSTALL_TRAIN = "pip install 'corrmatch[train]'"
 
 
 def info() -> str:
@@ -30,7 +32,8 @@ def info() -> str:
         lines.append(f"{backend.name:<10} {'yes' if backend.available else 'no':<10} {note}")
         if backend.available and backend.detail:
             lines.append(f"{'':<21} ({backend.detail})")
-    lines.append("")
+    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    lines += ["", "trainer    " + (f"needs {', '.join(missing)}: {INSTALL_TRAIN}" if missing else "yes"), ""]
     variables = ("CORRMATCH_BACKEND", "CORRMATCH_CHECK")
     lines += [f"{variable:<18} {os.environ.get(variable, 'not set')}" for variable in variables]
     return "\n".join(lines)
@@ -88,5 +91,5 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in TRAIN_EXTRA:
             raise
-        sys.stderr.write(f"corrmatch {options.command} needs {error.name}: pip install 'corrmatch[train]'\n")
+        sys.stderr.write(f"corrmatch {options.command} needs {error.name}: {INSTALL_TRAIN}\n")
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,6 +39,13 @@ def test_info(tmp_path):
         assert note == (", ".join(sorted(backend.ops)) if backend.available else backend.missing)
     assert table["CORRMATCH_BACKEND"] == ["reference"]
     assert table["CORRMATCH_CHECK"] == ["not", "set"]
+
+
+def test_info_names_what_the_trainer_lacks(monkeypatch):
+    find = importlib.util.find_spec
+    for missing, line in {(): "yes", ("timm", "tqdm"): "needs timm, tqdm: pip install 'corrmatch[train]'"}.items():
+        monkeypatch.setattr(cli.importlib.util, "find_spec", lambda n, m=missing: None if n in m else find("torch"))
+        assert f"trainer    {line}" in cli.info().splitlines()
 
 
 def test_version(capsys):

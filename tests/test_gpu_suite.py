@@ -48,6 +48,7 @@ def test_dry_run_goes_through_every_step(tmp_path):
     assert measured == {
         ("pixel_propagate", "bfloat16"), ("pixel_propagate", "float32"), ("pseudo_label", "float32"),
         ("region_masks", "float32"), ("region_propagate", "float32"), ("connected_components", "float32"),
+        ("pixel_loss", "float32"),
     }  # fmt: skip
     assert set(results["train"]["parts"]["step"]) == {"corrmatch", "published eager"}
     assert "seconds" in json.loads((out / "runs/train.json").read_text())["parts"]["network"]["both"]

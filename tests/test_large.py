@@ -55,6 +55,31 @@ def test_strides_beyond_31_bits(backend, sample, untouched_memory):
     assert placed >= 3
 
 
+@pytest.fixture(params=_C.cpu.isas())
+def selected_isa(request):
+    before = _C.cpu.isa()
+    _C.cpu.select_isa(request.param)
+    yield
+    _C.cpu.select_isa(before)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_pictures_of_801_by_401(sample, selected_isa, monkeypatch):
+    """Odd and not square, at the grid of stride 8; the reference stores the map."""
+    op, make = SAMPLES[sample]
+    size = (801, 401) if op in ("region_propagate", "connected_components") else (101, 51)
+    call, arguments = make(size)
+    found = {}
+    for backend in ("cpu", "reference"):
+        monkeypatch.setenv("CORRMATCH_BACKEND", backend)
+        found[backend] = results(call(*arguments))
+    for ours, expected in zip(found["cpu"], found["reference"], strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        else:  # a pixel, or a word of pixels, may lie within rounding of a threshold or of a tie
+            assert (ours != expected).float().mean() < 1e-4
+
+
 LARGE_MAP = """
 import sys, torch
 from corrmatch import _C, ops

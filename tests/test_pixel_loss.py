@@ -67,7 +67,7 @@ def exact(name, logits, other, weight):
     w = w[:, None]
 
     def log_softmax(x):
-        x = np.einsum("yi,bcij,xj->bcyx", rows, x, columns)
+        x = rows @ x @ columns.T
         x = x - x.max(1, keepdims=True)
         return x - np.log(np.exp(x).sum(1, keepdims=True))
 
@@ -79,8 +79,8 @@ def exact(name, logits, other, weight):
     else:
         q = (np.arange(x.shape[1])[:, None, None] == other[:, None].numpy()).astype(np.longdouble)
         size = pixels = -(q * log_p).sum(1)
-    size = size + abs(log_p).min(1) + abs(np.einsum("yi,bcij,xj->bcyx", rows, x, columns)).max(1)
-    spread = [np.einsum("yi,bcyx,xj->bcij", rows, w * (np.exp(log_p) + sign * q), columns) for sign in (-1, 1)]
+    size = size + abs(log_p).min(1) + abs(rows @ x @ columns.T).max(1)
+    spread = [rows.T @ (w * (np.exp(log_p) + sign * q)) @ columns for sign in (-1, 1)]
     return (pixels * w[:, 0], spread[0]), (size * w[:, 0], spread[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -120,3 +121,22 @@ def test_narrowest_instruction_set_first(names):
 
 def test_paths_in_ninja_files(names):
     assert names["escape"](Path("/a b/c:d$e")) == "/a$ b/c$:d$$e"
+
+
+@pytest.mark.parametrize(("jobs", "expected"), [(None, []), ("3", ["-j", "3"])])
+def test_max_jobs_is_honoured(names, monkeypatch, tmp_path, jobs, expected):
+    commands = []
+    sys.modules["ninja"].BIN_DIR = str(tmp_path)
+    sys.modules["pybind11"].get_include = lambda: str(tmp_path)
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    if jobs:
+        monkeypatch.setenv("MAX_JOBS", jobs)
+    build = names["NinjaBuild"](setuptools.Distribution())
+    build.build_temp, build.build_lib, build.inplace = str(tmp_path / "temp"), str(tmp_path / "lib"), False
+    build.extensions, build.compiler = [], types.SimpleNamespace(include_dirs=[])
+    build.ext_map = {}
+    build.build_extension(setuptools.Extension("corrmatch._C", sources=[]))
+    assert commands[-1] == [str(tmp_path / "ninja"), "-C", str(tmp_path / "temp"), *expected]
+    assert (tmp_path / "temp/build.ninja").exists()

@@ -24,7 +24,7 @@ def connected_components(
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        int32, shape of image: 0 on background, else 1 .. n in raster order of each component's first pixel, as
+        int32 in the shape of image, 0 on background, else 1 .. n in raster order of each component's first pixel, as
         scipy.ndimage.label numbers them. The same on every backend and for any number of threads. No gradient.
 
     Raises:

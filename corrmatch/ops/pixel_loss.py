@@ -32,8 +32,8 @@ def cross_entropy(
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        loss: 0-d, the sum L; float32 (float64 for float64 logits), as everything is computed.
-        pixels: (B, H, W) in the same dtype, the terms of the sum. Without a gradient.
+        The loss, 0-d, which is the sum L, and its pixels (B, H, W), the terms of the sum, which have no gradient. Both
+        in float32 (float64 for float64 logits), as everything is computed.
 
     Gradients flow to the logits: the sum over the pixels around a grid point of w (softmax - one_hot) times the weight
     of the enlargement. They are the same from run to run. Second and forward-mode derivatives raise RuntimeError.
@@ -75,7 +75,7 @@ def divergence(
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        loss and pixels, as those of `cross_entropy`. Gradients flow to the logits: w (p - q), spread over the grid.
+        Loss and pixels, as those of `cross_entropy`. Gradients flow to the logits: w (p - q), spread over the grid.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.

@@ -24,11 +24,10 @@ def pseudo_label(
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        labels: int64 (B, H, W), the argmax (the lowest class on ties).
-        confidence: float32 (B, H, W), the softmax probability of that class.
-        class_peak: float32 (C,), for each class the largest confidence among the pixels of the batch that are predicted
-            as it and not ignored; 0 where there is none.
-        Computed in float32 (float64 for float64 logits). No gradient.
+        The labels, int64 (B, H, W), the argmax (the lowest class on ties); the confidence, float32 (B, H, W), the
+        softmax probability of that class; and class_peak, float32 (C,), for each class the largest confidence among the
+        pixels of the batch that are predicted as it and not ignored, 0 where there is none. Computed in float32
+        (float64 for float64 logits). No gradient.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.

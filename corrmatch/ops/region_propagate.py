@@ -43,7 +43,7 @@ def region_propagate(
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        labels, in their dtype, and reliable, bool, after propagation: new tensors. No gradient.
+        The labels, in their dtype, and the reliability, bool, after propagation, in new tensors. No gradient.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; a label out of range (on a CPU, elsewhere

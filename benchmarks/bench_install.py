@@ -1,0 +1,71 @@
+"""What installing and importing cost: seconds and memory of the build, and what `import corrmatch` adds to torch's.
+
+`python benchmarks/bench_install.py` times the import; with `--build` it also builds a wheel from this checkout, as
+MAX_JOBS and the other variables of setup.py say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from machine import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORT = "import time, torch; start = time.perf_counter(); import corrmatch; print(time.perf_counter() - start)"
+
+
+def import_seconds(rounds: int) -> list[float]:
+    """Seconds of `import corrmatch` where torch is there already, each in a fresh process."""
+    command = [sys.executable, "-c", IMPORT]
+    return [float(subprocess.check_output(command, cwd=tempfile.gettempdir())) for _ in range(rounds)]
+
+
+def peak_of_tree(process: subprocess.Popen[bytes], peak: list[int]) -> None:
+    """Keeps in peak[0] the most memory that the process and its descendants held together."""
+    top = psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            peak[0] = max(peak[0], sum(p.memory_info().rss for p in [top, *top.children(recursive=True)]))
+        time.sleep(0.05)
+
+
+def build() -> tuple[float, int]:
+    """Seconds and peak bytes of building a wheel, pip's isolated environment included."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
+        start, peak = time.perf_counter(), [0]
+        process = subprocess.Popen(command)
+        watch = threading.Thread(target=peak_of_tree, args=(process, peak))
+        watch.start()
+        watch.join()
+        if process.returncode:
+            raise SystemExit(f"pip wheel failed with {process.returncode}")
+        return time.perf_counter() - start, peak[0]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", action="store_true", help="build a wheel, too")
+    parser.add_argument("--rounds", type=int, default=9, help="fresh processes that import (default: 9)")
+    options = parser.parse_args()
+    where = environment("cpu")
+    print(", ".join(str(where[field]) for field in ("device", "platform", "torch", "commit", "date")))
+    found = import_seconds(options.rounds + 1)[1:]  # the first brings files into memory
+    print(f"import corrmatch after torch: {1e3 * statistics.median(found):.0f} ms (most {1e3 * max(found):.0f} ms)")
+    if options.build:
+        seconds, peak = build()
+        print(f"pip wheel: {seconds:.0f} s, at most {peak / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How Sphinx builds these pages: `sphinx-build -nW docs SITE` (needs `pip install '.[docs]'`)."""
+
+from __future__ import annotations
+
+import torch
+from docutils import nodes
+from docutils.parsers.rst import Directive, directives
+from sphinx.application import Sphinx
+
+import corrmatch
+
+project = "corrmatch"
+author = "the corrmatch authors"
+release = corrmatch.__version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_parser"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"corrmatch {release}"
+html_show_sphinx = False
+nitpick_ignore_regex = [("py:class", r"torch\..*")]
+autodoc_typehints = "none"  # the docstrings name types and shapes
+python_maximum_signature_line_length = 88
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HOME = {"cuda": "GPU", "triton": "GPU", "cpu": "CPU", "reference": "any device"}
+
+
+class Support(Directive):
+    """`{support} OP`: which backend takes what, asked of the objects that decide it in every call."""
+
+    required_arguments = 1
+    option_spec = {"integers": directives.flag}  # noqa: RUF012  (docutils reads it so)
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        integers = "integers" in self.options
+        rows = [["backend", "tensors on", *([] if integers else [*map(_name, DTYPES), "channels"])]]
+        for name, backend in corrmatch.backends().items():
+            if self.arguments[0] in backend.ops:
+                taken = ["yes" if backend.dtypes is None or d in backend.dtypes else "no" for d in DTYPES]
+                channels = "any number" if backend.channels is None else f"at most {backend.channels}"
+                rows.append([name, HOME[name], *([] if integers else [*taken, channels])])
+        if len(rows) == 1:
+            raise self.error(f"no backend has an op called {self.arguments[0]}")
+        return [_table(rows)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(rows: list[list[str]]) -> nodes.table:
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in rows[0]), cols=len(rows[0]))
+    lines = [nodes.row("", *(nodes.entry("", nodes.paragraph(text=cell)) for cell in row)) for row in rows]
+    group += [nodes.thead("", lines[0]), nodes.tbody("", *lines[1:])]
+    return nodes.table("", group)
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.add_directive("support", Support)
