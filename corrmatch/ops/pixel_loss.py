@@ -174,12 +174,15 @@ def _fake_backward(grad_loss, grad, dtype):
 def _save(ctx, inputs, output):
     logits, _, _, _, ctx.gradient, _ = inputs
     ctx.dtype = logits.dtype
+    ctx.set_materialize_grads(False)  # the terms and the gradient take none, which would be maps of zeros
     ctx.save_for_backward(output[2])
 
 
 def _backward(ctx, grad_loss, *_):
     if not ctx.gradient:
         raise RuntimeError("logits: a gradient is asked for, but the op was called with gradient=False")
+    if grad_loss is None:
+        return (None,) * 6
     return torch.ops.corrmatch.pixel_loss_backward(grad_loss, *ctx.saved_tensors, ctx.dtype), *[None] * 5
 
 

@@ -105,4 +105,4 @@ def correlation(strong: Tensor, weak: Tensor, targets: Targets) -> Tensor:
 
 def _share(reliable: Tensor, counted: Tensor) -> Tensor:
     """The weight of each pixel in a masked mean."""
-    return reliable.float() / counted.count_nonzero().clamp(min=1)
+    return torch.where(reliable, 1 / counted.count_nonzero().clamp(min=1), 0.0)
