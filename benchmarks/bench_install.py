@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -29,27 +28,26 @@ def import_seconds(rounds: int) -> list[float]:
     return [float(subprocess.check_output(command, cwd=tempfile.gettempdir())) for _ in range(rounds)]
 
 
-def peak_of_tree(process: subprocess.Popen[bytes], peak: list[int]) -> None:
-    """Keeps in peak[0] the most memory that the process and its descendants held together."""
-    top = psutil.Process(process.pid)
+def peak_of_tree(process: subprocess.Popen[bytes]) -> int:
+    """Waits for the process; the most bytes that it and its descendants held together."""
+    top, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
-            peak[0] = max(peak[0], sum(p.memory_info().rss for p in [top, *top.children(recursive=True)]))
+            peak = max(peak, sum(p.memory_info().rss for p in [top, *top.children(recursive=True)]))
         time.sleep(0.05)
+    return peak
 
 
 def build() -> tuple[float, int]:
     """Seconds and peak bytes of building a wheel, pip's isolated environment included."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
-        start, peak = time.perf_counter(), [0]
+        start = time.perf_counter()
         process = subprocess.Popen(command)
-        watch = threading.Thread(target=peak_of_tree, args=(process, peak))
-        watch.start()
-        watch.join()
+        peak = peak_of_tree(process)
         if process.returncode:
             raise SystemExit(f"pip wheel failed with {process.returncode}")
-        return time.perf_counter() - start, peak[0]
+        return time.perf_counter() - start, peak
 
 
 def main() -> None:

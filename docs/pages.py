@@ -43,9 +43,10 @@ def draw(folder: Path) -> None:
     seen = run(DOCS / "tutorial.md")
     (height, width), step = seen["size"], seen["size"][0] // seen["grid"][0]
     picture, gray = seen["picture"].permute(1, 2, 0), 0.5 * seen["picture"].mean(0).unsqueeze(-1)
-    palette = torch.tensor([colors.to_rgb(c) for c in ("peru", "firebrick", "white", "orange", "cornflowerblue")])
+    names, marked = ("peru", "firebrick", "white", "orange", "cornflowerblue"), ("coffee", "saucer", "table")
+    palette = torch.tensor([colors.to_rgb(name) for name in names])
 
-    def save(name: str, panels: dict[str, torch.Tensor], points: dict[str, list[tuple[int, int]]], ax: int = 0) -> None:
+    def save(name: str, panels: dict[str, torch.Tensor], points: dict[str, list[tuple[int, int]]]) -> None:
         figure = Figure(figsize=(4.2 * len(panels), 3.1), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for title, x, at in zip(panels, panels.values(), axes, strict=True):
@@ -54,17 +55,17 @@ def draw(folder: Path) -> None:
             at.set_axis_off()
         for color, places in points.items():
             y, x = step * (torch.tensor(places).T + 0.5)
-            axes[ax].plot(x, y, "o", color=color, markeredgecolor="black", markersize=6)
+            axes[0].plot(x, y, "o", color=color, markeredgecolor="black", markersize=6)
         figure.savefig(folder / f"{name}.jpg", dpi=75, pil_kwargs={"quality": 82})
 
     dots = {"white": seen["marks"].tolist()}
     rows = [row / row.max() for row in seen["rows"][0]]
     heat = [torch.from_numpy(colormaps["magma"](row.sqrt().numpy())) for row in rows]
-    save("rows", {"the photograph": picture} | dict(zip(("coffee", "saucer", "table"), heat, strict=True)), dots)
+    save("rows", {"the photograph": picture} | dict(zip(marked, heat, strict=True)), dots)
     tint = torch.tensor([0.2, 0.5, 0.1])
     regions = [gray + tint * mask.unsqueeze(-1) for mask in seen["masks"].to_bool()[0]]
-    save("masks", dict(zip(("coffee", "saucer", "table"), regions, strict=True)), {})
-    clicks = dict(zip(("peru", "firebrick", "white", "orange", "cornflowerblue"), seen["clicks"], strict=True))
+    save("masks", dict(zip(marked, regions, strict=True)), {})
+    clicks = dict(zip(names, seen["clicks"], strict=True))
     save("propagated", {"37 clicks": picture, "a label for every pixel": palette[seen["labels"][0]]}, clicks)
     shade = [0.25 + 0.75 * seen[name][0].unsqueeze(-1) for name in ("reliable", "reliable_after")]
     before, after = palette[seen["labels"][0]] * shade[0], palette[seen["labels_after"][0]] * shade[1]
