@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 
 class ConfigError(ValueError):
@@ -111,17 +113,21 @@ CHOICES = {
     "train.precision": ("no", "bf16"),
     "eval.mode": ("original", "center_crop", "sliding"),
 }
-LEAST = {
-    "train.crop": 33, "train.epochs": 1, "train.batch_size": 2, "train.accumulate": 1, "train.log_every": 1,
-    "train.save_every": 1, "train.eval_every": 1, "train.workers": 0, "eval.window": 33, "eval.stride": 1,
-    "eval.panels": 0, "data.val_every": 2, "corrmatch.num_masks": 1, "model.channels": 1,
+RANGES = {
+    "train.crop": (33, math.inf), "train.epochs": (1, math.inf), "train.batch_size": (2, math.inf),
+    "train.accumulate": (1, math.inf), "train.log_every": (1, math.inf), "train.save_every": (1, math.inf),
+    "train.eval_every": (1, math.inf), "train.workers": (0, math.inf), "train.lr": (0, math.inf),
+    "train.lr_multi": (0, math.inf), "train.momentum": (0, 1), "train.weight_decay": (0, math.inf),
+    "train.power": (0, math.inf), "train.ema": (0, 1), "eval.window": (33, math.inf), "eval.stride": (1, math.inf),
+    "eval.panels": (0, math.inf), "data.val_every": (2, math.inf), "corrmatch.num_masks": (1, math.inf),
+    "corrmatch.threshold": (0, 1), "corrmatch.momentum": (0, 1), "model.channels": (1, math.inf),
 }  # fmt: skip
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it."""
     path = Path(source)
-    if not path.exists():
+    if not path.is_file():
         shipped = importlib.resources.files("corrmatch.configs")
         names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
         if source not in names:
@@ -132,7 +138,13 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override}: expected key=value, such as data.root=FOLDER")
-    return parse([OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides))])
+    try:
+        file = OmegaConf.create(text)
+    except YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from error
+    if not OmegaConf.is_dict(file):
+        raise ConfigError(f"{source}: expected keys and values")
+    return parse([file, OmegaConf.from_dotlist(list(overrides))])
 
 
 def parse(parts: Sequence[Any]) -> Config:
@@ -152,9 +164,11 @@ def parse(parts: Sequence[Any]) -> Config:
         if OmegaConf.select(merged, key) not in choices:
             expected = ", ".join(map(str, choices))
             raise ConfigError(f"{key}: expected one of {expected}, got {OmegaConf.select(merged, key)}")
-    for key, least in LEAST.items():
-        if OmegaConf.select(merged, key) < least:
-            raise ConfigError(f"{key}: expected at least {least}, got {OmegaConf.select(merged, key)}")
+    for key, (low, high) in RANGES.items():
+        value = OmegaConf.select(merged, key)
+        if value is not None and not low <= value <= high:
+            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ConfigError(f"{key}: expected {expected}, got {value}")
     return config  # type: ignore[return-value]
 
 

@@ -21,6 +21,12 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def float32_precision() -> str:
+    """The `input_precision` of products of float32 numbers: "tf32" where torch takes it for its own, else exact."""
+    # Not allow_tf32, which raises once a program has set fp32_precision; this one can be read after either.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
 @triton.jit
 def block_of(positions, SIZE: tl.constexpr):
     """The picture of this program and the first position of its block of SIZE.

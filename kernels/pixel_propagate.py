@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.configs import Configs, architecture, configs, launch
-from corrmatch.kernels.language import LOG2E, block_of, dot, narrow, on_device_of
+from corrmatch.kernels.language import LOG2E, block_of, dot, float32_precision, narrow, on_device_of
 from corrmatch.kernels.packing import SPARE, Rows, confidence_gate, fold, pack, padded_channels
 
 
@@ -68,7 +68,6 @@ class Plan:
         # Folding divides by the factor, and float16 ends at 65504.
         spare = depth - query.shape[1] >= SPARE.value
         folded = spare and abs(factor) >= 2**-20 and dtype == torch.bfloat16
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         bias = 8.0 if dtype == torch.float16 else 0.0
         return cls(
             dtype,
@@ -79,7 +78,7 @@ class Plan:
             exact,
             folded,
             bias,
-            precision,
+            float32_precision(),
             configs(architecture(query), dtype, max(depth, channels)),
         )
 

@@ -58,6 +58,9 @@ def test_overrides_and_round_trip(tmp_path):
         ("train.epochs=many", "train.epochs: Value 'many'"),
         ("train.epochs=0", "train.epochs: expected at least 1, got 0"),
         ("train.batch_size=1", "train.batch_size: expected at least 2"),
+        ("train.lr=-1", "train.lr: expected at least 0, got -1"),
+        ("train.lr=nan", "train.lr: expected at least 0, got nan"),
+        ("train.ema=2", "train.ema: expected 0 to 1, got 2"),
         ("method=corrmach", "method: expected one of supervised, corrmatch, got corrmach"),
         ("train.crop", "train.crop: expected key=value"),
     ],
@@ -73,6 +76,23 @@ def test_a_missing_value_and_a_missing_file_are_named():
         load_config("sample")
     with pytest.raises(ConfigError, match="fodler: no such file; shipped configurations are camvid, cityscapes"):
         load_config("fodler")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train: [", "not YAML: "), ("[1, 2]", "expected keys and values"), ("lr: 1", "lr: no such key")],
+)
+def test_what_is_no_configuration(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(path))
+
+
+def test_a_folder_does_not_hide_a_shipped_configuration(tmp_path, monkeypatch):
+    (tmp_path / "sample").mkdir()  # by `corrmatch sample sample`, say
+    monkeypatch.chdir(tmp_path)
+    assert load_config("sample", ["data.root=sample"]).data.root == "sample"
 
 
 def test_every_key_is_known_once():

@@ -10,6 +10,7 @@ import triton
 from corrmatch import ops
 from corrmatch.kernels import configs, pixel_propagate
 from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Configs
+from corrmatch.kernels.language import float32_precision
 from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
 from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
 
@@ -62,6 +63,23 @@ def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
         chosen = configs.tuned(kernel).best_config
         assert (chosen.kwargs["ROWS"], chosen.kwargs["COLUMNS"], chosen.num_warps, chosen.num_stages) == best
     configs.tuned.cache_clear()
+
+
+def test_float32_products_are_as_exact_as_those_of_torch():
+    """However it is told: its two interfaces refuse to be read after one another."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert float32_precision() == "tf32x3"
+        matmul.fp32_precision = "tf32"
+        assert float32_precision() == "tf32"
+        matmul.allow_tf32 = False
+        assert float32_precision() == "tf32x3"
+        torch.set_float32_matmul_precision("high")
+        assert float32_precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(

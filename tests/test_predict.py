@@ -85,13 +85,20 @@ def test_evaluation_of_a_checkpoint_is_that_of_its_run(trained, capsys):
     [
         (["train", "sample", "data.rot=x"], "corrmatch train: data.rot: no such key; did you mean data.root?\n"),
         (["train", "sample", "data.root=none"], "corrmatch train: data.root: none is not a folder\n"),
+        (
+            ["train", "sample", "data.root={root}", "work_dir={root}/new", "model.backbone=resnt18"],
+            "corrmatch train: model.backbone: timm has no model 'resnt18'; did you mean 'resnet18'?\n",
+        ),
         (["eval", "none.pt"], "corrmatch eval: none.pt: there is no such checkpoint\n"),
+        (["eval", "{root}/classes.txt"], "corrmatch eval: {root}/classes.txt: not a checkpoint, or a broken one\n"),
+        (["eval", "{root}/weights.pt"], "corrmatch eval: {root}/weights.pt: not a checkpoint of corrmatch\n"),
         (["predict", "{run}", "none", "out"], "corrmatch predict: none: expected a folder of pictures\n"),
         (["predict", "{run}", "{data}", "out"], "corrmatch predict: {data}: there are no pictures\n"),
     ],
 )
 def test_mistakes_are_said_in_a_line(trained, capsys, arguments, message):
-    places = {"run": trained / "run" / "best.pt", "data": trained / "data" / "splits"}
+    places = {"run": trained / "run" / "best.pt", "root": trained / "data", "data": trained / "data" / "splits"}
+    torch.save({"weight": torch.zeros(1)}, trained / "data" / "weights.pt")
     assert cli.main([argument.format(**places) for argument in arguments]) == 1
     assert capsys.readouterr().err == message.format(**places)
 

@@ -64,21 +64,21 @@ class Backend:
         return None
 
 
-def _known() -> tuple[Backend, ...]:
-    """All backends, best first."""
+def _known(*, gpu: bool) -> tuple[Backend, ...]:
+    """All backends, best first, where there is a GPU or none."""
     return (
-        _cuda(),
-        _triton(),
+        _cuda(gpu),
+        _triton(gpu),
         Backend("cpu", ("cpu",), ALL_OPS, detail=f"{_C.cpu.isa()} of {', '.join(_C.cpu.isas())}"),
         Backend("reference", None, ALL_OPS, detail="plain PyTorch, materialises; for checks"),
     )
 
 
-def _cuda() -> Backend:
+def _cuda(gpu: bool) -> Backend:
     missing = None
     if cuda.KERNELS is None:
         missing = _C.cuda_status
-    elif not cuda.EMULATED and not torch.cuda.is_available():
+    elif not cuda.EMULATED and not gpu:
         missing = f"no GPU ({_C.cuda_status})"
     return Backend(
         "cuda",
@@ -91,12 +91,12 @@ def _cuda() -> Backend:
     )
 
 
-def _triton() -> Backend:
+def _triton(gpu: bool) -> Backend:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     missing = None
     if importlib.util.find_spec("triton") is None:
         missing = "triton is not installed"
-    elif not interpreted and not torch.cuda.is_available():
+    elif not interpreted and not gpu:
         missing = "no GPU (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
     return Backend(
         "triton",
@@ -110,13 +110,14 @@ def _triton() -> Backend:
     )
 
 
-_BACKENDS = _known()
+# A tensor on a GPU is proof of one. To ask torch would start the driver, after which no forked process can use it.
+_BACKENDS = _known(gpu=True)
 NAMES = tuple(backend.name for backend in _BACKENDS)
 
 
 def backends() -> dict[str, Backend]:
     """The backends by name, best first; each says whether it is available and, where it is not, why."""
-    return {backend.name: backend for backend in _known()}
+    return {backend.name: backend for backend in _known(gpu=torch.cuda.is_available())}
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor) -> str:

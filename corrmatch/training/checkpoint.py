@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,15 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU; runs no code from it."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such checkpoint")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if not zipfile.is_zipfile(path):  # torch would take it for its format of old, and fail in any way
+            raise RuntimeError("not what torch.save writes")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ConfigError(f"{path}: not a checkpoint, or a broken one") from error
+    if not isinstance(content, dict) or not {"config", "classes", "method"} <= content.keys():
+        raise ConfigError(f"{path}: not a checkpoint of corrmatch")
+    return content
 
 
 def config_of(content: dict[str, Any], overrides: list[str] | None = None) -> Config:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from corrmatch import ops
-from corrmatch.config import Config
+from corrmatch.config import Config, ConfigError
 from corrmatch.masks import RegionMasks
 from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
 from corrmatch.nn import DynamicThreshold
@@ -131,10 +131,13 @@ METHODS: dict[str, type[Method]] = {"supervised": Supervised, "corrmatch": CorrM
 def build_method(config: Config, num_classes: int, *, pretrained: bool = True) -> Method:
     """The method that a configuration names, with its network; without `pretrained`, for weights from a checkpoint."""
     kind, model = METHODS[config.method], config.model
-    network = DeepLabV3Plus(
-        model.backbone, num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
-        channels=model.channels, correlation=kind.correlation, pretrained=model.pretrained if pretrained else False,
-    )  # fmt: skip
+    try:
+        network = DeepLabV3Plus(
+            model.backbone, num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
+            channels=model.channels, correlation=kind.correlation, pretrained=model.pretrained if pretrained else False,
+        )  # fmt: skip
+    except ValueError as error:  # it names one of these keys
+        raise ConfigError(f"model.{error}") from error
     return kind(network, config)
 
 
