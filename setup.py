@@ -3,9 +3,9 @@
 Environment:
   MAX_JOBS               number of parallel compiler processes (default: ninja's own choice)
   CORRMATCH_BUILD_CUDA   0: leave the CUDA kernels out; 1: fail without nvcc; unset: build them where nvcc is found
-  CORRMATCH_CUDA_ARCHS   architectures, e.g. "80;90a;120+PTX" (default below) or "native"
+  CORRMATCH_CUDA_ARCHS   architectures, e.g. "80;90a;120+PTX" (default: those below that nvcc knows) or "native"
   CUDA_HOME              where nvcc is looked for before PATH
-  CXX, CXXFLAGS, LDFLAGS as usual
+  CXX, CXXFLAGS, LDFLAGS as usual; nvcc gets CXX as its host compiler
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CUDA_ARCHS = "80;86;89;90a;100;120+PTX"
 GENERIC = {"generic": []}
 X86_VARIANTS = {
     **GENERIC,
-    "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 X86_VARIANTS["avx512"] = X86_VARIANTS["avx2"] + X86_VARIANTS["avx512"]
 
@@ -70,7 +70,7 @@ class Cuda:
             if wanted == "1":
                 raise SystemExit(f"CORRMATCH_BUILD_CUDA=1, but the toolkit of {nvcc} has no libcudart_static.a")
             return cls(f"not built: the toolkit of {nvcc} had no libcudart_static.a when it was installed")
-        archs = os.environ.get("CORRMATCH_CUDA_ARCHS", CUDA_ARCHS)
+        archs = os.environ.get("CORRMATCH_CUDA_ARCHS") or cls.known(nvcc, CUDA_ARCHS)
         flags = [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         # The runtime is static, so that the wheel needs nothing of CUDA but the driver.
         libraries = [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -90,6 +90,17 @@ class Cuda:
             return None
         found = (Path(top[1]) / lib for lib in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"))
         return next((lib.resolve() for lib in found if (lib / "libcudart_static.a").exists()), None)
+
+    @staticmethod
+    def known(nvcc: str, archs: str) -> str:
+        """Those of the architectures that this nvcc compiles for: toolkits come with the newest of their time."""
+        done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+        compiled = set(re.findall(r"compute_(\d+)", done.stdout))
+        numbers = {arch: arch.removesuffix("+PTX").rstrip("af") for arch in archs.split(";")}
+        kept = [arch for arch, number in numbers.items() if number in compiled]
+        if not kept or kept[-1].endswith("+PTX"):
+            return ";".join(kept) or archs
+        return ";".join([*kept[:-1], f"{numbers[kept[-1]]}+PTX"])  # for GPUs that are newer than all of them
 
     @staticmethod
     def gencode(archs: str) -> list[str]:
@@ -170,6 +181,9 @@ class NinjaBuild(build_ext):
             link += cuda.libraries
 
         cxx = shlex.join(compiler)
+        host = [word for word in compiler if not word.startswith("-")][-1:]  # behind ccache, say
+        ccbin = [f"-ccbin={host[0]}"] if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ else []
+        nvcc = shlex.join([cuda.nvcc, *ccbin, *cuda.flags])
         return "\n".join(
             [
                 f"cxx = {cxx}",
@@ -177,7 +191,7 @@ class NinjaBuild(build_ext):
                 f"link = {shlex.join(link)}",
                 "rule cxx\n  command = $cxx -MD -MF $out.d $flags $extra -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
-                f"rule nvcc\n  command = {cuda.nvcc} -MD -MF $out.d {shlex.join(cuda.flags)} -c $in -o $out",
+                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
                 "rule link\n  command = $cxx $in $link -o $out\n  description = $out",
                 *rules,

@@ -1,7 +1,7 @@
 """Times a training step: corrmatch's against the published one in eager PyTorch. Needs `pip install '.[train]'`.
 
 Both steps get the same network, pictures and positions of regions, and must agree in every term of the loss and in the
-gradients before they are timed, in turns. The time is split:
+gradients before they are timed, in turns. The parts are timed apart, so their times need not add up to the whole:
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
     method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
@@ -33,13 +33,17 @@ PARTS = ("network", "method", "step")
 OURS = "corrmatch"
 
 
+def leaves_of(network: Network) -> list[Tensor]:
+    """The recorded outputs that are given a gradient."""
+    return [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
+
+
 def gradients(setting: Setting, make: Callable[[Network], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
     """Terms of the loss and the gradients of the recorded outputs."""
     network = setting.leaves()
     loss, scalars = make(network).train()(setting.batch, setting.generator())
-    leaves = [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
     terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
-    return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves))
+    return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves_of(network)))
 
 
 def disagreement(setting: Setting) -> tuple[float, float]:
@@ -54,7 +58,7 @@ def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Calla
     """What the method adds: from recorded network outputs to their gradients."""
     network = setting.leaves()
     method = make(network).train()
-    leaves = [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
+    leaves = leaves_of(network)
 
     def run() -> None:
         loss, _ = method(setting.batch, setting.generator())
@@ -68,7 +72,8 @@ def network_part(setting: Setting, variant: dict[str, bool]) -> Callable[[], Any
     network, autocast, optimizer = prepare(setting, variant)
     b = setting.batch
     weak_images = torch.cat([b["labeled"]["image"], b["unlabeled"]["weak"]])
-    upstream = [[None if x is None else torch.full_like(x, 1e-6) for x in setting.planted[n, True]]
+    # Not constant: batch norm would leave of those next to nothing, and such small numbers are slow on a CPU.
+    upstream = [[None if x is None else 1e-6 * torch.randn_like(x) for x in setting.planted[n, True]]
                 for n in (2 * setting.options.batch, setting.options.batch)]  # fmt: skip
 
     def run() -> None:

@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, Any]:
     """What the figures depend on. The fields are those that `bench_corr` documents."""
     state = clocks(device)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
         "device_type": device,
         "gpu": _gpu() if device == "cuda" else None,

@@ -56,7 +56,7 @@ def masked_mean(pixels: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
 class PublishedStep(nn.Module):
     """One step, of the arguments and the result of `corrmatch.training.methods.CorrMatch`; `theta` is a float.
 
-    The network is called with `propagate=False` and hands out query and key.
+    The network hands out query and key, and propagates nothing itself.
     """
 
     def __init__(self, model: nn.Module, theta: float, momentum: float, num_masks: int):

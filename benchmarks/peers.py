@@ -1,6 +1,7 @@
-"""What corrmatch is measured against: other ways to compute the same things. No kernel of ours, nothing private.
+"""What corrmatch is measured against: other ways to compute the same things with what others have written.
 
-Every function takes and returns what the op of the same name does, for maps (B, channels, H, W).
+Functions take what the op of the same name does, for maps (B, channels, H, W), and return its numbers: masks as bools,
+of losses the sum.
 """
 
 from __future__ import annotations

@@ -135,9 +135,7 @@ class Plan:
             self.corr("regions-masks", "--ops", "region_masks,region_propagate", "--budget", "10"),
             self.corr("regions-components", "--ops", "connected_components", "--budget", "10"),
             self.train(),
-            self.corr(
-                "ops-float32", "--ops", "pseudo_label,pixel_loss,pixel_propagate", "--sizes", "41,65", "--budget", "15"
-            ),
+            self.corr("ops-float32", "--ops", SINGLE, "--sizes", "41,65", "--budget", "15"),
             self.tests("tests-rest", workers),
             # Without its cache torch asks the driver for every tensor, so that the tool knows where each one ends.
             self.tests("tests-sanitizer", tool=memcheck, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),

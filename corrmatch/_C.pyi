@@ -14,23 +14,23 @@ class cpu:
     def select_isa(name: str) -> None: ...
     @staticmethod
     def pixel_propagate_forward(
-        query: Tensor | None,
-        key: Tensor | None,
-        value: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         gate: Tensor | None,
         threshold: Tensor | None,
         scale: float,
-        out: Tensor | None,
-        normalizer: Tensor | None,
+        out: Tensor,
+        normalizer: Tensor,
         threads: int,
     ) -> None: ...
     @staticmethod
     def pixel_propagate_backward(
-        grad_out: Tensor | None,
-        query: Tensor | None,
-        key: Tensor | None,
-        value: Tensor | None,
-        normalizer: Tensor | None,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        normalizer: Tensor,
         scale: float,
         dquery: Tensor | None,
         dkey: Tensor | None,
@@ -39,98 +39,96 @@ class cpu:
     ) -> None: ...
     @staticmethod
     def region_masks(
-        query: Tensor | None,
-        key: Tensor | None,
-        index: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        index: Tensor,
         height: int,
         width: int,
         scale: float,
         threshold: float,
         connected: int,
         connectivity: int,
-        packed: Tensor | None,
+        packed: Tensor,
         threads: int,
     ) -> None: ...
     @staticmethod
     def region_propagate(
-        labels: Tensor | None,
-        reliable: Tensor | None,
-        packed: Tensor | None,
-        threshold: Tensor | None,
+        labels: Tensor,
+        reliable: Tensor,
+        packed: Tensor,
+        threshold: Tensor,
         valid: Tensor | None,
         num_classes: int,
-        out_labels: Tensor | None,
-        out_reliable: Tensor | None,
+        out_labels: Tensor,
+        out_reliable: Tensor,
         threads: int,
     ) -> None: ...
     @staticmethod
-    def connected_components(
-        image: Tensor | None, connectivity: int, background: int, out: Tensor | None, threads: int
-    ) -> None: ...
+    def connected_components(image: Tensor, connectivity: int, background: int, out: Tensor, threads: int) -> None: ...
     @staticmethod
     def pseudo_label(
-        logits: Tensor | None,
+        logits: Tensor,
         ignore: Tensor | None,
-        labels: Tensor | None,
-        confidence: Tensor | None,
-        class_peak: Tensor | None,
+        labels: Tensor,
+        confidence: Tensor,
+        class_peak: Tensor,
         threads: int,
     ) -> None: ...
     @staticmethod
     def pixel_loss(
-        logits: Tensor | None,
+        logits: Tensor,
         labels: Tensor | None,
         target: Tensor | None,
-        weight: Tensor | None,
-        pixels: Tensor | None,
-        loss: Tensor | None,
+        weight: Tensor,
+        pixels: Tensor,
+        loss: Tensor,
         grad: Tensor | None,
         threads: int,
     ) -> None: ...
 
 class cuda:  # absent where CUDA was not built; scratch functions return bytes
     @staticmethod
-    def connected_components_scratch(image: Tensor | None) -> int: ...
+    def connected_components_scratch(image: Tensor) -> int: ...
     @staticmethod
     def connected_components(
-        image: Tensor | None,
+        image: Tensor,
         connectivity: int,
         background: int,
-        out: Tensor | None,
-        scratch: Tensor | None,
+        out: Tensor,
+        scratch: Tensor,
         stream: int,
     ) -> None: ...
     @staticmethod
     def region_masks_scratch(
-        query: Tensor | None, key: Tensor | None, index: Tensor | None, height: int, width: int, connected: int
+        query: Tensor, key: Tensor, index: Tensor, height: int, width: int, connected: int
     ) -> int: ...
     @staticmethod
     def region_masks(
-        query: Tensor | None,
-        key: Tensor | None,
-        index: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        index: Tensor,
         height: int,
         width: int,
         scale: float,
         threshold: float,
         connected: int,
         connectivity: int,
-        packed: Tensor | None,
-        scratch: Tensor | None,
+        packed: Tensor,
+        scratch: Tensor,
         stream: int,
     ) -> None: ...
     @staticmethod
-    def region_propagate_scratch(labels: Tensor | None, packed: Tensor | None, num_classes: int) -> int: ...
+    def region_propagate_scratch(labels: Tensor, packed: Tensor, num_classes: int) -> int: ...
     @staticmethod
     def region_propagate(
-        labels: Tensor | None,
-        reliable: Tensor | None,
-        packed: Tensor | None,
-        threshold: Tensor | None,
+        labels: Tensor,
+        reliable: Tensor,
+        packed: Tensor,
+        threshold: Tensor,
         valid: Tensor | None,
         num_classes: int,
-        out_labels: Tensor | None,
-        out_reliable: Tensor | None,
-        scratch: Tensor | None,
+        out_labels: Tensor,
+        out_reliable: Tensor,
+        scratch: Tensor,
         stream: int,
     ) -> None: ...

@@ -155,6 +155,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
 def divergence(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum over pixels of weight * KL(softmax target || softmax logits), and its terms; 0 log 0 is 0."""
     weight = logits.new_ones(logits[:, 0].shape) if weight is None else weight
+    target = target.to(accumulation_dtype(logits))
     log_p, log_q = counted_log_softmax(logits, weight), counted_log_softmax(target, weight)
     q = log_q.exp()
     return weighted_sum(torch.where(q == 0, 0, q * (log_q - log_p)).sum(1), weight)

@@ -15,6 +15,7 @@
 
 namespace py = pybind11;
 using corrmatch::DType;
+using corrmatch::OptionalTensor;
 using corrmatch::Tensor;
 
 namespace {
@@ -46,16 +47,16 @@ Tensor make_tensor(uintptr_t address, const std::string& dtype, const std::vecto
   return tensor;
 }
 
-// What Python passes for a parameter of a kernel: None stands for an absent tensor.
+// What Python passes for a parameter of a kernel: None stands for a tensor that is left out.
 template <class T>
 struct Argument {
   using type = T;
   static const T& get(const T& x) { return x; }
 };
 template <>
-struct Argument<Tensor> {
+struct Argument<OptionalTensor> {
   using type = std::optional<Tensor>;
-  static Tensor get(const std::optional<Tensor>& x) { return x.value_or(Tensor{}); }
+  static OptionalTensor get(const type& x) { return x ? OptionalTensor(*x) : OptionalTensor(); }
 };
 
 // Wraps a kernel: an entry of the CPU's table, or a function. The GIL is released while it runs.

@@ -3,9 +3,7 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
-#include <type_traits>
 
 namespace corrmatch {
 
@@ -20,17 +18,22 @@ struct BFloat16 {
 };
 
 struct Tensor {
-  void* data = nullptr;  // null stands for an optional argument that was not given
+  void* data = nullptr;
   DType dtype = DType::float32;
   std::array<int64_t, 4> size{1, 1, 1, 1};    // leading dimensions of lower-rank tensors are 1
   std::array<int64_t, 4> stride{0, 0, 0, 0};  // in elements
-
-  explicit operator bool() const { return data != nullptr; }
 
   template <class T>
   T* at(int64_t i0, int64_t i1 = 0, int64_t i2 = 0, int64_t i3 = 0) const {
     return static_cast<T*>(data) + i0 * stride[0] + i1 * stride[1] + i2 * stride[2] + i3 * stride[3];
   }
+};
+
+// One that may be left out; false then.
+struct OptionalTensor : Tensor {
+  OptionalTensor() = default;
+  explicit OptionalTensor(const Tensor& tensor) : Tensor(tensor) {}
+  explicit operator bool() const { return data != nullptr; }
 };
 
 // Calls f with a value of the C++ type that `dtype` names; f is a generic lambda over the floating types.

@@ -13,6 +13,10 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+COLORS = np.array(
+    [[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]]
+)  # of the drawn classes
+
 
 def read_picture(path: str) -> Tensor:
     """(3, H, W) in [0, 1]."""
@@ -35,9 +39,8 @@ def draw_sample(folder: Path) -> list[str]:
     for cx, cy, radius, kind in ((70, 70, 38, 2), (230, 150, 60, 3), (140, 190, 28, 2), (280, 50, 30, 4)):
         labels[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = kind
     labels[(abs(x - 150) < 9) & (y > 20)] = 4
-    palette = np.array([[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]])
     shade = 18 * np.sin(x / (3 + labels) + y / 7) + 25 * (y / 240 - 0.5)
-    picture = palette[labels] + shade[..., None] + rng.normal(0, 14, (240, 320, 3))
+    picture = COLORS[labels] + shade[..., None] + rng.normal(0, 14, (240, 320, 3))
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / "picture.png")
     Image.fromarray(labels.astype(np.uint8)).save(folder / "labels.png")
     return [str(folder / name) for name in ("picture.png", "labels.png", "panel.png")]
@@ -85,8 +88,7 @@ def draw_scene(seed: int, size: int = 96) -> tuple[Tensor, Tensor]:
         cx, cy, r = *rng.uniform(0.15, 0.85, 2), rng.uniform(0.09, 0.17)
         ball, box, pole = np.hypot(x - cx, y - cy) < r, np.maximum(abs(x - cx), abs(y - cy)) < r, abs(x - cx) < r / 3
         labels[{2: ball, 3: box, 4: pole & (abs(y - cy) < 3 * r)}[kind]] = kind
-    palette = np.array([[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]])
-    palette = palette + rng.normal(0, 14, palette.shape)  # another light in every picture
+    palette = COLORS + rng.normal(0, 14, COLORS.shape)  # another light in every picture
     shade = 18 * np.sin(96 * x / (3 + labels) + 14 * y) + 25 * (y - 0.5)
     picture = palette[labels] + shade[..., None] + rng.normal(0, 12, (size, size, 3))
     return torch.from_numpy(picture.clip(0, 255) / 255).permute(2, 0, 1).float(), torch.from_numpy(labels)

@@ -67,7 +67,8 @@ def fuzz(seed: int, cases: list[int], names: list[str], only: list[str], patienc
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
     found, calls, start = 0, Counter(), time.monotonic()
     while cases:
-        context = multiprocessing.get_context("fork")  # nothing was computed here, so it is safe, and fast
+        # Nothing was computed here, so that a fork is safe, and fast; but it could not use a GPU that was asked for.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         here, there = context.Pipe(duplex=False)
         worker = context.Process(target=work, args=(seed, cases, names, only, there), daemon=True)
         worker.start()

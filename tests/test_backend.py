@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_instruction_sets_of_this_processor():
     expected = ["generic"]
     if {"avx2", "fma", "bmi1", "bmi2"} <= flags:
         expected.append("avx2")
-        if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
             expected.append("avx512")
     assert _C.cpu.isas() == expected
 
@@ -120,6 +121,16 @@ def test_refusal_says_why(name):
 def test_too_many_channels_are_refused():
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve .*at most 256 channels, not 257"):
         ops.pixel_propagate(*(torch.zeros(1, 257, 2, 2),) * 3, backend="triton")
+
+
+@pytest.mark.parametrize(("major", "minor", "served"), [(7, 5, False), (8, 0, True), (12, 0, True)])
+def test_gpus_that_are_too_old_are_refused(monkeypatch, major, minor, served):
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    kernels = Backend("kernels", ("cuda",), frozenset({"region_masks"}), capability=80)
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reason = None if served else f"it takes GPUs of compute capability 8.0 or more, not {major}.{minor}"
+    assert kernels.refusal("region_masks", gpu) == reason
 
 
 def test_the_reference_is_what_it_says(monkeypatch):

@@ -23,14 +23,6 @@ TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1"]
 LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_script_prints_tables_and_writes_figures(tmp_path):
     figures, picture = tmp_path / "figures.json", tmp_path / "figure.png"
     command = [sys.executable, str(SCRIPT), *TINY, "--threads", "1", "--json", str(figures), "--plot", str(picture)]
@@ -95,7 +87,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("garbage", WRONG.values(), ids=WRONG)
-def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one_thread, garbage):
+def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, garbage):
     monkeypatch.setattr(peers, "published", garbage)
     code, record = run(tmp_path, "--ops", "pixel_propagate")
     assert code == 1
@@ -110,7 +102,7 @@ def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one
     assert "2 FAILED" in printed
 
 
-def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path, capsys, one_thread):
+def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path, capsys):
     def refuses(query, key, value):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
@@ -127,7 +119,7 @@ def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path
     assert capsys.readouterr().out.count("FAILED, not timed: OutOfMemoryError: CUDA out of memory.") == 2
 
 
-def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, one_thread):
+def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cases.ops, "connected_components", lambda image: torch.zeros_like(image, dtype=torch.int32))
     code, record = run(tmp_path, "--ops", "connected_components")
     assert code == 1
@@ -135,7 +127,7 @@ def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys
     assert "! corrmatch" in capsys.readouterr().out
 
 
-def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys, one_thread):
+def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "component_peers", lambda connectivity: {})
     code, record = run(tmp_path, "--ops", "connected_components")
     assert code == 0
@@ -153,7 +145,7 @@ def test_oracle_that_does_not_fit_fails(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_other_dtypes_agree(tmp_path, one_thread, dtype):
+def test_other_dtypes_agree(tmp_path, dtype):
     ops = "pixel_propagate,region_masks,pseudo_label"
     code, record = run(tmp_path, "--dtype", dtype, "--ops", ops, "--value-grad")
     assert code == 0

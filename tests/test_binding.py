@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import corrmatch.ops
-from corrmatch import RegionMasks, ops
+from corrmatch import _C, RegionMasks, ops
 from corrmatch.ops.backend import ALL_OPS
 
 DTYPES = (torch.bool, *problems.INTEGERS, *problems.FLOATING, torch.complex64)
@@ -33,6 +33,13 @@ def tensor(x: Tensor, dtypes: tuple, *shape: int, contiguous: bool = False) -> N
     assert min(x.stride(), default=0) >= 0
     last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     assert x.numel() == 0 or (last + 1) * x.element_size() <= x.untyped_storage().nbytes()
+
+
+def test_only_what_is_optional_may_be_left_out():
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.cpu.connected_components(None, 8, 0, None, 1)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.cpu.pseudo_label(None, None, None, None, None, 1)
 
 
 def forward(query, key, value, gate, threshold, scale, out, normalizer, threads):

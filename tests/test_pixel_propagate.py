@@ -89,7 +89,7 @@ def test_scores_of_one_sign(backend):
     """Equal rows of scores far from 0 still give P that sums to 1."""
     query, key = torch.full((1, 1, 5, 5), 20.0), torch.full((1, 1, 3, 9), -60.0)
     value = torch.randn(1, 3, 5, 5)
-    z = ops.pixel_propagate(query.to(backend.device), key.to(backend.device), value.to(backend.device))
+    z = ops.pixel_propagate(*(x.to(backend.device) for x in (query, key, value)), backend=backend.name)
     expected = value.sum((2, 3), keepdim=True).expand_as(z) / 27
     torch.testing.assert_close(z.cpu(), expected, rtol=1e-5, atol=1e-6)
 
@@ -155,10 +155,10 @@ def test_confidence_from_the_value(backend, dtype, classes, normalize):
 
 def test_gate_opens_at_equality(backend):
     query, key, value, _ = maps((1, 3, 2, (1, 4), (1, 5)))
-    confidence = torch.tensor([[[0.25, 0.5, 0.75, 0.5]]])
+    confidence = torch.tensor([[[0.25, 0.5, 0.75, 0.5]]], device=backend.device)
     arguments = [x.to(backend.device) for x in (query, key, torch.ones_like(value))]
     for threshold in (0.5, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
-        z = ops.pixel_propagate(*arguments, confidence=confidence.to(backend.device), threshold=threshold)
+        z = ops.pixel_propagate(*arguments, confidence=confidence, threshold=threshold, backend=backend.name)
         torch.testing.assert_close(z.sum((2, 3)).cpu(), torch.full((1, 2), 3.0))  # rows of P sum to 1
 
 
@@ -183,7 +183,8 @@ def test_closed_gates_give_zero(backend, threshold, normalize):
 @NORMALIZE
 def test_empty_batch(backend, dtype, normalize):
     tensors = maps((0, 5, 4, (7, 9), (5, 11)), dtype)
-    for options in ({}, {"threshold": 0.5}, {"threshold": 0.5, "confidence": torch.rand(0, 7, 9)}):
+    confidence = torch.rand(0, 7, 9, device=backend.device)
+    for options in ({}, {"threshold": 0.5}, {"threshold": 0.5, "confidence": confidence}):
         for x, like in zip(
             propagate(backend, *tensors, normalize=normalize, **options), (*tensors[3:], *tensors), strict=False
         ):

@@ -147,7 +147,8 @@ def test_more_classes_than_the_dtype_holds(backend, integer):
 
 @pytest.mark.parametrize("wrong", [-1, 21, 255, 2**15])
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
-def test_label_out_of_range_where_it_counts(backend, wrong, threshold):
+def test_label_out_of_range_where_it_counts(backend, wrong, threshold, monkeypatch):
+    monkeypatch.setenv("CORRMATCH_CHECK", "1")  # a GPU does not look unasked
     labels, reliable, masks, valid = scene((40, 60), 4, 21)
     reliable[1, 39, 58], valid[1, 39, 58] = True, True
     labels[1, 39, 58] = wrong

@@ -51,6 +51,22 @@ def test_default_architectures(names):
     assert flags == [*(arch(a) for a in ("80", "86", "89", "90a", "100", "120")), arch("120", "compute")]
 
 
+@pytest.mark.parametrize(
+    ("compiled", "expected"),
+    [
+        ("75 80 86 87 88 89 90 100 103 110 120 121", "80;86;89;90a;100;120+PTX"),  # CUDA 13
+        ("50 70 75 80 86 87 89 90", "80;86;89;90+PTX"),  # CUDA 12.0: PTX of 90a would run on nothing newer
+        ("50 70 75 80 86 87", "80;86+PTX"),
+        ("", "80;86;89;90a;100;120+PTX"),  # it does not say
+    ],
+)
+def test_default_architectures_are_those_that_nvcc_knows(names, tmp_path, compiled, expected):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{number}\n" for number in compiled.split()))
+    nvcc.chmod(0o755)
+    assert names["Cuda"].known(str(nvcc), names["CUDA_ARCHS"]) == expected
+
+
 @pytest.mark.parametrize("given", ["", "80;", "sm_80", "80 90", "all", "+PTX", "-arch=x"])
 def test_unreadable_architectures(names, given):
     with pytest.raises(SystemExit, match=r"^CORRMATCH_CUDA_ARCHS: cannot read "):

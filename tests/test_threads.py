@@ -32,7 +32,7 @@ def test_any_number_of_threads(backend, sample):
     for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         actual = computed(sample, backend, 0)
-        if backend.exact and backend.name != "torch":
+        if backend.exact:
             assert_identical(actual, expected)
         else:
             for a, b in zip(actual, expected, strict=True):

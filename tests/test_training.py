@@ -262,7 +262,7 @@ def test_corrmatch_without_unlabelled_pictures_is_refused(tmp_path):
         Trainer(config)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(sample, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(sample, tmp_path):
     run = Trainer(small_config(sample, tmp_path / "run", "method=supervised"))
     with torch.no_grad():
         run.method.model.decode[-1].bias[0] = math.nan

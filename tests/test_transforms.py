@@ -9,6 +9,7 @@ from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
+import corrmatch
 from corrmatch import RegionMasks, ops
 
 REGISTERED = torch.ops.corrmatch
@@ -101,7 +102,8 @@ def test_opcheck(call):
 
 def test_gradient_that_was_not_announced_is_refused():
     """The op leaves out what only the gradient of query needs."""
-    maps = [feature(1, 3, 4, 5) for _ in range(3)]
+    device = "cpu" if "cpu" in corrmatch.backends()["triton"].devices else "cuda"
+    maps = [torch.randn(1, 3, 4, 5, device=device, requires_grad=True) for _ in range(3)]
     out, *_ = REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, False, "triton")
     with pytest.raises(RuntimeError, match=r"^query: .*gradient=False"):
         out.sum().backward()
@@ -130,10 +132,10 @@ def assert_compiles(sample, backend, compiler):
     make = SAMPLES[sample][1]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
-    call, _ = make(backend=backend.name)
+    call, _ = make(device=backend.device, backend=backend.name)
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     for size in SIZES:
-        _, arguments = make(size)
+        _, arguments = make(size, device=backend.device)
         if sample in DIFFERENTIABLE:
             actual, expected = with_gradients(compiled, arguments), with_gradients(call, arguments)
         else:
@@ -197,7 +199,7 @@ def test_compile_of_a_training_step():
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_equals_a_loop(backend, sample):
     """torch calls the op once an element."""
-    call, arguments = SAMPLES[sample][1](backend=backend.name)
+    call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
     stacked = [torch.stack([x, x.flip(0) if x.dim() else x]) for x in arguments]
     found = results(torch.vmap(call)(*stacked))
     for i in range(2):
@@ -211,7 +213,7 @@ def test_transforms_that_are_refused(backend, sample):
     """Rather than to give a derivative that is wrong."""
     if backend.name == "reference":
         pytest.skip("plain PyTorch has them")
-    call, (query, *others) = SAMPLES[sample][1](backend=backend.name)
+    call, (query, *others) = SAMPLES[sample][1](device=backend.device, backend=backend.name)
     with pytest.raises(RuntimeError, match=r"functorch transforms"):
         torch.func.grad(lambda x: call(x, *others).sum())(query)
     if sample != "correlation_rows":
@@ -261,10 +263,10 @@ def test_autocast_leaves_the_confidence_alone():
 
 def test_autocast_changes_no_other_op(backend, sample):
     """All but pixel propagation, whose maps are cast, compute as they do without it."""
-    call, arguments = SAMPLES[sample][1](backend=backend.name)
+    call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
     cast = [x.bfloat16() if sample.startswith("pixel") and x.dim() == 4 else x for x in arguments]
     expected = results(call(*cast))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(backend.device, torch.bfloat16):
         actual = results(call(*arguments))
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype

@@ -28,6 +28,7 @@ class Backend:
         ops: Names of the ops it has.
         dtypes: Floating dtypes that it takes; None for any. Integers it takes all.
         channels: The most channels that it takes; None for any number.
+        capability: The least compute capability of a GPU that it takes, 80 for 8.0; None for any.
         unasked: Whether it may be chosen where no backend is named.
         missing: Why it cannot run in this installation; None where it can.
         detail: What is in use, for people.
@@ -40,6 +41,7 @@ class Backend:
     detail: str = ""
     dtypes: tuple[torch.dtype, ...] | None = None
     channels: int | None = None
+    capability: int | None = None
     unasked: bool = True
 
     @property
@@ -56,6 +58,11 @@ class Backend:
         device = tensors[0].device.type
         if self.devices is not None and device not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
+        if self.capability is not None and device == "cuda" and not torch.compiler.is_compiling():
+            gpu = torch.cuda.get_device_properties(tensors[0].device)
+            if 10 * gpu.major + gpu.minor < self.capability:
+                least = f"{self.capability // 10}.{self.capability % 10}"
+                return f"it takes GPUs of compute capability {least} or more, not {gpu.major}.{gpu.minor}"
         for tensor in tensors:
             if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
                 return f"it does not take {str(tensor.dtype).removeprefix('torch.')}"
@@ -87,6 +94,7 @@ def _cuda(gpu: bool) -> Backend:
         missing,
         detail="emulated on the CPU; for checks" if cuda.EMULATED else _C.cuda_status,
         dtypes=HALF_AND_SINGLE,
+        capability=80,
         unasked=not cuda.EMULATED,
     )
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from torch import Tensor
 
 from corrmatch import _C
 
 
+@overload
+def borrow(tensor: Tensor) -> _C.Tensor: ...
+@overload
+def borrow(tensor: Tensor | None) -> _C.Tensor | None: ...
 def borrow(tensor: Tensor | None) -> _C.Tensor | None:
     """The tensor as the extension sees it. The caller keeps it alive during the call."""
     if tensor is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def connected_components_op(image: Tensor, connectivity: int, background: int, b
     pictures = image.reshape(-1, *image.shape[-2:])
     results = out.view(pictures.shape)
     if backend == "cuda":
-        scratch = cuda.KERNELS.connected_components_scratch(borrow(pictures))
+        scratch = functools.partial(cuda.KERNELS.connected_components_scratch, borrow(pictures))
         arguments = (borrow(pictures), connectivity, background, borrow(results))
         cuda.launch(cuda.KERNELS.connected_components, image, scratch, *arguments)
         return out

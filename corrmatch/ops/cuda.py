@@ -34,9 +34,12 @@ def _load() -> tuple[Any, bool]:
 KERNELS, EMULATED = _load()
 
 
-def launch(kernel: Callable[..., None], like: Tensor, scratch_bytes: int, *arguments: Any) -> None:
-    """Calls a kernel for tensors on the device of `like`; scratch memory and stream come last."""
+def launch(kernel: Callable[..., None], like: Tensor, scratch_bytes: Callable[[], int], *arguments: Any) -> None:
+    """Calls a kernel for tensors on the device of `like`; scratch memory and stream come last.
+
+    How much memory that is depends on the device, and so is asked for on it.
+    """
     with torch.cuda.device(like.device if like.is_cuda else -1):  # -1: no device
-        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=like.device)
+        scratch = torch.empty(scratch_bytes(), dtype=torch.uint8, device=like.device)
         stream = torch.cuda.current_stream().cuda_stream if like.is_cuda else 0
         kernel(*arguments, borrow(scratch), stream)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -101,7 +103,7 @@ def region_masks_op(
     options = (scale, threshold, connected, connectivity, borrow(packed))
     if backend == "cuda":
         check_index(index, query.shape[2] * query.shape[3])
-        scratch = cuda.KERNELS.region_masks_scratch(*rows, connected)
+        scratch = functools.partial(cuda.KERNELS.region_masks_scratch, *rows, connected)
         cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, *options)
     else:
         _C.cpu.region_masks(*rows, *options, threads())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ def region_propagate_op(
         borrow(out_labels), borrow(out_reliable),
     )  # fmt: skip
     if backend == "cuda":
-        scratch = cuda.KERNELS.region_propagate_scratch(borrow(labels), borrow(packed), num_classes)
+        scratch = functools.partial(cuda.KERNELS.region_propagate_scratch, borrow(labels), borrow(packed), num_classes)
         cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *arguments)
     else:
         _C.cpu.region_propagate(*arguments, threads())

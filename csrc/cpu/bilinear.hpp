@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "planes.hpp"
+#include "buffer.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// Exact at both ends of constant segments, unlike (1 - w) a + w b.
+// Exact where a = b or w = 0, unlike (1 - w) a + w b. Between two equal infinities it is no number.
 template <class T, class Weight>
 inline T lerp(T a, T b, Weight w) {
   return a + w * (b - a);

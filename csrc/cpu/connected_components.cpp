@@ -3,13 +3,12 @@
 // operations on 64 pixels at a time, and each contact unites two runs. Memory besides the result: two bits and at most
 // four bytes (touched only where there are runs) a pixel.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "bits.hpp"
+#include "buffer.hpp"
 #include "ops.hpp"
 #include "parallel.hpp"
-#include "planes.hpp"
 #include "runs.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
@@ -213,8 +212,6 @@ void label_image(const Image& image, bool diagonal, const Tensor& out, int threa
 
 void connected_components(Tensor image, int connectivity, int64_t background, Tensor out, int threads) {
   const int64_t height = image.size[2], width = image.size[3];
-  if (height * width > std::numeric_limits<int32_t>::max())
-    throw std::invalid_argument("image: a picture may have at most 2147483647 pixels");
   const Image picture{
       image, height, width, words_for(width), representable(image.dtype, background), uint64_t(background)};
   const bool diagonal = connectivity == 8;

@@ -7,6 +7,7 @@
 
 #include "bilinear.hpp"
 #include "bits.hpp"
+#include "simd.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 

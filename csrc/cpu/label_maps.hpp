@@ -59,12 +59,12 @@ void pack_labels(const T* labels, int64_t i, const LabelMaps& maps) {
   }
 }
 
-// Copies n <= kChunk pixels from p on, a multiple of 64, to the outputs and packs them.
-inline constexpr int64_t kChunk = 2048;
+inline constexpr int64_t kChunk = 2048;  // pixels that are packed at once
 
+// Copies n <= kChunk pixels from p on, a multiple of 64, to the outputs and packs them.
 template <class T>
-Offender pack_chunk(const Tensor& labels, const Tensor& reliable, const Tensor& valid, int64_t b, int64_t p, int64_t n,
-                    T largest, T* out_labels, uint8_t* out_reliable, const LabelMaps& maps) {
+Offender pack_chunk(const Tensor& labels, const Tensor& reliable, const OptionalTensor& valid, int64_t b, int64_t p,
+                    int64_t n, T largest, T* out_labels, uint8_t* out_reliable, const LabelMaps& maps) {
   alignas(64) uint8_t valid_pixels[kChunk] = {};
   read_pixels(labels, b, p, n, out_labels);
   read_pixels(reliable, b, p, n, out_reliable);

@@ -41,7 +41,10 @@ class Places {
 };
 
 struct Problem {
-  Tensor logits, labels, target, weight, pixels, grad;
+  Tensor logits;
+  OptionalTensor labels, target;
+  Tensor weight, pixels;
+  OptionalTensor grad;
   bool resize() const { return weight.size[2] != logits.size[2] || weight.size[3] != logits.size[3]; }
 };
 
@@ -54,7 +57,6 @@ class Worker {
         y_(y),
         classes_(int(problem.logits.size[1])),
         rows_(problem.logits, y, problem.resize()),
-        target_rows_(problem.target ? problem.target : problem.logits, y, problem.resize()),
         pitch_(rows_.pitch()),
         places_(x, pitch_),
         across_(places_.lanes()),
@@ -62,19 +64,19 @@ class Worker {
         label_(places_.lanes()),
         loss_(places_.lanes()),
         values_(classes_ * kLanes<T>),
-        others_(classes_ * kLanes<T>),
+        others_(problem.target ? classes_ * kLanes<T> : 0),
         left_(classes_ * pitch_),
         right_(classes_ * pitch_),
         near_(classes_ * pitch_),
         far_(classes_ * pitch_) {
+    if (problem.target) target_rows_.emplace(problem.target, y, problem.resize());
     for (int64_t i = 0; i < places_.lanes(); ++i) across_[i] = weight_[i] = 0, label_[i] = 0;
     for (int64_t px = 0; px < x.outputs(); ++px) across_[places_.lane()[px]] = x.weight()[px];
   }
 
   int64_t pitch() const { return pitch_; }
-  // Gradients of the grid row of the band, and of the row below, so far: (classes, pitch).
+  // Gradients of the grid row of the band, so far: (classes, pitch).
   T* near() { return near_; }
-  T* far() { return far_; }
 
   void start_task() { clear(near_), clear(far_); }
   void next_band() {
@@ -82,18 +84,19 @@ class Worker {
     clear(far_);
   }
 
-  // The loss of picture row y, summed; its pixels are written, its gradient added to near() and far().
+  // The loss of picture row y, summed; its pixels are written, its gradient added to the grid rows on both sides.
   double row(int64_t b, int64_t y) {
     const bool some = read_weights(b, y);
     if (some && p_.labels) read_labels(b, y);
     std::fill_n(static_cast<T*>(loss_), places_.lanes(), T(0));
     if (some) {
-      if (p_.grad) clear(left_), clear(right_);
+      const bool spreads = p_.grad && p_.resize();
+      if (spreads) clear(left_), clear(right_);
       if (p_.resize())
         p_.target ? blocks<true, true>(b, y) : blocks<true, false>(b, y);
       else
         p_.target ? blocks<false, true>(b, y) : blocks<false, false>(b, y);
-      if (p_.grad) spread(p_.resize() ? y_.weight()[y] : T(0));
+      if (spreads) spread(y_.weight()[y]);
     }
     double total = 0;
     T* out = p_.pixels.at<T>(0, b, y);
@@ -104,7 +107,7 @@ class Worker {
     return total;
   }
 
-  // A label that is no class though its pixel counts.
+  // The least label that is no class though its pixel counts.
   std::optional<int64_t> offender() const { return offender_; }
 
  private:
@@ -129,15 +132,15 @@ class Worker {
       for (int64_t x = 0; x < p_.labels.size[3]; ++x) {
         const int64_t label = row[x * p_.labels.stride[3]], lane = places_.lane()[x];
         const bool known = label >= 0 && label < classes_;
-        if (!known && weight_[lane] != 0) offender_ = label;
-        label_[lane] = known ? Lane(label) : 0;
+        if (!known && weight_[lane] != 0) offender_ = std::min(label, offender_.value_or(label));
+        label_[lane] = known ? Lane<T>(label) : 0;
       }
     });
   }
 
   template <bool Resize, bool Divergence>
   void blocks(int64_t b, int64_t y) {
-    const T *line = rows_.at(b, y), *target = Divergence ? target_rows_.at(b, y) : nullptr;
+    const T *line = rows_.at(b, y), *target = Divergence ? target_rows_->at(b, y) : nullptr;
     const int64_t cells = p_.logits.size[3];
     for (int64_t cell = 0; cell < cells; cell += kLanes<T>) {
       for (int64_t k = 0; k < places_.count(); ++k) {
@@ -153,22 +156,21 @@ class Worker {
     }
   }
 
-  // The pixels of a vector of cells; 0 where `counted` is not, so that what does not count may be anything.
+  // The logits of a class at one pixel of each cell; 0 where `counted` is not: what does not count may be anything.
   template <bool Resize>
-  static Vec<T> pixels(const T* line, Vec<T> across, Int<T> counted) {
+  static Vec<T> logits_at(const T* line, Vec<T> across, Int<T> counted) {
     Vec<T> value = load(line);
     if constexpr (Resize) value = lerp(value, load_unaligned(line + 1), across);
     return counted ? value : Vec<T>{};
   }
-  static Vec<T> exponential(Vec<T> x) { return exp2<true>(x * kLog2e<T>); }
   T* vector(Buffer<T>& buffer, int c) { return buffer + c * kLanes<T>; }
 
-  // Puts the pixels of all classes into `values` and returns the largest of each. A NaN may be passed over.
+  // Puts the logits of all classes into `values` and returns the largest of each. A NaN may be passed over.
   template <bool Resize>
   Vec<T> gather(const T* line, Vec<T> across, Int<T> counted, Buffer<T>& values) {
     Vec<T> largest = splat(-std::numeric_limits<T>::infinity());
     for (int c = 0; c < classes_; ++c) {
-      const Vec<T> value = pixels<Resize>(line + c * pitch_, across, counted);
+      const Vec<T> value = logits_at<Resize>(line + c * pitch_, across, counted);
       largest = value > largest ? value : largest;
       store(vector(values, c), value);
     }
@@ -178,11 +180,11 @@ class Worker {
   template <bool Resize>
   void cross_entropy(const T* line, int64_t cell, int64_t at) {
     const Vec<T> weight = load(weight_ + at), across = load(across_ + at);
-    const Int<T> counted = weight != 0, label = *reinterpret_cast<const Int<T>*>(static_cast<Lane*>(label_) + at);
+    const Int<T> counted = weight != 0, label = load_lanes<T>(label_ + at);
     const Vec<T> largest = gather<Resize>(line, across, counted, values_);
     Vec<T> sum{}, chosen{};
     for (int c = 0; c < classes_; ++c) {
-      const Vec<T> shifted = load(vector(values_, c)) - largest, e = exponential(shifted);
+      const Vec<T> shifted = load(vector(values_, c)) - largest, e = exp<T>(shifted);
       chosen = label == c ? shifted : chosen;
       sum += e;
       store(vector(values_, c), e);
@@ -205,7 +207,7 @@ class Worker {
     Vec<T> sum{}, other_sum{}, difference{};
     for (int c = 0; c < classes_; ++c) {
       const Vec<T> shifted = load(vector(values_, c)) - largest, other = load(vector(others_, c)) - other_largest;
-      const Vec<T> e = exponential(shifted), q = exponential(other);
+      const Vec<T> e = exp<T>(shifted), q = exp<T>(other);
       difference += q == 0 ? Vec<T>{} : q * (other - shifted);
       sum += e;
       other_sum += q;
@@ -220,11 +222,12 @@ class Worker {
       add<Resize>(c, cell, share * load(vector(values_, c)) - other_share * load(vector(others_, c)), across);
   }
 
-  // Adds the gradients of pixels to the grid columns on both sides.
+  // Adds the gradients of pixels to the grid columns on both sides; where nothing is enlarged, to their grid row.
   template <bool Resize>
   void add(int c, int64_t cell, Vec<T> gradient, Vec<T> across) {
-    T *left = left_ + c * pitch_ + cell, *right = right_ + c * pitch_ + cell + 1;
+    T* left = (Resize ? left_ : near_) + c * pitch_ + cell;
     if constexpr (!Resize) return store(left, load(left) + gradient);
+    T* right = right_ + c * pitch_ + cell + 1;
     const Vec<T> part = gradient * across;
     store(left, load(left) + (gradient - part));
     store_unaligned(right, load_unaligned(right) + part);
@@ -240,21 +243,21 @@ class Worker {
     }
   }
 
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const Problem p_;
   const Axis<T>& y_;
   const int classes_;
-  Rows<T> rows_, target_rows_;
+  Rows<T> rows_;
+  std::optional<Rows<T>> target_rows_;
   const int64_t pitch_;
   Places<T> places_;
   Buffer<T> across_;        // of each lane: how far right of the grid column its pixel lies
   Buffer<T> weight_;        // of the row's pixels; 0 in empty lanes
-  Buffer<Lane> label_;      // of the row's pixels
+  Buffer<Lane<T>> label_;   // of the row's pixels
   Buffer<T> loss_;          // of the row's pixels
   Buffer<T> values_;        // (classes, lanes): logits of a vector of pixels, then their exponentials
   Buffer<T> others_;        // the same of the target
   Buffer<T> left_, right_;  // (classes, pitch): the row's gradients of the grid columns, of the pixels on either side
-  Buffer<T> near_, far_;    // (classes, pitch)
+  Buffer<T> near_, far_;    // (classes, pitch): of the grid row of the band, and of the row below, so far
   std::optional<int64_t> offender_;
 };
 
@@ -303,25 +306,28 @@ void run(const Problem& p, const Tensor& loss, int threads) {
     }
   }
 
+  std::optional<int64_t> offender;
   for (const Worker<T>& worker : workers)
-    if (worker.offender()) refuse("labels", " where the weight is not 0", 0, classes - 1, *worker.offender());
+    if (worker.offender()) offender = std::min(*worker.offender(), offender.value_or(*worker.offender()));
+  if (offender) refuse("labels", " where the weight is not 0", 0, classes - 1, *offender);
   double total = 0;
   for (const double part : totals) total += part;
   *loss.at<T>(0) = T(total);
   if (!p.grad) return;
   for (int64_t index = 0; index < batch * tasks; ++index) {
     T* row = first + index * row_size;
-    const T* before = last + (index - 1) * row_size;
-    if (index % tasks > 0)
+    if (index % tasks > 0) {
+      const T* before = last + (index - 1) * row_size;
       for (int64_t i = 0; i < row_size; ++i) row[i] += before[i];
+    }
     write_row(p.grad, index / tasks, index % tasks * kBandsPerTask, row, workers[0].pitch());
   }
 }
 
 }  // namespace
 
-void pixel_loss(Tensor logits, Tensor labels, Tensor target, Tensor weight, Tensor pixels, Tensor loss, Tensor grad,
-                int threads) {
+void pixel_loss(Tensor logits, OptionalTensor labels, OptionalTensor target, Tensor weight, Tensor pixels, Tensor loss,
+                OptionalTensor grad, int threads) {
   const bool wide = pixels.dtype == DType::float64;
   (wide ? run<double> : run<float>)({logits, labels, target, weight, pixels, grad}, loss, threads);
 }

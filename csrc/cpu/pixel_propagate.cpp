@@ -159,8 +159,8 @@ bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
 // Positions whose gate is open: given as a mask, or where the largest softmax probability over the channels of V
 // reaches the threshold, or all.
 template <class T>
-void open_rows(const Picture<T>& picture, int64_t channels, const Tensor& gate, const Tensor& threshold, int64_t b,
-               int64_t n, std::vector<int64_t>& rows) {
+void open_rows(const Picture<T>& picture, int64_t channels, const OptionalTensor& gate, const OptionalTensor& threshold,
+               int64_t b, int64_t n, std::vector<int64_t>& rows) {
   rows.clear();
   if (gate) {
     for (int64_t i = 0; i < n; ++i)
@@ -171,8 +171,7 @@ void open_rows(const Picture<T>& picture, int64_t channels, const Tensor& gate, 
       const T* value = picture.value + i;
       Vec<T> largest = load(value), sum{};
       for (int64_t c = 1; c < channels; ++c) largest = max_nan<T>(largest, load(value + c * picture.value_stride));
-      for (int64_t c = 0; c < channels; ++c)
-        sum += exp2<true>((load(value + c * picture.value_stride) - largest) * kLog2e<T>);
+      for (int64_t c = 0; c < channels; ++c) sum += exp<T>(load(value + c * picture.value_stride) - largest);
       const Vec<T> confidence = T(1) / sum;
       for (int64_t lane = 0; lane < std::min<int64_t>(kLanes<T>, n - i); ++lane)
         if (confidence[lane] >= least) rows.push_back(i + lane);
@@ -182,90 +181,127 @@ void open_rows(const Picture<T>& picture, int64_t channels, const Tensor& gate, 
   }
 }
 
+// The whole problem, as many pictures at a time as are in flight: p is a picture's place among those, b its number.
 template <class T>
-void run(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& gate, const Tensor& threshold,
-         double scale, const Tensor& out, const Tensor& normalizer, int threads) {
-  const int64_t batch = query.size[0], depth = query.size[1], values = value.size[1], channels = out.size[1];
-  const int64_t n_q = positions(query), n_k = positions(key), tiles = tile_count<T>(n_k), padded = tiles * kWidth<T>;
-  const int64_t value_stride = tile_count<T>(n_q) * kWidth<T>;
-  const Groups most(n_q);
-  const int64_t flight = pictures_in_flight(batch, most.count, threads);
+class Problem {
+ public:
+  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& gate,
+          const OptionalTensor& threshold, double scale, const Tensor& out, const Tensor& normalizer, int threads)
+      : query_(query),
+        key_(key),
+        value_(value),
+        gate_(gate),
+        threshold_(threshold),
+        out_(out),
+        normalizer_(normalizer),
+        scale_(T(scale * kLog2e<double>)),
+        threads_(threads),
+        depth_(query.size[1]),
+        values_(value.size[1]),
+        channels_(out.size[1]),
+        n_q_(positions(query)),
+        tiles_(tile_count<T>(positions(key))),
+        padded_(tiles_ * kWidth<T>),
+        value_stride_(tile_count<T>(n_q_) * kWidth<T>),
+        groups_(Groups(n_q_).count),
+        flight_(pictures_in_flight(query.size[0], groups_, threads)),
+        queries_(flight_ * depth_ * n_q_),
+        vals_(flight_ * values_ * value_stride_),
+        keys_(flight_ * depth_ * padded_),
+        partials_(flight_ * groups_ * channels_ * padded_),
+        planes_(threads * padded_),
+        pictures_(flight_) {
+    for (int64_t p = 0; p < flight_; ++p) {
+      Picture<T>& picture = pictures_[p];
+      picture.query = queries_ + p * depth_ * n_q_;
+      picture.value = vals_ + p * values_ * value_stride_;
+      picture.value_stride = value_stride_;
+      picture.key = keys_ + p * depth_ * padded_;
+      picture.partials = partials_ + p * groups_ * channels_ * padded_;
+      picture.rows.reserve(n_q_);
+    }
+    for (int i = 0; i < threads; ++i) workers_.emplace_back(n_q_, positions(key), depth_, values_, channels_ > values_);
+  }
 
-  Buffer<T> queries(flight * depth * n_q), vals(flight * values * value_stride), keys(flight * depth * padded);
-  Buffer<T> partials(flight * most.count * channels * padded), planes(int64_t(threads) * padded);
-  std::vector<Picture<T>> pictures(flight);
-  for (Picture<T>& picture : pictures) picture.rows.reserve(n_q);
-  std::vector<Forward<T>> workers;
-  for (int i = 0; i < threads; ++i) workers.emplace_back(n_q, n_k, depth, values, channels > values);
-
-  for (int64_t first = 0; first < batch; first += flight) {
-    const int64_t count = std::min(flight, batch - first);
-#pragma omp parallel num_threads(threads)
-    {
-      T* plane = planes + thread_number() * padded;
+  void run() {
+    for (int64_t first = 0; first < query_.size[0]; first += flight_) {
+      const int64_t count = std::min(flight_, query_.size[0] - first);
+#pragma omp parallel num_threads(threads_)
+      {
 #pragma omp for schedule(static) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t c = 0; c < 2 * depth + values; ++c) {
-          if (c < depth) {
-            pack_channel<T>(key, first + p, c, depth, keys + p * depth * padded, plane);
-          } else if (c < 2 * depth) {
-            T* q = queries + (p * depth + c - depth) * n_q;
-            read_plane(query, first + p, c - depth, q);
-            for (int64_t i = 0; i < n_q; ++i) q[i] *= T(scale * kLog2e<double>);
-          } else {
-            read_plane(value, first + p, c - 2 * depth, vals + (p * values + c - 2 * depth) * value_stride);
-          }
-        }
-      }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t c = 0; c < 2 * depth_ + values_; ++c) read_channel(p, first + p, c);
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < count; ++p) {
-        Picture<T>& picture = pictures[p];
-        picture.query = queries + p * depth * n_q;
-        picture.value = vals + p * values * value_stride;
-        picture.value_stride = value_stride;
-        picture.key = keys + p * depth * padded;
-        picture.partials = partials + p * most.count * channels * padded;
-        picture.largest_key = largest_norm(picture.key, tiles, depth);
-        picture.moderate = is_moderate(picture, values, n_q);
-        open_rows(picture, values, gate, threshold, first + p, n_q, picture.rows);
-        T* rows = normalizer.at<T>(0, first + p);
-        std::fill_n(rows, n_q, T(0));
-        std::fill_n(rows + n_q, n_q, std::numeric_limits<T>::infinity());
-      }
+        for (int64_t p = 0; p < count; ++p) list_rows(pictures_[p], first + p);
 #pragma omp for schedule(dynamic) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t g = 0; g < most.count; ++g) {
-          const Picture<T>& picture = pictures[p];
-          const Groups groups(int64_t(picture.rows.size()));
-          if (g >= groups.count) continue;
-          T* z = picture.partials + g * channels * padded;
-          std::fill_n(z, channels * padded, T(0));
-          const int64_t stop = std::min<int64_t>(picture.rows.size(), (g + 1) * groups.rows_per_group);
-          for (int64_t row = g * groups.rows_per_group; row < stop; row += kBlock)
-            workers[thread_number()].block(picture, picture.rows.data() + row, std::min<int64_t>(kBlock, stop - row), z,
-                                           normalizer.at<T>(0, first + p));
-        }
-      }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t g = 0; g < groups_; ++g) add_group(pictures_[p], first + p, g);
 #pragma omp for schedule(static) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t groups = Groups(int64_t(pictures[p].rows.size())).count;
-          add_partials(pictures[p].partials, groups, channels, c, tiles, plane);
-          write_plane(out, first + p, c, plane);
-        }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t c = 0; c < channels_; ++c) write_channel(pictures_[p], first + p, c);
       }
     }
   }
-}
+
+ private:
+  T* plane() { return planes_ + thread_number() * padded_; }
+
+  // Channel c of key, query and value in a row.
+  void read_channel(int64_t p, int64_t b, int64_t c) {
+    if (c < depth_) return pack_channel<T>(key_, b, c, depth_, keys_ + p * depth_ * padded_, plane());
+    c -= depth_;
+    if (c < depth_) {
+      T* query = queries_ + (p * depth_ + c) * n_q_;
+      read_plane(query_, b, c, query);
+      for (int64_t i = 0; i < n_q_; ++i) query[i] *= scale_;
+      return;
+    }
+    c -= depth_;
+    read_plane(value_, b, c, vals_ + (p * values_ + c) * value_stride_);
+  }
+
+  void list_rows(Picture<T>& picture, int64_t b) {
+    picture.largest_key = largest_norm(picture.key, tiles_, depth_);
+    picture.moderate = is_moderate(picture, values_, n_q_);
+    open_rows(picture, values_, gate_, threshold_, b, n_q_, picture.rows);
+    T* rows = normalizer_.at<T>(0, b);
+    std::fill_n(rows, n_q_, T(0));
+    std::fill_n(rows + n_q_, n_q_, std::numeric_limits<T>::infinity());
+  }
+
+  void add_group(const Picture<T>& picture, int64_t b, int64_t g) {
+    T* z = picture.partials + g * channels_ * padded_;
+    if (g < Groups(int64_t(picture.rows.size())).count) std::fill_n(z, channels_ * padded_, T(0));
+    for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
+      workers_[thread_number()].block(picture, rows, count, z, normalizer_.at<T>(0, b));
+    });
+  }
+
+  void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
+    add_partials(picture.partials, Groups(int64_t(picture.rows.size())).count, channels_, c, tiles_, plane());
+    write_plane<T>(out_, b, c, plane());
+  }
+
+  const Tensor query_, key_, value_;
+  const OptionalTensor gate_, threshold_;
+  const Tensor out_, normalizer_;
+  const T scale_;  // of the packed query
+  const int threads_;
+  const int64_t depth_, values_, channels_, n_q_, tiles_, padded_, value_stride_, groups_, flight_;
+  Buffer<T> queries_, vals_, keys_, partials_;
+  Buffer<T> planes_;  // one a thread
+  std::vector<Picture<T>> pictures_;
+  std::vector<Forward<T>> workers_;
+};
 
 }  // namespace
 
-void pixel_propagate_forward(Tensor query, Tensor key, Tensor value, Tensor gate, Tensor threshold, double scale,
-                             Tensor out, Tensor normalizer, int threads) {
-  if (normalizer.dtype == DType::float64)
-    run<double>(query, key, value, gate, threshold, scale, out, normalizer, threads);
-  else
-    run<float>(query, key, value, gate, threshold, scale, out, normalizer, threads);
+void pixel_propagate_forward(Tensor query, Tensor key, Tensor value, OptionalTensor gate, OptionalTensor threshold,
+                             double scale, Tensor out, Tensor normalizer, int threads) {
+  const auto run = [&](auto zero) {
+    Problem<decltype(zero)>(query, key, value, gate, threshold, scale, out, normalizer, threads).run();
+  };
+  normalizer.dtype == DType::float64 ? run(double{}) : run(float{});
 }
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -1,13 +1,14 @@
 // What the forward and the backward of pixel propagation share: packing and the partition of the work.
 //
-// Rows (query positions) with an open gate are cut into groups that depend on the shape alone; each group adds into its
-// own partial result, and the partials are added in order. So the result does not depend on the number of threads, and
-// the memory is (groups <= 16) times the result of the pictures in flight.
+// Rows (query positions) with an open gate are cut into groups that depend on their number alone; each group adds into
+// its own partial result, and the partials are added in order. So the result does not depend on the number of threads,
+// and the memory is (groups <= 16) times the result of the pictures in flight.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "buffer.hpp"
 #include "parallel.hpp"
 #include "planes.hpp"
 #include "tiles.hpp"
@@ -54,6 +55,15 @@ void add_partials(const T* partials, int64_t groups, int64_t channels, int64_t c
       for (int h = 0; h < 2; ++h) sum[h] += load(in + g * size + h * kLanes<T>);
     for (int h = 0; h < 2; ++h) store(plane + h * kLanes<T>, sum[h]);
   }
+}
+
+// The rows of group g of all open ones, a block at a time: f(rows, how many).
+template <class F>
+void for_each_block(const std::vector<int64_t>& rows, int64_t g, F&& f) {
+  const Groups groups(int64_t(rows.size()));
+  const int64_t stop = std::min<int64_t>(rows.size(), (g + 1) * groups.rows_per_group);
+  for (int64_t row = g * groups.rows_per_group; row < stop; row += kBlock)
+    f(rows.data() + row, std::min<int64_t>(kBlock, stop - row));
 }
 
 // Clears the columns behind the last in the tile of a row: they hold 2^0, not 0.

@@ -148,112 +148,145 @@ class Backward {
   T inverse_sum_[kBlock];
 };
 
+// The whole problem, as in the forward: p is a picture's place among those in flight, b its number.
 template <class T>
-void run(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& normalizer,
-         double scale, const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue, int threads) {
-  const int64_t batch = query.size[0], depth = query.size[1], values = value.size[1], channels = grad_out.size[1];
-  const int64_t n_q = positions(query), n_k = positions(key), tiles = tile_count<T>(n_k), padded = tiles * kWidth<T>;
-  const Groups most(n_q);
-  const int64_t flight = pictures_in_flight(batch, most.count, threads);
-  const bool with_dquery(dquery), with_dkey(dkey), with_dvalue(dvalue);
-
-  Buffer<T> queries(flight * depth * n_q), vals(flight * channels * n_q);
-  Buffer<T> keys(flight * depth * padded), grads(flight * channels * padded);
-  Buffer<T> dqueries(with_dquery * flight * depth * n_q), dvalues(with_dvalue * flight * channels * n_q);
-  Buffer<T> partials(with_dkey * flight * most.count * depth * padded), planes(int64_t(threads) * padded);
-  std::vector<Picture<T>> pictures(flight);
-  for (int64_t p = 0; p < flight; ++p) {
-    Picture<T>& picture = pictures[p];
-    picture.query = queries + p * depth * n_q;
-    picture.value = vals + p * channels * n_q;
-    picture.key = keys + p * depth * padded;
-    picture.grad = grads + p * channels * padded;
-    picture.dquery = with_dquery ? dqueries + p * depth * n_q : nullptr;
-    picture.dvalue = with_dvalue ? dvalues + p * channels * n_q : nullptr;
-    picture.partials = with_dkey ? partials + p * most.count * depth * padded : nullptr;
-    picture.rows.reserve(n_q);
+class Problem {
+ public:
+  Problem(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& normalizer,
+          double scale, const OptionalTensor& dquery, const OptionalTensor& dkey, const OptionalTensor& dvalue,
+          int threads)
+      : grad_out_(grad_out),
+        query_(query),
+        key_(key),
+        value_(value),
+        normalizer_(normalizer),
+        dquery_(dquery),
+        dkey_(dkey),
+        dvalue_(dvalue),
+        threads_(threads),
+        depth_(query.size[1]),
+        values_(value.size[1]),
+        channels_(grad_out.size[1]),
+        n_q_(positions(query)),
+        tiles_(tile_count<T>(positions(key))),
+        padded_(tiles_ * kWidth<T>),
+        groups_(Groups(n_q_).count),
+        flight_(pictures_in_flight(query.size[0], groups_, threads)),
+        queries_(flight_ * depth_ * n_q_),
+        vals_(flight_ * channels_ * n_q_),
+        keys_(flight_ * depth_ * padded_),
+        grads_(flight_ * channels_ * padded_),
+        dqueries_(dquery ? flight_ * depth_ * n_q_ : 0),
+        dvalues_(dvalue ? flight_ * channels_ * n_q_ : 0),
+        partials_(dkey ? flight_ * groups_ * depth_ * padded_ : 0),
+        planes_(threads * padded_),
+        pictures_(flight_) {
+    for (int64_t p = 0; p < flight_; ++p) {
+      Picture<T>& picture = pictures_[p];
+      picture.query = queries_ + p * depth_ * n_q_;
+      picture.value = vals_ + p * channels_ * n_q_;
+      picture.key = keys_ + p * depth_ * padded_;
+      picture.grad = grads_ + p * channels_ * padded_;
+      picture.dquery = dquery ? dqueries_ + p * depth_ * n_q_ : nullptr;
+      picture.dvalue = dvalue ? dvalues_ + p * channels_ * n_q_ : nullptr;
+      picture.partials = dkey ? partials_ + p * groups_ * depth_ * padded_ : nullptr;
+      picture.rows.reserve(n_q_);
+    }
+    for (int i = 0; i < threads; ++i) workers_.emplace_back(n_q_, positions(key), depth_, channels_, scale);
   }
-  std::vector<Backward<T>> workers;
-  for (int i = 0; i < threads; ++i) workers.emplace_back(n_q, n_k, depth, channels, scale);
 
-  for (int64_t first = 0; first < batch; first += flight) {
-    const int64_t count = std::min(flight, batch - first);
-#pragma omp parallel num_threads(threads)
-    {
-      T* plane = planes + thread_number() * padded;
+  void run() {
+    for (int64_t first = 0; first < query_.size[0]; first += flight_) {
+      const int64_t count = std::min(flight_, query_.size[0] - first);
+#pragma omp parallel num_threads(threads_)
+      {
 #pragma omp for schedule(static) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t c = 0; c < 2 * (depth + channels); ++c) {
-          const int64_t b = first + p;
-          if (c < depth) {
-            pack_channel<T>(key, b, c, depth, keys + p * depth * padded, plane);
-          } else if (c < depth + channels) {
-            pack_channel<T>(grad_out, b, c - depth, channels, grads + p * channels * padded, plane);
-          } else if (c < 2 * depth + channels) {
-            const int64_t d = c - depth - channels;
-            read_plane(query, b, d, queries + (p * depth + d) * n_q);
-            if (with_dquery) std::fill_n(dqueries + (p * depth + d) * n_q, n_q, T(0));
-          } else {
-            const int64_t v = c - 2 * depth - channels;
-            T* out = vals + (p * channels + v) * n_q;
-            if (v < values)
-              read_plane(value, b, v, out);
-            else
-              std::fill_n(out, n_q, T(1));  // the mass is what a channel of ones gathers
-            if (with_dvalue) std::fill_n(dvalues + (p * channels + v) * n_q, n_q, T(0));
-          }
-        }
-      }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t c = 0; c < 2 * (depth_ + channels_); ++c) read_channel(p, first + p, c);
 #pragma omp for schedule(static)
-      for (int64_t p = 0; p < count; ++p) {
-        Picture<T>& picture = pictures[p];
-        picture.normalizer = normalizer.at<const T>(0, first + p);
-        picture.rows.clear();
-        for (int64_t i = 0; i < n_q; ++i)
-          if (picture.normalizer[n_q + i] != std::numeric_limits<T>::infinity()) picture.rows.push_back(i);
-      }
+        for (int64_t p = 0; p < count; ++p) list_rows(pictures_[p], first + p);
 #pragma omp for schedule(dynamic) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t g = 0; g < most.count; ++g) {
-          const Picture<T>& picture = pictures[p];
-          const Groups groups(int64_t(picture.rows.size()));
-          if (g >= groups.count) continue;
-          T* dk = with_dkey ? picture.partials + g * depth * padded : nullptr;
-          if (dk) std::fill_n(dk, depth * padded, T(0));
-          const int64_t stop = std::min<int64_t>(picture.rows.size(), (g + 1) * groups.rows_per_group);
-          for (int64_t row = g * groups.rows_per_group; row < stop; row += kBlock)
-            workers[thread_number()].block(picture, picture.rows.data() + row, std::min<int64_t>(kBlock, stop - row),
-                                           dk);
-        }
-      }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t g = 0; g < groups_; ++g) add_group(pictures_[p], g);
 #pragma omp for schedule(static) collapse(2)
-      for (int64_t p = 0; p < count; ++p) {
-        for (int64_t c = 0; c < 2 * depth + values; ++c) {
-          const int64_t b = first + p;
-          if (c < depth) {
-            if (!with_dkey) continue;
-            const int64_t groups = Groups(int64_t(pictures[p].rows.size())).count;
-            add_partials(pictures[p].partials, groups, depth, c, tiles, plane);
-            write_plane<T>(dkey, b, c, plane);
-          } else if (c < 2 * depth) {
-            if (with_dquery) write_plane<T>(dquery, b, c - depth, pictures[p].dquery + (c - depth) * n_q);
-          } else if (with_dvalue) {
-            write_plane<T>(dvalue, b, c - 2 * depth, pictures[p].dvalue + (c - 2 * depth) * n_q);
-          }
-        }
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t c = 0; c < 2 * depth_ + values_; ++c) write_channel(pictures_[p], first + p, c);
       }
     }
   }
-}
+
+ private:
+  T* plane() { return planes_ + thread_number() * padded_; }
+
+  // Channel c of key, grad_out, query and value in a row.
+  void read_channel(int64_t p, int64_t b, int64_t c) {
+    if (c < depth_) return pack_channel<T>(key_, b, c, depth_, keys_ + p * depth_ * padded_, plane());
+    c -= depth_;
+    if (c < channels_) return pack_channel<T>(grad_out_, b, c, channels_, grads_ + p * channels_ * padded_, plane());
+    c -= channels_;
+    if (c < depth_) {
+      read_plane(query_, b, c, queries_ + (p * depth_ + c) * n_q_);
+      if (dquery_) std::fill_n(dqueries_ + (p * depth_ + c) * n_q_, n_q_, T(0));
+      return;
+    }
+    c -= depth_;
+    T* value = vals_ + (p * channels_ + c) * n_q_;
+    if (c < values_)
+      read_plane(value_, b, c, value);
+    else
+      std::fill_n(value, n_q_, T(1));  // the mass is what a channel of ones gathers
+    if (dvalue_) std::fill_n(dvalues_ + (p * channels_ + c) * n_q_, n_q_, T(0));
+  }
+
+  void list_rows(Picture<T>& picture, int64_t b) {
+    picture.normalizer = normalizer_.at<const T>(0, b);
+    picture.rows.clear();
+    for (int64_t i = 0; i < n_q_; ++i)
+      if (picture.normalizer[n_q_ + i] != std::numeric_limits<T>::infinity()) picture.rows.push_back(i);
+  }
+
+  void add_group(const Picture<T>& picture, int64_t g) {
+    T* dkey = dkey_ ? picture.partials + g * depth_ * padded_ : nullptr;
+    if (dkey && g < Groups(int64_t(picture.rows.size())).count) std::fill_n(dkey, depth_ * padded_, T(0));
+    for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
+      workers_[thread_number()].block(picture, rows, count, dkey);
+    });
+  }
+
+  // Channel c of dkey, dquery and dvalue in a row.
+  void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
+    if (c < depth_) {
+      if (!dkey_) return;
+      add_partials(picture.partials, Groups(int64_t(picture.rows.size())).count, depth_, c, tiles_, plane());
+      return write_plane<T>(dkey_, b, c, plane());
+    }
+    c -= depth_;
+    if (c < depth_) {
+      if (dquery_) write_plane<T>(dquery_, b, c, picture.dquery + c * n_q_);
+      return;
+    }
+    c -= depth_;
+    if (dvalue_) write_plane<T>(dvalue_, b, c, picture.dvalue + c * n_q_);
+  }
+
+  const Tensor grad_out_, query_, key_, value_, normalizer_;
+  const OptionalTensor dquery_, dkey_, dvalue_;
+  const int threads_;
+  const int64_t depth_, values_, channels_, n_q_, tiles_, padded_, groups_, flight_;
+  Buffer<T> queries_, vals_, keys_, grads_, dqueries_, dvalues_, partials_;
+  Buffer<T> planes_;  // one a thread
+  std::vector<Picture<T>> pictures_;
+  std::vector<Backward<T>> workers_;
+};
 
 }  // namespace
 
 void pixel_propagate_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor normalizer, double scale,
-                              Tensor dquery, Tensor dkey, Tensor dvalue, int threads) {
-  if (normalizer.dtype == DType::float64)
-    run<double>(grad_out, query, key, value, normalizer, scale, dquery, dkey, dvalue, threads);
-  else
-    run<float>(grad_out, query, key, value, normalizer, scale, dquery, dkey, dvalue, threads);
+                              OptionalTensor dquery, OptionalTensor dkey, OptionalTensor dvalue, int threads) {
+  const auto run = [&](auto zero) {
+    Problem<decltype(zero)>(grad_out, query, key, value, normalizer, scale, dquery, dkey, dvalue, threads).run();
+  };
+  normalizer.dtype == DType::float64 ? run(double{}) : run(float{});
 }
 
 }  // namespace corrmatch::CORRMATCH_ISA

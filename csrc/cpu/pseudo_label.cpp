@@ -1,7 +1,6 @@
 // Pseudo-labels: the largest class of every pixel and its softmax probability, one picture row at a time, so that
 // enlarged logits exist for one vector of pixels only.
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "ops.hpp"
@@ -38,8 +37,8 @@ class Columns {
     const int32_t* low = axis_.low() + x;
     Vec<T> a, b;
     if constexpr (S == Sampling::permute) {
-      a = permute(row + low[0], load_lanes(x));
-      b = permute(row + low[0] + 1, load_lanes(x));
+      a = permute(row + low[0], load_lanes<T>(lane_ + x));
+      b = permute(row + low[0] + 1, load_lanes<T>(lane_ + x));
     } else {
       for (int i = 0; i < kLanes<T>; ++i) a[i] = row[low[i]], b[i] = row[low[i] + 1];
     }
@@ -47,7 +46,6 @@ class Columns {
   }
 
  private:
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 #if defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__)
   static constexpr bool kFastPermute = true;
   static Vec<T> permute(const T* p, Int<T> lanes) {
@@ -64,10 +62,9 @@ class Columns {
   }
 #endif
   static int64_t round_up(int64_t n) { return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
-  Int<T> load_lanes(int64_t x) const { return *reinterpret_cast<const Int<T>*>(static_cast<const Lane*>(lane_) + x); }
 
   Axis<T> axis_;
-  Buffer<Lane> lane_;  // low(x) - low(first x of the vector)
+  Buffer<Lane<T>> lane_;  // low(x) - low(first x of the vector)
   Sampling sampling_;
 };
 
@@ -100,8 +97,6 @@ class Labeller {
   const float* confidences() const { return confidences_; }
 
  private:
-  static Vec<T> exponential(Vec<T> x) { return exp2<true>(x * kLog2e<T>); }
-
   template <Sampling S>
   void label_row(const T* source) {
     for (int64_t x = 0; x < width_; x += kLanes<T>) {
@@ -116,9 +111,8 @@ class Labeller {
         largest = better ? value : largest;
         label = better ? Int<T>{} + c : label;
       }
-      for (int c = 0; c < classes_; ++c) sum += exponential(load<T>(values_ + c * kLanes<T>) - largest);
-      // Not 1 / sum: so rounding in the exponential of 0 cancels, and certainty is exactly 1.
-      const Vec<T> confidence = exponential(largest - largest) / sum;
+      for (int c = 0; c < classes_; ++c) sum += exp<T>(load<T>(values_ + c * kLanes<T>) - largest);
+      const Vec<T> confidence = T(1) / sum;
       for (int i = 0; i < kLanes<T>; ++i) {
         labels_[x + i] = label[i];
         confidences_[x + i] = float(confidence[i]);
@@ -136,7 +130,7 @@ class Labeller {
 };
 
 template <class T>
-void run(const Tensor& logits, const Tensor& ignore, const Tensor& labels, const Tensor& confidence,
+void run(const Tensor& logits, const OptionalTensor& ignore, const Tensor& labels, const Tensor& confidence,
          const Tensor& class_peak, int threads) {
   const int64_t batch = logits.size[0], channels = logits.size[1], height = labels.size[2], width = labels.size[3];
   const bool resize = height != logits.size[2] || width != logits.size[3];
@@ -173,7 +167,8 @@ void run(const Tensor& logits, const Tensor& ignore, const Tensor& labels, const
 
 }  // namespace
 
-void pseudo_label(Tensor logits, Tensor ignore, Tensor labels, Tensor confidence, Tensor class_peak, int threads) {
+void pseudo_label(Tensor logits, OptionalTensor ignore, Tensor labels, Tensor confidence, Tensor class_peak,
+                  int threads) {
   const auto kernel = logits.dtype == DType::float64 ? run<double> : run<float>;
   kernel(logits, ignore, labels, confidence, class_peak, threads);
 }

@@ -1,5 +1,5 @@
 // Region masks from correlation rows. A row lives on the small key grid and is never enlarged as a whole:
-// - its products with the keys are computed for kMasks sampled queries at once;
+// - its products with the keys are computed for kQueriesAtOnce sampled queries at once;
 // - the extrema of the enlarged row are found by branch and bound, for no enlarged value leaves the range of the grid
 //   values around it;
 // - an enlarged picture row is linear between two neighbouring grid columns, so that only the cells with the threshold
@@ -18,7 +18,7 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-inline constexpr int kMasks = 4;
+inline constexpr int kQueriesAtOnce = 4;
 
 enum Connected { kWhole = 0, kPeak = 1, kSeed = 2 };
 
@@ -107,9 +107,9 @@ void run(const Tensor& query, const Tensor& key, const Tensor& index, int64_t he
          double threshold, Connected connected, int connectivity, const Tensor& packed, int threads) {
   const int64_t batch = query.size[0], depth = query.size[1], masks = index.size[3];
   const int64_t n_q = positions(query), n_k = positions(key), tiles = tile_count<T>(n_k), padded = tiles * kWidth<T>;
-  const int64_t blocks = (masks + kMasks - 1) / kMasks, row = padded + kLanes<T>;
-  Buffer<T> keys(batch * depth * padded), queries(batch * depth * blocks * kMasks);
-  Buffer<T> planes(threads * std::max(n_q, padded)), scores(threads * kMasks * row);
+  const int64_t blocks = (masks + kQueriesAtOnce - 1) / kQueriesAtOnce, pitch = padded + kLanes<T>;
+  Buffer<T> keys(batch * depth * padded), queries(batch * depth * blocks * kQueriesAtOnce);
+  Buffer<T> planes(threads * std::max(n_q, padded)), scores(threads * kQueriesAtOnce * pitch);
   const Axis<T> y(key.size[2], height), x(key.size[3], width);
   std::vector<Masker<T>> maskers;
   maskers.reserve(threads);
@@ -123,29 +123,31 @@ void run(const Tensor& query, const Tensor& key, const Tensor& index, int64_t he
       for (int64_t d = 0; d < depth; ++d) {
         pack_channel<T>(key, b, d, depth, keys + b * depth * padded, plane);
         read_plane(query, b, d, plane);
-        T* sampled = queries + (b * depth + d) * blocks * kMasks;
-        for (int64_t k = 0; k < blocks * kMasks; ++k)
+        T* sampled = queries + (b * depth + d) * blocks * kQueriesAtOnce;
+        for (int64_t k = 0; k < blocks * kQueriesAtOnce; ++k)
           sampled[k] = plane[*index.at<const int64_t>(0, 0, b, std::min(k, masks - 1))] * T(scale * kLog2e<double>);
       }
     }
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t block = 0; block < blocks; ++block) {
-        T* block_scores = scores + thread_number() * kMasks * row;
-        const T* sampled = queries + b * depth * blocks * kMasks + block * kMasks;
+        T* block_scores = scores + thread_number() * kQueriesAtOnce * pitch;
+        const T* sampled = queries + b * depth * blocks * kQueriesAtOnce + block * kQueriesAtOnce;
         for (int64_t t = 0; t < tiles; ++t) {
-          Vec<T> acc[kMasks][2] = {};
-          multiply_add<kMasks>(sampled, blocks * kMasks, keys + (b * tiles + t) * depth * kWidth<T>, depth, acc);
-          for (int m = 0; m < kMasks; ++m)
-            for (int h = 0; h < 2; ++h) store(block_scores + m * row + t * kWidth<T> + h * kLanes<T>, acc[m][h]);
+          Vec<T> acc[kQueriesAtOnce][2] = {};
+          multiply_add<kQueriesAtOnce>(sampled, blocks * kQueriesAtOnce, keys + (b * tiles + t) * depth * kWidth<T>,
+                                       depth, acc);
+          for (int m = 0; m < kQueriesAtOnce; ++m)
+            for (int h = 0; h < 2; ++h) store(block_scores + m * pitch + t * kWidth<T> + h * kLanes<T>, acc[m][h]);
         }
-        for (int m = 0; m < kMasks; ++m)
-          std::fill(block_scores + m * row + n_k, block_scores + (m + 1) * row, -std::numeric_limits<T>::infinity());
-        for (int64_t k = block * kMasks; k < std::min(masks, (block + 1) * kMasks); ++k) {
+        for (int m = 0; m < kQueriesAtOnce; ++m)
+          std::fill(block_scores + m * pitch + n_k, block_scores + (m + 1) * pitch,
+                    -std::numeric_limits<T>::infinity());
+        for (int64_t k = block * kQueriesAtOnce; k < std::min(masks, (block + 1) * kQueriesAtOnce); ++k) {
           const int64_t position = *index.at<const int64_t>(0, 0, b, k);
           const Pixel seed{nearest(position / query.size[3], query.size[2], height),
                            nearest(position % query.size[3], query.size[3], width)};
-          maskers[thread_number()].mask(block_scores + k % kMasks * row, seed, packed.at<uint32_t>(0, b, k));
+          maskers[thread_number()].mask(block_scores + k % kQueriesAtOnce * pitch, seed, packed.at<uint32_t>(0, b, k));
         }
       }
     }

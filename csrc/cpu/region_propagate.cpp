@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "bits.hpp"
+#include "buffer.hpp"
 #include "checks.hpp"
 #include "label_maps.hpp"
 #include "ops.hpp"
 #include "parallel.hpp"
-#include "planes.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
@@ -22,9 +22,9 @@ struct Region {
   int64_t area, counted;
 
   uint64_t word(int64_t i) const {
-    uint64_t word = 0;
-    std::memcpy(&word, mask + 2 * i, 2 * i + 1 < mask_words ? 8 : 4);
-    return word;
+    uint64_t bits = 0;
+    std::memcpy(&bits, mask + 2 * i, 2 * i + 1 < mask_words ? 8 : 4);
+    return bits;
   }
 
   // f(i, word i) for all words; the loop over whole words has no branch.
@@ -79,8 +79,7 @@ class Propagation {
 
   // out = words of the region & map.
   void intersect(const uint64_t* map, uint64_t* out) const {
-    out -= region_->begin;
-    region_->for_each_word([=](int64_t i, uint64_t word) { out[i] = word & map[i]; });
+    region_->for_each_word([=, begin = region_->begin](int64_t i, uint64_t word) { out[i - begin] = word & map[i]; });
   }
 
   int64_t count_ones(const uint64_t* members, const uint64_t* plane) const {
@@ -186,8 +185,9 @@ class PackedMasks {
 };
 
 template <class T>
-void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, float threshold, const Tensor& valid,
-         int64_t num_classes, const Tensor& out_labels, const Tensor& out_reliable, int threads) {
+void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, float threshold,
+         const OptionalTensor& valid, int64_t num_classes, const Tensor& out_labels, const Tensor& out_reliable,
+         int threads) {
   const int64_t batch = labels.size[1], pixels = labels.size[2] * labels.size[3], masks = packed.size[2];
   const int64_t words = words_for(pixels), chunks = (pixels + kChunk - 1) / kChunk;
   const int64_t largest = std::min<int64_t>(num_classes - 1, std::numeric_limits<T>::max());
@@ -236,7 +236,7 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
 
 }  // namespace
 
-void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
+void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, OptionalTensor valid,
                       int64_t num_classes, Tensor out_labels, Tensor out_reliable, int threads) {
   visit_integer(labels.dtype, [&](auto zero) {
     run<decltype(zero)>(labels, reliable, packed, float(*threshold.at<const double>(0)), valid, num_classes, out_labels,

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bilinear.hpp"
+#include "planes.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 

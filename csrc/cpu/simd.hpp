@@ -40,11 +40,17 @@ template <class T>
 using Int = typename Simd<T>::Int;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+template <class T>
+using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // of an Int<T>
 
 // Pointers given to load and store are aligned to the vector.
 template <class T>
 inline Vec<T> load(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+inline Int<T> load_lanes(const Lane<T>* p) {
+  return *reinterpret_cast<const Int<T>*>(p);
 }
 template <class T>
 inline void store(T* p, Vec<T> v) {
@@ -142,6 +148,11 @@ inline Vec<double> exp2(Vec<double> x) {
   p = p * f + 9.999999999999999971e-1;
   const Int<double> power = (reinterpret_cast<Int<double>>(shifted) << 52) + (int64_t(1023) << 52);
   return p * reinterpret_cast<Vec<double>>(power);
+}
+
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  return exp2<true>(x * kLog2e<T>);
 }
 
 // Natural logarithm of normal numbers: x = 2^n m with m around 1, and log m = 2 artanh((m - 1) / (m + 1)). NaN stays

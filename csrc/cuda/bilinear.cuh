@@ -11,12 +11,12 @@ struct Axis {
   Divisor steps;
   float weight;  // of one step
 
-  Axis(int64_t inputs, int64_t outputs)
-      : inputs(int(inputs)),
-        outputs(int(outputs)),
-        steps(outputs > 1 ? outputs - 1 : 1),
-        weight(1.0f / float(outputs > 1 ? outputs - 1 : 1)) {
-    if (inputs * outputs > INT32_MAX) throw std::invalid_argument("size: too large an enlargement");
+  Axis(int64_t from, int64_t to)
+      : inputs(int(from)), outputs(int(to)), steps(to > 1 ? to - 1 : 1), weight(1.0f / float(to > 1 ? to - 1 : 1)) {
+    if (to > INT32_MAX / from)
+      throw std::invalid_argument("size: expected at most " + std::to_string(INT32_MAX / from) +
+                                  " pixels where key has " + std::to_string(from) + " positions, got " +
+                                  std::to_string(to));
   }
   // Where output x lies: behind input `low`, by this share of the way to input `high`.
   __device__ __forceinline__ float at(int x, int& low, int& high) const {

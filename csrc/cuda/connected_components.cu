@@ -174,7 +174,6 @@ int64_t connected_components_scratch(Tensor image) {
 
 void connected_components(Tensor image, int connectivity, int64_t background, Tensor out, Tensor scratch,
                           uintptr_t stream) {
-  count_of("image: a picture", image.size[2] * image.size[3]);
   const bool has_background = representable(image.dtype, background);
   const auto call = [&](auto zero) {
     run<decltype(zero)>(image, connectivity == 8, background, has_background, out.at<int>(0), scratch.at<uint32_t>(0),

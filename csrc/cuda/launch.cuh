@@ -58,8 +58,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, uintptr_t stream,
             Arguments... arguments) {
   if (shape.blocks_x > INT32_MAX) throw std::invalid_argument(std::string(name) + ": more blocks than a grid may have");
-  if (shape.shared > kSharedUnasked)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared)), name);
+  if (shape.shared > kSharedUnasked)  // all there is, for threads may be launching the same kernel for other sizes
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_limit())), name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = unsigned(shape.cluster);
@@ -89,11 +89,5 @@ class Divisor {
  private:
   uint32_t divisor_, magic_, shift_ = 0;
 };
-
-// Refuses what 31 bits do not count, in whole warps.
-inline int count_of(const char* what, int64_t n) {
-  if (n > INT32_MAX - kWarp) throw std::invalid_argument(std::string(what) + " may have at most 2147483615 pixels");
-  return int(n);
-}
 
 }  // namespace corrmatch::cuda

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "bilinear.cuh"
 #include "flood.cuh"
@@ -267,9 +268,6 @@ int64_t region_masks_scratch(Tensor query, Tensor key, Tensor index, int64_t hei
 
 void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_t width, double scale, double threshold,
                   int connected, int connectivity, Tensor packed, Tensor scratch, uintptr_t stream) {
-  const int pixels = count_of("size: a mask", height * width);
-  count_of("key: a map", key.size[2] * key.size[3]);
-  count_of("query: a map", query.size[2] * query.size[3]);
   const Layout layout = layout_of(key, height, width, connected);
   const Problem problem{Map<uint16_t>(query),
                         query.dtype,
@@ -284,7 +282,7 @@ void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_
                         Axis(key.size[2], height),
                         Axis(key.size[3], width),
                         Divisor(width),
-                        int(ceil_div(pixels, kWarp)),
+                        int(ceil_div(height * width, kWarp)),
                         int(ceil_div(width, kWarp)),
                         float(scale * M_LOG2E),
                         float(threshold),

@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kMostPlanes = Counter::kMost;
 constexpr int kBestCells = 4;  // words of two 64-bit integers
 
-enum Map { kValid, kCounted, kClaimed, kPlanes };  // counted: valid and reliable before the first mask
+enum BitMap { kValid, kCounted, kClaimed, kPlanes };  // counted: valid and reliable before the first mask
 
 // Bit maps of all pictures, (batch, maps, words).
 struct Maps {
@@ -26,7 +26,7 @@ struct Maps {
   __device__ uint32_t* of(int64_t picture) const { return data + picture * count() * words; }
 };
 
-// A picture of a strided tensor. Its bools are read as bytes.
+// A picture of a strided tensor.
 template <class T>
 struct Picture {
   const T* data = nullptr;
@@ -272,14 +272,15 @@ struct Sizes {
   Sizes(const Tensor& labels, const Tensor& packed, int64_t classes)
       : batch(labels.size[1]),
         masks(packed.size[2]),
-        pixels(count_of("labels: a picture", labels.size[2] * labels.size[3])),
+        pixels(int(labels.size[2] * labels.size[3])),
         words(int(ceil_div(pixels, kWarp))),
         planes(planes_for(classes)) {}
   int64_t map_bytes() const { return int64_t(4) * batch * (kPlanes + planes) * words; }
   int64_t histogram_bytes() const { return int64_t(4) * batch << planes; }
   int64_t votes_bytes() const { return 4 * batch * masks; }
-  // What a block of a team of so many needs in shared memory beside its part of the maps.
+  // Shared memory of a block, whatever its team.
   int64_t fixed_bytes() const { return 4 * (kBestCells + Counter::kCells); }
+  // That of a block of a team of so many which has its part of the maps there.
   int64_t shared_bytes(int blocks) const {
     return fixed_bytes() + (int64_t(4) << planes) + 4 * (kPlanes + planes) * ceil_div(words, blocks);
   }
@@ -288,7 +289,11 @@ struct Sizes {
 // The least blocks a picture with which its maps lie in shared memory; 0 where not even a cluster has enough.
 int team_size(const Sizes& sizes) {
   const int64_t limit = shared_limit();
-  const int most = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? kMostCluster : 1;
+  // What counts is what the code in use was compiled for: that of an older GPU runs on a newer one, and has no
+  // clusters.
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, vote_kernel<true>), "region_propagate: vote");
+  const int most = code.ptxVersion >= 90 ? kMostCluster : 1;
   for (int blocks = 1; blocks <= most; blocks *= 2)
     if (sizes.shared_bytes(blocks) <= limit) return blocks;
   return 0;
@@ -296,7 +301,7 @@ int team_size(const Sizes& sizes) {
 
 template <class T>
 void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, const double* threshold,
-         const Tensor& valid, const Sizes& sizes, const Tensor& out_labels, const Tensor& out_reliable,
+         const OptionalTensor& valid, const Sizes& sizes, const Tensor& out_labels, const Tensor& out_reliable,
          unsigned char* scratch, uintptr_t stream) {
   const Maps maps{reinterpret_cast<uint32_t*>(scratch), sizes.words, sizes.planes};
   uint32_t* histograms = reinterpret_cast<uint32_t*>(scratch + sizes.map_bytes());
@@ -332,7 +337,7 @@ int64_t region_propagate_scratch(Tensor labels, Tensor packed, int64_t num_class
   return sizes.map_bytes() + sizes.histogram_bytes() + sizes.votes_bytes();
 }
 
-void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, Tensor valid,
+void region_propagate(Tensor labels, Tensor reliable, Tensor packed, Tensor threshold, OptionalTensor valid,
                       int64_t num_classes, Tensor out_labels, Tensor out_reliable, Tensor scratch, uintptr_t stream) {
   const Sizes sizes(labels, packed, num_classes);
   visit_integer(labels.dtype, [&](auto zero) {

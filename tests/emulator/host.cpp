@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -10,7 +10,7 @@
 namespace corrmatch_emulator {
 namespace {
 
-constexpr int kShared = 48 * 1024, kSharedOptIn = 227 * 1024, kSharedPerMultiprocessor = 228 * 1024;
+constexpr int kShared = 48 * 1024, kSharedPerMultiprocessor = 228 * 1024;
 constexpr int kSharedReserved = 1024;  // of every block
 constexpr unsigned kThreads = 1024, kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
 constexpr unsigned kCluster = 8, kClusterNonPortable = 16;
@@ -45,6 +45,8 @@ Attributes attributes_of(const void* kernel) {
   return attributes[kernel];
 }
 
+int shared_opt_in() { return 1024 * (architecture() >= 90 ? 227 : architecture() == 80 ? 163 : 99); }
+
 bool within(const dim3& size, const dim3& most) {
   return size.x - 1 < most.x && size.y - 1 < most.y && size.z - 1 < most.z;  // 0 - 1 is large
 }
@@ -54,6 +56,7 @@ cudaError_t check(const cudaLaunchConfig_t& config, const Attributes& kernel) {
   if (!within(grid, {0x7fffffff, 65535, 65535}) || !within(block, {kThreads, kThreads, 64}) || count(block) > kThreads)
     return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > size_t(kernel.shared)) return cudaErrorInvalidValue;
+  if (count(cluster) > 1 && architecture() < 90) return cudaErrorInvalidClusterSize;
   if (count(cluster) == 0 || count(cluster) > (kernel.large_cluster ? kClusterNonPortable : kCluster) ||
       grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
     return cudaErrorInvalidClusterSize;
@@ -77,24 +80,15 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  static const std::map<cudaDeviceAttr, int> h100{
+  const std::map<cudaDeviceAttr, int> h100{
       {cudaDevAttrMaxThreadsPerBlock, kThreads},
       {cudaDevAttrMaxSharedMemoryPerBlock, kShared},
       {cudaDevAttrMultiProcessorCount, 132},
-      {cudaDevAttrComputeCapabilityMajor, 9},
-      {cudaDevAttrComputeCapabilityMinor, 0},
+      {cudaDevAttrComputeCapabilityMajor, architecture() / 10},
+      {cudaDevAttrComputeCapabilityMinor, architecture() % 10},
       {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedPerMultiprocessor},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedOptIn},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_opt_in()},
   };
   if (device != 0) return remember(cudaErrorInvalidDevice);
   *value = h100.at(attribute);
@@ -104,9 +98,13 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
 
 }  // namespace cuda
+
+int architecture() {
+  const char* given = std::getenv("CORRMATCH_EMULATOR_ARCH");
+  return given != nullptr ? std::atoi(given) : 90;
+}
 
 dim3 cluster_size(const cudaLaunchConfig_t& config) {
   dim3 cluster;
@@ -117,7 +115,7 @@ dim3 cluster_size(const cudaLaunchConfig_t& config) {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const bool shared = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (value < 0 || value > (shared ? kSharedOptIn : 1)) return remember(cudaErrorInvalidValue);
+  if (value < 0 || value > (shared ? shared_opt_in() : 1)) return remember(cudaErrorInvalidValue);
   const std::lock_guard lock(attributes_mutex);
   if (shared)
     attributes[kernel].shared = std::max(value, kShared);

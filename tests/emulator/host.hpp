@@ -21,9 +21,6 @@ cudaError_t cudaGetLastError();  // and forgets it
 cudaError_t cudaPeekAtLastError();
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream = nullptr);
 
 enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerBlock = 1,
@@ -36,7 +33,6 @@ enum cudaDeviceAttr {
 };
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
 
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
@@ -62,6 +58,7 @@ struct cudaLaunchConfig_t {
 
 }  // namespace cuda
 
+int architecture();  // 90 for compute capability 9.0
 cuda::cudaError_t set_attribute(const void* kernel, cuda::cudaFuncAttribute attribute, int value);
 cuda::cudaError_t launch(const cuda::cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 int blocks_per_multiprocessor(size_t threads, size_t shared_bytes);
@@ -69,6 +66,14 @@ cuda::dim3 cluster_size(const cuda::cudaLaunchConfig_t& config);
 
 namespace cuda {
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class T>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+  attributes->ptxVersion = architecture();
+  return cudaSuccess;
+}
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
   return set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
