@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import CONFIGS
 from torch import nn
-from training import scalars, shorten, small_config
+from training import TINY, scalars, shorten, small_config
 
 from corrmatch.config import CHOICES, ConfigError
 from corrmatch.data.datasets import DataError
@@ -225,6 +227,23 @@ def test_two_processes_are_one_with_the_doubled_batch(sample, tmp_path):
             torch.testing.assert_close(ends[1]["method"][name], expected, rtol=1e-4, atol=1e-6)
         for kind in ("miou", "accuracy"):
             assert scalars(two, "val")[0][kind] == pytest.approx(scalars(one, "val")[0][kind])
+
+
+def test_the_command_on_a_folder_of_pictures(sample, tmp_path):
+    """As people have them: pictures, masks for some of them, a list of classes; by two processes."""
+    folder, some = tmp_path / "data", lambda _, names: [name for name in names if name > "unlabeled_008"]
+    shutil.copytree(sample / "JPEGImages", folder / "images", ignore=some)
+    shutil.copytree(sample / "SegmentationClass", folder / "masks", ignore=some)
+    shutil.copy(sample / "classes.txt", folder)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    options = [f"data.root={folder}", "work_dir=run", "train.cpu=true", *TINY]
+    done = subprocess.run(
+        [*launch, sys.executable, "-m", "corrmatch", "train", "folder", *options],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^mean IoU +\d+\.\d\d\n.*\nbest mean IoU \d+\.\d\d: run/best.pt$", done.stdout, re.MULTILINE)
+    assert len(scalars(tmp_path / "run", "val")) == 1
 
 
 def test_unlabelled_masks_are_never_read(sample, tmp_path, monkeypatch):

@@ -6,10 +6,13 @@ import json
 
 from corrmatch.config import load_config
 
-SMALL = (
+TINY = (
     "model.backbone=test_resnet", "model.pretrained=false", "model.output_stride=16", "model.channels=16",
     "train.crop=49", "train.batch_size=2", "train.workers=0", "train.log_every=1", "train.epochs=1",
-    "eval.panels=1", "corrmatch.num_masks=8", "data.pictures=JPEGImages/{}.jpg", "data.masks=SegmentationClass/{}.png",
+    "eval.panels=1", "corrmatch.num_masks=8",
+)  # fmt: skip
+SMALL = (
+    *TINY, "data.pictures=JPEGImages/{}.jpg", "data.masks=SegmentationClass/{}.png",
     "data.classes=classes.txt", "data.labeled=splits/labeled.txt", "data.unlabeled=splits/unlabeled.txt",
     "data.val=splits/val.txt", "data.ids=null", "data.ignore=[255]", "eval.window=65", "eval.stride=43",
 )  # fmt: skip
