@@ -1,7 +1,8 @@
 """Builds CUDA sources for the CPU, against the headers beside this file, into Python modules.
 
 `kernels()` is csrc/cuda with its binding; `load()` takes anything else that is a pybind11 module.
-CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule of launches.
+CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule of launches. CORRMATCH_EMULATOR_ARCH, looked at
+by every call, is the architecture that the device professes: 80, 86, 89 or 90 (the default).
 CORRMATCH_EMULATOR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (of GCC); Python must then
 have been started in `sanitized_environment()`.
 """
@@ -29,7 +30,7 @@ import pybind11
 
 EMULATOR = Path(__file__).resolve().parent
 CSRC = EMULATOR.parents[1] / "csrc"
-RUNTIME = [EMULATOR / name for name in ("emulator.cpp", "messages.cpp", "host.cpp")]
+RUNTIME = [EMULATOR / name for name in ("emulator.cpp", "host.cpp")]
 
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DCORRMATCH_EMULATOR=1"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -97,10 +98,10 @@ def build(
         key = digest(surroundings, source)
         return str(make(source.stem, ".o", key, [*command, *extra, "-x", "c++", "-c", str(source)]))
 
-    with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+    with locked(), ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = pool.map(compile, [binding, *sources, *RUNTIME])
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        return make(name, suffix, "", [*command, *sanitizers, "-shared", *objects, "-ldl"])
+        return make(name, suffix, "", [*command, *sanitizers, "-shared", *objects])
 
 
 @functools.cache

@@ -4,240 +4,275 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <exception>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <numeric>
+#include <random>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
-#include "machine.hpp"
+#include "fiber.hpp"
 
 namespace corrmatch_emulator {
 
-Machine machine;
-
-Machine::Machine() {
-  const char* seed = std::getenv("CORRMATCH_EMULATOR_SEED");
-  lot.seed(seed ? std::strtoul(seed, nullptr, 10) : 0);
-}
-
-namespace cuda {
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
-}  // namespace cuda
+uint3 cuda::threadIdx, cuda::blockIdx;
+dim3 cuda::blockDim, cuda::gridDim;
 
 namespace {
 
 // Turns without a thread finishing or passing a barrier, after which waiting in a loop counts as waiting for ever.
 constexpr size_t kPatience = 20'000'000;
-constexpr size_t kBlocksTogether = 4;      // at most, beyond one cluster
-constexpr size_t kThreadsTogether = 4096;  // at most, beyond one cluster
+constexpr size_t kBlocksTogether = 4;  // at most, beyond one cluster
 
-size_t draw(size_t n) { return (uint64_t{machine.lot()} * n) >> 32; }
+struct Block {
+  uint3 index;
+  size_t alive;                         // threads
+  std::unique_ptr<std::byte[]> shared;  // freed when the last of them ends: a neighbour that still reads it is caught
+};
+
+struct Thread {
+  Block* block;
+  Fiber* fiber;
+  uint3 index;
+  bool finished = false;
+
+  const char* waits_for = nullptr;  // null: can run
+  Where where{};
+  Scope scope{};
+  uint32_t mask = 0;
+  uint64_t value = 0;
+  std::shared_ptr<const Lanes> met;  // what the call that it waited for gave it
+};
+
+std::mutex one_launch;
+std::mt19937 lot(std::strtoul(std::getenv("CORRMATCH_EMULATOR_SEED") ?: "0", nullptr, 10));
+std::deque<Fiber> fibers;
+
+const std::function<void()>* body;
+dim3 clusterDim;
+std::vector<Block> blocks;    // those of a cluster are neighbours
+std::vector<Thread> threads;  // those of a block, too
+std::vector<Thread*> ready;
+Thread* current = nullptr;
+size_t turns = 0;  // since threads met, or the launch began
+std::exception_ptr error;
+
+size_t draw(size_t n) { return (uint64_t{lot()} * n) >> 32; }
 
 bool same_place(const Where& a, const Where& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         (a.file_name() == b.file_name() || !std::strcmp(a.file_name(), b.file_name()));
+  return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name());
 }
 
-void release(Thread& thread) {
-  thread.waits_for = nullptr;
-  thread.collective = nullptr;
-  machine.ready.push_back(&thread);
+std::span<Thread> neighbours(const Thread& thread, Scope scope) {
+  const size_t per_block = count(blockDim), number = size_t(&thread - threads.data());
+  const size_t size = scope == Scope::cluster ? count(clusterDim) * per_block : per_block;
+  const std::span<Thread> all = std::span(threads).subspan(number / size * size, size);
+  if (scope != Scope::warp) return all;
+  const size_t first = number % size / 32 * 32;
+  return all.subspan(first, std::min<size_t>(32, size - first));
 }
+
+// ---- What is said when something is wrong ----
+
+std::string text(const uint3& index) {
+  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
+}
+
+std::string text(const Where& where) {
+  const std::string_view path = where.file_name();
+  return std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(where.line()) + " in " +
+         where.function_name();
+}
+
+std::string text(const Thread& thread) {
+  return "block " + text(thread.block->index) + ", thread " + text(thread.index);
+}
+
+std::string status(const Thread& thread) {
+  if (thread.finished) return "finished";
+  std::ostringstream out;
+  out << (thread.waits_for ? "waiting for " : "running, last seen") << (thread.waits_for ? thread.waits_for : "");
+  if (thread.waits_for && thread.scope == Scope::warp) out << " with mask 0x" << std::hex << thread.mask;
+  if (thread.where.line()) out << " at " << text(thread.where);
+  return out.str();
+}
+
+// Who of the cluster is where, as an error; threads of the same status are counted together.
+std::runtime_error stuck(const char* what, const Thread& one) {
+  std::map<std::string, std::pair<int, const Thread*>> found;
+  for (const Thread& thread : neighbours(one, Scope::cluster)) {
+    auto& [count, first] = found[status(thread)];
+    if (count++ == 0) first = &thread;
+  }
+  std::ostringstream out;
+  out << "emulated kernel: " << what;
+  for (const auto& [name, who] : found)
+    out << "\n  " << who.first << " " << name << " (the first: " << text(*who.second) << ")";
+  return std::runtime_error(out.str());
+}
+
+// AddressSanitizer's report knows nothing of blocks and threads; this follows it.
+void name_culprit() {
+  if (current) std::cerr << "in emulated " << text(*current) << std::endl;
+}
+
+// ---- Turns ----
 
 // What a fiber runs.
 void thread_body() {
   try {
-    (*machine.body)();
+    (*body)();
   } catch (...) {
-    machine.error = std::current_exception();
+    error = std::current_exception();
   }
-  Thread& thread = *machine.current;
-  thread.finished = true;
-  machine.turns = 0;
-  if (--thread.block->alive == 0) std::free(thread.block->shared);  // a neighbour that still reads it is caught
-  thread.fiber->suspend(true);
+  current->finished = true;
+  turns = 0;
+  if (--current->block->alive == 0) current->block->shared.reset();
 }
 
 uint3 position(size_t number, const dim3& extent) {
   return {unsigned(number % extent.x), unsigned(number / extent.x % extent.y), unsigned(number / extent.x / extent.y)};
 }
 
-// Forgets the last wave; what an error has left behind is freed.
-void clear() {
-  for (Block& block : machine.blocks)
-    if (block.alive > 0) std::free(block.shared);
-  machine.current = nullptr;
-  machine.ready.clear();
-  machine.blocks.clear();
-  machine.clusters.clear();
-  machine.threads.clear();
-}
+// Lays out these clusters and their threads in place of the last; all of them start ready.
+void prepare(std::span<const size_t> numbers, size_t shared_bytes) {
+  const dim3 per{clusterDim}, extent{gridDim.x / per.x, gridDim.y / per.y, gridDim.z / per.z};
+  const size_t per_cluster = count(clusterDim), per_block = count(blockDim);
+  blocks = std::vector<Block>(numbers.size() * per_cluster);
+  threads = std::vector<Thread>(blocks.size() * per_block);
+  ready.clear();
+  while (fibers.size() < threads.size()) fibers.emplace_back(&thread_body, fibers.size());
 
-// Lays out these clusters and their threads; all of them start ready.
-void prepare(const std::vector<size_t>& numbers, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes) {
-  const dim3 clusters{grid.x / cluster.x, grid.y / cluster.y, grid.z / cluster.z};
-  const size_t per_cluster = count(cluster), per_block = count(block);
-  clear();
-  machine.blocks.resize(numbers.size() * per_cluster);
-  machine.clusters.resize(numbers.size());
-  machine.threads.resize(machine.blocks.size() * per_block);
-  while (machine.fibers.size() < machine.threads.size()) machine.fibers.emplace_back(machine.fibers.size());
-
-  for (size_t b = 0; b < machine.blocks.size(); ++b) {
-    const uint3 origin = position(numbers[b / per_cluster], clusters), inner = position(b % per_cluster, cluster);
-    Block& made = machine.blocks[b];
-    Group& around = machine.clusters[b / per_cluster];
-    Thread* first = &machine.threads[b * per_block];
-    if (b % per_cluster == 0) around = {first, per_cluster * per_block};
-    made.index = {origin.x * cluster.x + inner.x, origin.y * cluster.y + inner.y, origin.z * cluster.z + inner.z};
-    made.rank = unsigned(b % per_cluster);
-    made.group = {first, per_block};
-    made.cluster = &around;
-    made.alive = per_block;
-    made.shared = static_cast<std::byte*>(std::malloc(shared_bytes));
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const uint3 outer = position(numbers[b / per_cluster], extent), inner = position(b % per_cluster, per);
+    blocks[b].index = {outer.x * per.x + inner.x, outer.y * per.y + inner.y, outer.z * per.z + inner.z};
+    blocks[b].alive = per_block;
+    blocks[b].shared.reset(new std::byte[shared_bytes]);
     // Every float of 0xff bytes is NaN; but as an integer it may happen to be a fitting start, so try others too.
-    std::memset(made.shared, draw(2) ? 0xff : int(draw(256)), shared_bytes);
-    for (size_t t = 0; t < per_block; ++t) {
-      first[t].fiber = &machine.fibers[b * per_block + t];
-      first[t].block = &made;
-      first[t].index = position(t, block);
-      first[t].rank = unsigned(t);
-      first[t].fiber->start(&thread_body);
-      machine.ready.push_back(&first[t]);
-    }
+    std::memset(blocks[b].shared.get(), draw(2) ? 0xff : int(draw(256)), shared_bytes);
+  }
+  for (size_t t = 0; t < threads.size(); ++t) {
+    threads[t].block = &blocks[t / per_block];
+    threads[t].fiber = &fibers[t];
+    threads[t].index = position(t % per_block, blockDim);
+    ready.push_back(&threads[t]);
   }
 }
 
 // Gives turns until all threads have finished.
-void take_turns() {
-  while (!machine.ready.empty()) {
-    std::swap(machine.ready[draw(machine.ready.size())], machine.ready.back());
-    Thread& thread = *machine.ready.back();
-    machine.ready.pop_back();
-    machine.current = &thread;
+void take_turns() try {
+  while (!ready.empty()) {
+    std::swap(ready[draw(ready.size())], ready.back());
+    Thread& thread = *ready.back();
+    ready.pop_back();
+    current = &thread;
     threadIdx = thread.index;
     blockIdx = thread.block->index;
     thread.fiber->resume();
-    if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
-    if (++machine.turns > kPatience) throw stuck("livelock: no thread gets anywhere", *thread.block->cluster);
+    current = nullptr;
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+    if (++turns > kPatience) throw stuck("livelock: no thread gets anywhere", thread);
   }
-  for (const Thread& thread : machine.threads)
-    if (!thread.finished) throw stuck("divergence: no thread can go on", *thread.block->cluster);
+  for (const Thread& thread : threads)
+    if (!thread.finished) throw stuck("divergence: no thread can go on", thread);
+} catch (...) {
+  fibers.clear();  // some are in the middle of the kernel
+  throw;
 }
 
 }  // namespace
 
-void run(const void* kernel, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
-         const std::function<void()>& body) {
-  const std::lock_guard lock(machine.one_launch);
-  machine.kernel = kernel;
-  machine.body = &body;
-  machine.turns = 0;
+void run(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, const std::function<void()>& kernel) {
+  const std::lock_guard lock(one_launch);
   __sanitizer_set_death_callback(&name_culprit);
+  body = &kernel;
+  turns = 0;
   gridDim = grid;
   blockDim = block;
+  clusterDim = cluster;
 
   std::vector<size_t> order(count(grid) / count(cluster));
   std::iota(order.begin(), order.end(), size_t{0});
-  std::shuffle(order.begin(), order.end(), machine.lot);
-  const size_t blocks = std::min(kBlocksTogether, kThreadsTogether / count(block));
-  const size_t most = std::max<size_t>(1, blocks / count(cluster));
-  for (size_t done = 0; done < order.size();) {
-    const size_t count = std::min(1 + draw(most), order.size() - done);
-    prepare({order.begin() + done, order.begin() + done + count}, grid, block, cluster, shared_bytes);
+  std::shuffle(order.begin(), order.end(), lot);
+  const size_t most = std::max<size_t>(1, kBlocksTogether / count(cluster));
+  for (std::span<const size_t> left(order); !left.empty();) {
+    const size_t next = std::min(1 + draw(most), left.size());
+    prepare(left.first(next), shared_bytes);
     take_turns();
-    done += count;
+    left = left.subspan(next);
   }
 }
 
-void* shared_memory() { return machine.current->block->shared; }
+// ---- What threads call ----
+
+void fail(const char* what, const Where& where) {
+  throw std::runtime_error("emulated kernel, " + text(*current) + ": " + what + ", at " + text(where));
+}
+
+void* shared_memory() { return current->block->shared.get(); }
 
 void* shared_memory_of(const void* address, unsigned rank, const Where& where) {
-  const Block& own = *machine.current->block;
   if (rank >= cluster_blocks()) fail("the cluster has no block of that rank", where);
-  const Block& other = *(&own - own.rank + rank);
-  if (other.alive == 0) fail("the block of that rank has ended, and its shared memory with it", where);
-  return other.shared + (static_cast<const std::byte*>(address) - own.shared);
+  const Block &own = *current->block, &other = *(&own - block_rank() + rank);
+  if (!other.shared) fail("the block of that rank has ended, and its shared memory with it", where);
+  return other.shared.get() + (static_cast<const std::byte*>(address) - own.shared.get());
 }
 
-int barrier(Scope scope, const char* name, bool predicate, const Where& where) {
-  Thread& self = *machine.current;
-  Group& group = scope == Scope::block ? self.block->group : *self.block->cluster;
-  group.votes += predicate;
-  if (++group.arrived == group.size) {
-    self.waits_for = name;
-    self.where = where;
-    const Thread* end = group.threads + group.size;
-    for (Thread* thread = group.threads; thread != end; ++thread)
-      if (!same_place(thread->where, where)) throw stuck("divergence: barriers at different places", group);
-    for (Thread* thread = group.threads; thread != end; ++thread) {
-      thread->result = uint64_t(group.votes);
-      release(*thread);
-    }
-    group.arrived = 0;
-    group.votes = 0;
-    machine.turns = 0;
-    self.fiber->suspend();
-  } else {
-    self.wait(name, where);
-  }
-  return int(self.result);
-}
+unsigned cluster_blocks() { return unsigned(count(clusterDim)); }
+unsigned block_rank() { return unsigned(current->block - blocks.data()) % cluster_blocks(); }
+unsigned lane() { return unsigned(current - neighbours(*current, Scope::warp).data()); }
 
-uint64_t collective(const Collective& what, uint32_t mask, uint64_t value, int argument, const Where& where) {
-  Thread& self = *machine.current;
-  const Group& group = self.block->group;
-  const int lane = int(self.rank % 32);
-  Thread* warp = &self - lane;
-  const size_t lanes = std::min<size_t>(32, size_t(group.threads + group.size - warp));
-  if (!(mask >> lane & 1)) fail("the mask of a warp-wide call does not name its caller", where);
-
-  self.collective = &what;
+const Lanes& meet(Scope scope, const char* name, uint32_t mask, uint64_t value, const Where& where) {
+  Thread& self = *current;
+  if (!(mask >> lane() & 1)) fail("the mask of a warp-wide call does not name its caller", where);
+  self.waits_for = name;
+  self.where = where;
+  self.scope = scope;
   self.mask = mask;
   self.value = value;
-  self.argument = argument;
-  Lanes there{0, {}};
-  for (size_t i = 0; i < lanes; ++i) {
-    if (!(mask >> i & 1)) continue;
-    if (warp[i].collective != &what || warp[i].mask != mask) {
-      self.wait(what.name, where);
-      return self.result;
-    }
-    there.mask |= 1u << i;
-    there.value[i] = warp[i].value;
-  }
-  self.where = where;
-  for (size_t i = 0; i < lanes; ++i) {
-    if (!(there.mask >> i & 1)) continue;
-    warp[i].result = what.result(there, int(i), warp[i].argument);
-    release(warp[i]);
-  }
-  machine.turns = 0;
-  self.fiber->suspend();
-  return self.result;
-}
 
-void yield(const Where& where) {
-  Thread& self = *machine.current;
-  self.where = where;
-  machine.ready.push_back(&self);
+  const std::span<Thread> group = neighbours(self, scope);
+  for (size_t i = 0; i < group.size(); ++i) {
+    if (!(mask >> i % 32 & 1)) continue;
+    if (!group[i].waits_for || group[i].mask != mask || !same_place(group[i].where, where)) {
+      self.fiber->suspend();  // the last to come goes on below
+      return *self.met;
+    }
+  }
+  const auto met = std::make_shared<Lanes>();
+  for (size_t i = 0; i < group.size(); ++i) {
+    if (!(mask >> i % 32 & 1)) continue;
+    met->mask |= 1u << i % 32;
+    met->value[i % 32] |= group[i].value;
+    group[i].met = met;
+    group[i].waits_for = nullptr;
+    ready.push_back(&group[i]);
+  }
+  turns = 0;
   self.fiber->suspend();
+  return *self.met;
 }
 
 void maybe_yield(const Where& where) {
-  if (draw(2)) yield(where);
+  if (!draw(2)) return;
+  current->where = where;
+  ready.push_back(current);
+  current->fiber->suspend();
 }
-
-unsigned cluster_blocks() {
-  const Block& block = *machine.current->block;
-  return unsigned(block.cluster->size / block.group.size);
-}
-unsigned block_rank() { return machine.current->block->rank; }
-unsigned thread_rank() { return machine.current->rank; }
 
 }  // namespace corrmatch_emulator
 
 // Called from Python by ctypes: from here on, launches are scheduled as they are after every other call with this seed.
 extern "C" __attribute__((visibility("default"))) void corrmatch_emulator_seed(uint32_t seed) {
-  const std::lock_guard lock(corrmatch_emulator::machine.one_launch);
-  corrmatch_emulator::machine.lot.seed(seed);
+  const std::lock_guard lock(corrmatch_emulator::one_launch);
+  corrmatch_emulator::lot.seed(seed);
 }

@@ -24,6 +24,8 @@ extern dim3 blockDim, gridDim;
 
 }  // namespace cuda
 
+using namespace cuda;
+
 using Where = std::source_location;  // the call in the kernel, for messages
 
 // The calling block's shared memory: exactly as long as the launch says, filled with rubbish.
@@ -31,38 +33,28 @@ void* shared_memory();
 // The same place in the shared memory of another block of the cluster.
 void* shared_memory_of(const void* address, unsigned rank, const Where& where);
 
-enum class Scope { block, cluster };
+unsigned cluster_blocks();
+unsigned block_rank();  // in the cluster
+unsigned lane();
 
-// Waits for every thread of the scope at the same place; the number of them that passed true.
-int barrier(Scope scope, const char* name, bool predicate, const Where& where);
-
-// What the lanes of a warp hold while they are in one call together.
+// What was brought to a call, by lane: 0 where the mask does not name it; of several warps, or'ed.
 struct Lanes {
   uint32_t mask;
   uint64_t value[32];
 };
+enum class Scope { warp, block, cluster };
 
-// A call that all lanes of a mask make together; result() is what the call returns to one of them.
-struct Collective {
-  const char* name;
-  uint64_t (*result)(const Lanes& lanes, int lane, int argument);
-};
-uint64_t collective(const Collective& what, uint32_t mask, uint64_t value, int argument, const Where& where);
+// Waits until all threads of the scope whose lanes the mask names are in this call, at the same place of the source.
+const Lanes& meet(Scope scope, const char* name, uint32_t mask, uint64_t value, const Where& where);
 
-// Lets others run: always, or (before an atomic) every other time.
-void yield(const Where& where);
+// Lets others run, every other time.
 void maybe_yield(const Where& where);
 
 // Ends the launch with an exception that names the calling thread.
 [[noreturn]] void fail(const char* what, const Where& where);
 
 // Runs the body once for every thread of the grid. One launch at a time; the others wait.
-void run(const void* kernel, cuda::dim3 grid, cuda::dim3 block, cuda::dim3 cluster, size_t shared_bytes,
-         const std::function<void()>& body);
-inline size_t count(const cuda::dim3& size) { return size_t{size.x} * size.y * size.z; }
-
-unsigned cluster_blocks();
-unsigned block_rank();   // in the cluster
-unsigned thread_rank();  // in the block
+void run(dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes, const std::function<void()>& body);
+inline size_t count(const dim3& size) { return size_t{size.x} * size.y * size.z; }
 
 }  // namespace corrmatch_emulator

@@ -1,4 +1,4 @@
-// Kernels with one fault each, as they are made: tests/test_emulator.py sees the emulator show every one.
+// Kernels with one fault each, as they are made: tests/test_emulator_faults.py sees the emulator show every one.
 #include <cooperative_groups.h>
 
 #include "planted.cuh"
@@ -48,7 +48,7 @@ __global__ void race_of_blocks(Buffers b) {
   if (threadIdx.x != 0) return;
   int* out = b.out<int>();
   if (atomicAdd(&out[0], 0) == 0) {
-    atomicExch(&out[0], 1);
+    atomicMax(&out[0], 1);
     atomicAdd(&out[1], 1);
   }
 }
@@ -111,17 +111,9 @@ __global__ void shuffle_from_another_mask(Buffers b) {
   b.out<int>()[i] = __shfl_xor_sync(i < 16 ? 0xffff : 0xffff0000, int(i), 16);
 }
 
-__global__ void shuffle_of_an_odd_width(Buffers b) {
-  b.out<int>()[threadIdx.x] = __shfl_sync(kAll, int(threadIdx.x), 0, 24);
-}
-
 // Nobody ever sets what it waits for.
 __global__ void waits_for_ever(Buffers b) {
   while (atomicAdd(b.out<int>(), 0) == 0) continue;
-}
-
-__global__ void trap(Buffers) {
-  if (threadIdx.x == 7) __trap();
 }
 
 __global__ void rank_beyond_the_cluster(Buffers b) {
@@ -134,7 +126,7 @@ __global__ void neighbour_has_ended(Buffers b) {
   shared_memory<int>()[threadIdx.x] = int(threadIdx.x);
   cluster.sync();
   if (cluster.block_rank() == 0)
-    for (int i = 0; i < 100; ++i) __threadfence();
+    for (int i = 0; i < 100; ++i) __ldcg(b.in<int>());  // gives the neighbour turns
   b.out<int>()[threadIdx.x] = cluster.map_shared_rank(shared_memory<int>(), 1 - int(cluster.block_rank()))[threadIdx.x];
 }
 
@@ -170,13 +162,13 @@ __global__ void neighbour_ends_meanwhile(Buffers b) {
   shared[threadIdx.x] = int(threadIdx.x);
   cluster.sync();
   if (cluster.block_rank() == 0)
-    for (int i = 0; i < 100; ++i) __threadfence();
+    for (int i = 0; i < 100; ++i) __ldcg(b.in<int>());  // gives the neighbour turns
   b.out<int>()[threadIdx.x] = other[threadIdx.x];
 }
 
 __global__ void unaligned(Buffers b) {
   const char* bytes = b.in<char>() + 4;
-  b.out<int>()[threadIdx.x] = reinterpret_cast<const int4*>(bytes)->x;
+  b.out<int>()[threadIdx.x] = int(*reinterpret_cast<const long long*>(bytes));
 }
 
 }  // namespace planted
@@ -198,9 +190,7 @@ const Kernels faults{
     {"vote_without_the_caller", vote_without_the_caller},
     {"vote_of_two_kinds", vote_of_two_kinds},
     {"shuffle_from_another_mask", shuffle_from_another_mask},
-    {"shuffle_of_an_odd_width", shuffle_of_an_odd_width},
     {"waits_for_ever", waits_for_ever},
-    {"trap", trap},
     {"rank_beyond_the_cluster", rank_beyond_the_cluster},
     {"neighbour_has_ended", neighbour_has_ended},
     {"shared_write_past_the_end", shared_write_past_the_end},

@@ -1,38 +1,30 @@
-// The host's side of CUDA: what a launch is refused for, and why.
+// The host's side of CUDA: what the device can do, and what a launch is refused for.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 #include <utility>
 
 namespace corrmatch_emulator {
 namespace {
 
-constexpr int kShared = 48 * 1024, kSharedPerMultiprocessor = 228 * 1024;
-constexpr int kSharedReserved = 1024;  // of every block
-constexpr unsigned kThreads = 1024, kThreadsPerMultiprocessor = 2048, kBlocksPerMultiprocessor = 32;
-constexpr unsigned kCluster = 8, kClusterNonPortable = 16;
+constexpr int kSharedUnasked = 48 * 1024;
+constexpr unsigned kThreads = 1024, kCluster = 8;
 
-constexpr struct {
-  cudaError_t error;
+struct Error {
+  cudaError_t code;
   const char *name, *text;
-} kErrors[] = {
+};
+constexpr Error kErrors[]{
     {cudaSuccess, "cudaSuccess", "no error"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
-    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize",
      "a kernel launch error has occurred due to cluster misconfiguration"},
 };
-
-struct Attributes {
-  int shared = kShared;
-  bool large_cluster = false;
-};
-std::map<const void*, Attributes> attributes;
-std::mutex attributes_mutex;
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t remember(cudaError_t error) {
@@ -40,25 +32,33 @@ cudaError_t remember(cudaError_t error) {
   return error;
 }
 
-Attributes attributes_of(const void* kernel) {
-  const std::lock_guard lock(attributes_mutex);
-  return attributes[kernel];
+struct Device {
+  int architecture;   // 10 * major + minor
+  int shared_memory;  // of a block that asks for it
+};
+Device device() {
+  static constexpr Device kKnown[]{{80, 163 * 1024}, {86, 99 * 1024}, {89, 99 * 1024}, {90, 227 * 1024}};
+  const char* asked = std::getenv("CORRMATCH_EMULATOR_ARCH");
+  const Device* found = std::ranges::find(kKnown, asked && *asked ? std::atoi(asked) : 90, &Device::architecture);
+  if (found == std::end(kKnown)) throw std::invalid_argument("CORRMATCH_EMULATOR_ARCH is none of 80, 86, 89, 90");
+  return *found;
 }
 
-int shared_opt_in() { return 1024 * (architecture() >= 90 ? 227 : architecture() == 80 ? 163 : 99); }
+std::map<const void*, int> shared_asked;  // by kernel
+std::mutex shared_asked_mutex;
 
 bool within(const dim3& size, const dim3& most) {
   return size.x - 1 < most.x && size.y - 1 < most.y && size.z - 1 < most.z;  // 0 - 1 is large
 }
 
-cudaError_t check(const cudaLaunchConfig_t& config, const Attributes& kernel) {
-  const dim3 grid = config.gridDim, block = config.blockDim, cluster = cluster_size(config);
+cudaError_t check(const void* kernel, const dim3& grid, const dim3& block, const dim3& cluster, size_t shared_bytes) {
   if (!within(grid, {0x7fffffff, 65535, 65535}) || !within(block, {kThreads, kThreads, 64}) || count(block) > kThreads)
     return cudaErrorInvalidConfiguration;
-  if (config.dynamicSmemBytes > size_t(kernel.shared)) return cudaErrorInvalidValue;
-  if (count(cluster) > 1 && architecture() < 90) return cudaErrorInvalidClusterSize;
-  if (count(cluster) == 0 || count(cluster) > (kernel.large_cluster ? kClusterNonPortable : kCluster) ||
-      grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
+  const std::lock_guard lock(shared_asked_mutex);
+  const int allowed = std::max(kSharedUnasked, std::min(shared_asked[kernel], device().shared_memory));
+  if (shared_bytes > size_t(allowed)) return cudaErrorInvalidValue;
+  if (count(cluster) == 0 || count(cluster) > (device().architecture >= 90 ? kCluster : 1) || grid.x % cluster.x ||
+      grid.y % cluster.y || grid.z % cluster.z)
     return cudaErrorInvalidClusterSize;
   return cudaSuccess;
 }
@@ -67,73 +67,40 @@ cudaError_t check(const cudaLaunchConfig_t& config, const Attributes& kernel) {
 
 namespace cuda {
 
-const char* cudaGetErrorName(cudaError_t error) {
-  for (const auto& known : kErrors)
-    if (known.error == error) return known.name;
-  return "unrecognized error code";
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  for (const auto& known : kErrors)
-    if (known.error == error) return known.text;
-  return "unrecognized error code";
-}
+const char* cudaGetErrorName(cudaError_t error) { return std::ranges::find(kErrors, error, &Error::code)->name; }
+const char* cudaGetErrorString(cudaError_t error) { return std::ranges::find(kErrors, error, &Error::code)->text; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last_error; }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  const std::map<cudaDeviceAttr, int> h100{
-      {cudaDevAttrMaxThreadsPerBlock, kThreads},
-      {cudaDevAttrMaxSharedMemoryPerBlock, kShared},
-      {cudaDevAttrMultiProcessorCount, 132},
-      {cudaDevAttrComputeCapabilityMajor, architecture() / 10},
-      {cudaDevAttrComputeCapabilityMinor, architecture() % 10},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedPerMultiprocessor},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_opt_in()},
-  };
-  if (device != 0) return remember(cudaErrorInvalidDevice);
-  *value = h100.at(attribute);
-  return cudaSuccess;
-}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-
-}  // namespace cuda
-
-int architecture() {
-  const char* given = std::getenv("CORRMATCH_EMULATOR_ARCH");
-  return given != nullptr ? std::atoi(given) : 90;
-}
-
-dim3 cluster_size(const cudaLaunchConfig_t& config) {
-  dim3 cluster;
-  for (unsigned i = 0; i < config.numAttrs; ++i)
-    cluster = {config.attrs[i].val.clusterDim.x, config.attrs[i].val.clusterDim.y, config.attrs[i].val.clusterDim.z};
-  return cluster;
-}
-
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  const bool shared = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (value < 0 || value > (shared ? shared_opt_in() : 1)) return remember(cudaErrorInvalidValue);
-  const std::lock_guard lock(attributes_mutex);
-  if (shared)
-    attributes[kernel].shared = std::max(value, kShared);
-  else
-    attributes[kernel].large_cluster = value;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const Device known = device();
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? known.architecture / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? known.architecture % 10
+           : attribute == cudaDevAttrMultiProcessorCount    ? 132
+                                                            : known.shared_memory;
   return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
-  const cudaError_t error = check(config, attributes_of(kernel));
-  if (error == cudaSuccess)
-    run(kernel, config.gridDim, config.blockDim, cluster_size(config), config.dynamicSmemBytes, body);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || bytes > device().shared_memory) return remember(cudaErrorInvalidValue);
+  const std::lock_guard lock(shared_asked_mutex);
+  shared_asked[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t launch_emulated(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
+  dim3 cluster;
+  if (config.numAttrs > 0) {
+    const auto& asked = config.attrs[0].val.clusterDim;
+    cluster = {asked.x, asked.y, asked.z};
+  }
+  const cudaError_t error = check(kernel, config.gridDim, config.blockDim, cluster, config.dynamicSmemBytes);
+  if (error == cudaSuccess) run(config.gridDim, config.blockDim, cluster, config.dynamicSmemBytes, body);
   return remember(error);
 }
 
-int blocks_per_multiprocessor(size_t threads, size_t shared_bytes) {
-  return int(std::min({size_t{kBlocksPerMultiprocessor}, kThreadsPerMultiprocessor / threads,
-                       kSharedPerMultiprocessor / (shared_bytes + kSharedReserved)}));
-}
-
+}  // namespace cuda
 }  // namespace corrmatch_emulator
