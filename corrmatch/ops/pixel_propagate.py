@@ -146,7 +146,7 @@ def _empty_results(
     query: Tensor, key: Tensor, value: Tensor, mass: bool, gradient: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = reference.accumulation_dtype(query, key, value)
-    shape = (value.shape[0], value.shape[1] + mass, *key.shape[2:])
+    shape = (value.shape[0], value.shape[1] + int(mass), *key.shape[2:])
     out = torch.empty(shape, dtype=dtype if mass else value.dtype, device=value.device)
     batch, depth, positions = query.shape[0], query.shape[1], query.shape[2] * query.shape[3]
     normalizer = torch.empty(batch, 2, positions, dtype=dtype, device=query.device)
