@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import layouts
 import torch
 import torch.nn.functional as F
 from backends import Case
 from problems import Problem
 from torch import Tensor
 
-from corrmatch import ops, reference
+from corrmatch import RegionMasks, ops, reference
 
 
 def call(problem: Problem, case: Case) -> Any:
     """What the backend makes of it; with gradients, a tuple of the result and them."""
-    tensors = {k: x.to(case.device) if hasattr(x, "to") else x for k, x in problem.tensors.items()}
+    tensors = {k: there(x, case.device) for k, x in problem.tensors.items()}
     options = dict(problem.options) if case.name == "torch" else {**problem.options, "backend": case.name}
     if isinstance(options.get("threshold"), Tensor):
         options["threshold"] = options["threshold"].to(case.device)
@@ -29,7 +30,14 @@ def call(problem: Problem, case: Case) -> Any:
         return getattr(ops, problem.op)(**tensors, **options)
     leaves = {k: tensors[k].detach().requires_grad_() for k in ("query", "key", "value")}
     z = ops.pixel_propagate(**{**tensors, **leaves}, **options)
-    return z.detach(), *torch.autograd.grad(z, list(leaves.values()), problem.grad.to(case.device))
+    return z.detach(), *torch.autograd.grad(z, list(leaves.values()), layouts.moved(problem.grad, case.device))
+
+
+def there(x: Any, device: str) -> Any:
+    """A tensor or masks on the device, in the same layout."""
+    if isinstance(x, RegionMasks):
+        return RegionMasks(layouts.moved(x.packed, device), x.size)
+    return layouts.moved(x, device) if isinstance(x, Tensor) else x
 
 
 def disagreement(problem: Problem, case: Case) -> str | None:

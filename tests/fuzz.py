@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import signal
 import time
 import traceback
@@ -29,6 +30,9 @@ PATIENCE = 120.0  # seconds that one call may take
 
 def work(seed: int, cases: list[int], names: list[str], only: list[str], pipe: Connection) -> None:
     """Runs the cases; says to the pipe what it is about to do and what was wrong: (case, backend, op, text or None)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
     for index in cases:
         pipe.send((index, "", "", None))
         problem = problems.problem(seed, index)
@@ -63,8 +67,6 @@ def attempt(problem: Problem, case: backends.Case) -> str | None:
 
 def fuzz(seed: int, cases: list[int], names: list[str], only: list[str], patience: float = PATIENCE) -> int:
     """Prints findings and a summary; returns how many there were. A crash or a hang costs the case, not the run."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
     found, calls, start = 0, Counter(), time.monotonic()
     while cases:
         # Nothing was computed here, so that a fork is safe, and fast; but it could not use a GPU that was asked for.

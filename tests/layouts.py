@@ -38,3 +38,11 @@ def channels_last(x: Tensor) -> Tensor:
 
 ANY = {f.__name__: f for f in (transposed, reversed_dimensions, sliced, unaligned)}
 MAPS = {**ANY, "channels_last": channels_last}
+
+
+def moved(x: Tensor, device: str) -> Tensor:
+    """On the device with its strides and offset, which Tensor.to keeps of dense tensors only."""
+    if x.device.type == device:
+        return x
+    storage = x.untyped_storage().to(device=device)
+    return torch.empty(0, dtype=x.dtype, device=device).set_(storage, x.storage_offset(), x.shape, x.stride())

@@ -19,7 +19,7 @@ import report
 import torch
 
 SCRIPT = Path(bench_corr.__file__)
-TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1"]
+TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1", "--device", "cpu"]
 LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cc3d
 import layouts
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ SIZES = [(1, 1), (2, 2), (1, 63), (1, 64), (1, 65), (1, 200), (200, 1), (31, 64)
 
 
 def components(backend, image, connectivity, **options):
-    image = torch.as_tensor(image).to(backend.device)
+    image = layouts.moved(torch.as_tensor(image), backend.device)
     found = ops.connected_components(image, connectivity=connectivity, backend=backend.name, **options)
     assert found.dtype == torch.int32
     assert found.shape == image.shape
@@ -37,6 +36,7 @@ def by_scipy(image, connectivity):
 
 def by_cc3d(image, connectivity):
     """cc3d with its labels renumbered in raster order."""
+    cc3d = pytest.importorskip("cc3d")
     return by_order_of_appearance(cc3d.connected_components(image.astype(np.int32), connectivity=connectivity))
 
 

@@ -143,7 +143,7 @@ def test_connected_region_over_rows_of_many_words(connectivity):
 def test_rows_longer_than_shared_memory(connected):
     """Of more than 58,112 keys; with `connected`, masks by rows as well."""
     torch.manual_seed(0)
-    query, key = torch.randn(1, 2, 3, 3, device=DEVICE), torch.randn(1, 2, 245, 243, device=DEVICE)
+    query, key = torch.randn(1, 2, 3, 3).to(DEVICE), torch.randn(1, 2, 245, 243).to(DEVICE)
     index = torch.tensor([0, 4, 8], device=DEVICE)
     found = ops.region_masks(query, key, index, (245, 243), connected=connected, threshold=0.4, backend="cuda")
     expected = reference.region_masks(query, key, index, (245, 243), connected=connected, threshold=0.4)

@@ -39,6 +39,7 @@ PLANTED = """
 import os, sys, time
 import agreement, fuzz, problems, torch
 torch.set_num_threads(1)  # threads do not survive the fork
+torch.cuda.is_available = lambda: False  # a process that is not forked would not have the fault
 right, fault = agreement.call, sys.argv[1]
 pictures = ((i, problems.problem(5, i)) for i in range(200))
 cases = [i for i, x in pictures if x.op == "connected_components" and x.tensors["image"].numel() > 1][:4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import layouts
 import pytest
 import torch
 from accuracy import Propagated, assert_all_accurate, exact, plain
@@ -47,11 +48,11 @@ def maps(shape, dtype=torch.float32, size=1.5):
 
 
 def propagate(backend, query, key, value, grad, **options) -> Propagated:
-    query, key, value = (x.detach().to(backend.device).requires_grad_() for x in (query, key, value))
+    query, key, value = (layouts.moved(x.detach(), backend.device).requires_grad_() for x in (query, key, value))
     z = ops.pixel_propagate(query, key, value, backend=backend.name, **options)
     assert z.dtype == value.dtype
     assert z.shape == (*value.shape[:2], *key.shape[2:])
-    z.backward(grad.to(backend.device))
+    z.backward(layouts.moved(grad, backend.device))
     return Propagated(z.detach(), query.grad, key.grad, value.grad)
 
 

@@ -62,9 +62,9 @@ def test_expanded_gradient(backend):
 def test_negated_views(backend):
     """A lazy negation is resolved before a kernel sees the memory."""
     tensors = maps(SHAPE)
-    negated = [torch._neg_view(x) for x in tensors[:3]]
-    actual = ops.pixel_propagate(*(x.to(backend.device) for x in negated), backend=backend.name)
-    expected = ops.pixel_propagate(*((-x).to(backend.device) for x in tensors[:3]), backend=backend.name)
+    tensors = [x.to(backend.device) for x in tensors[:3]]
+    actual = ops.pixel_propagate(*(torch._neg_view(x) for x in tensors), backend=backend.name)
+    expected = ops.pixel_propagate(*(-x for x in tensors), backend=backend.name)
     assert_same(backend, [actual], [expected])
 
 
@@ -86,7 +86,7 @@ def test_only_some_gradients(backend, wanted, normalize):
 
 
 def test_gradients_accumulate_and_inputs_stay(backend):
-    tensors = maps(SHAPE)
+    tensors = [x.to(backend.device) for x in maps(SHAPE)]
     copies = [x.clone() for x in tensors]
     leaves = [x.to(backend.device).requires_grad_() for x in tensors[:3]]
     for _ in range(2):

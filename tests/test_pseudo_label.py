@@ -37,8 +37,9 @@ def plain(logits, size):
 
 
 def label(backend, logits, **options):
-    options = {k: v.to(backend.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    labels, confidence, peak = ops.pseudo_label(logits.to(backend.device), backend=backend.name, **options)
+    options = {k: layouts.moved(v, backend.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    logits = layouts.moved(logits, backend.device)
+    labels, confidence, peak = ops.pseudo_label(logits, backend=backend.name, **options)
     size = options.get("size") or tuple(logits.shape[2:])
     assert (labels.dtype, confidence.dtype, peak.dtype) == (torch.int64, torch.float32, torch.float32)
     assert labels.shape == confidence.shape == (logits.shape[0], *size)

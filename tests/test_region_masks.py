@@ -46,7 +46,7 @@ def features(key_grid, batch=2, depth=6, query_grid=(6, 5), size=1.5):
 def masks(backend, query, key, index, size, **options):
     """The op's masks as an array, after a look at the packed form."""
     found = ops.region_masks(
-        *(x.to(backend.device) for x in (query, key, index)), size, backend=backend.name, **options
+        *(layouts.moved(x, backend.device) for x in (query, key, index)), size, backend=backend.name, **options
     )
     count = index.shape[-1]
     assert found.size == size
