@@ -13,9 +13,8 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
-COLORS = np.array(
-    [[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]]
-)  # of the drawn classes
+# Of the classes of drawn pictures.
+COLORS = np.array([[150, 180, 215], [120, 135, 80], [200, 120, 90], [85, 110, 150], [225, 205, 130]])
 
 
 def read_picture(path: str) -> Tensor:

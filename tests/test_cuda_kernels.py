@@ -84,7 +84,7 @@ def test_region_propagation_wherever_the_maps_lie(size, classes, threshold):
 @emulated
 @pytest.mark.parametrize("arch", [80, 89])
 def test_region_ops_on_older_gpus(monkeypatch, arch):
-    """Without clusters, and with less shared memory; also as what a newer GPU makes of code for an older one."""
+    """Without clusters, and with less shared memory. Code for an older GPU on a newer one is not emulated."""
     monkeypatch.setenv("CORRMATCH_EMULATOR_ARCH", str(arch))
     test_region_propagation_wherever_the_maps_lie(*TEAMS["a cluster"], 0.3)
     query, key = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 205, 203)
