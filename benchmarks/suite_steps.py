@@ -28,7 +28,7 @@ LIMITS = {  # seconds that a step may take, in the order of the run: what is wor
 }
 
 SINGLE = "pseudo_label,pixel_loss,pixel_propagate"  # what is timed in float32
-TRAINER = ("timm", "omegaconf", "accelerate", "torchmetrics", "torchvision")
+TRAINER = ("timm", "omegaconf", "yaml", "accelerate", "torchmetrics", "torchvision")
 DEVICE = """import json, sys, machine
 with open(sys.argv[2], "w") as file:
     json.dump(machine.environment(sys.argv[1]), file)"""

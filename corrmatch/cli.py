@@ -13,7 +13,7 @@ import torch
 
 import corrmatch
 
-TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "tensorboard", "PIL", "tqdm")
+TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "yaml", "tensorboard", "PIL", "tqdm")
 INSTALL_TRAIN = "pip install 'corrmatch[train]'"
 
 
