@@ -5,7 +5,7 @@ gradients before they are timed, in turns. The parts are timed apart, so their t
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
     method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
-    step      the whole
+    step      the whole; with --variants ours also in other precisions, layouts and modes
 
 `--json FILE` writes environment, command, setting, the largest differences, and for every part and contender
 peak_extra_bytes, median, spread, rounds and seconds of each.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from workload import CHANNELS, MASKS
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # a mask pixel within rounding of one half may fall on either side
 PARTS = ("network", "method", "step")
 OURS = "corrmatch"
+VARIANTS = ("bf16", "channels_last", "compile")
 
 
 def leaves_of(network: Network) -> list[Tensor]:
@@ -67,9 +68,9 @@ def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Calla
     return run
 
 
-def network_part(setting: Setting, variant: dict[str, bool]) -> Callable[[], Any]:
+def network_part(setting: Setting) -> Callable[[], Any]:
     """The forwards and the backward of the network alone, from given gradients, and the optimiser."""
-    network, autocast, optimizer = prepare(setting, variant)
+    network, autocast, optimizer = prepare(setting)
     b = setting.batch
     weak_images = torch.cat([b["labeled"]["image"], b["unlabeled"]["weak"]])
     # Not constant: batch norm would leave of those next to nothing, and such small numbers are slow on a CPU.
@@ -95,7 +96,9 @@ def network_part(setting: Setting, variant: dict[str, bool]) -> Callable[[], Any
     return run
 
 
-def whole_step(setting: Setting, make: Callable[[Network], nn.Module], variant: dict[str, bool]) -> Callable[[], Any]:
+def whole_step(
+    setting: Setting, make: Callable[[Network], nn.Module], variant: Sequence[str] = ()
+) -> Callable[[], Any]:
     """One training step."""
     network, autocast, optimizer = prepare(setting, variant)
     method = make(network).train()
@@ -110,15 +113,15 @@ def whole_step(setting: Setting, make: Callable[[Network], nn.Module], variant: 
     return run
 
 
-def prepare(setting: Setting, variant: dict[str, bool]) -> tuple[Network, Callable[[], Any], torch.optim.Optimizer]:
+def prepare(setting: Setting, variant: Sequence[str] = ()) -> tuple[Network, Callable[[], Any], torch.optim.Optimizer]:
     """A network in a precision, layout and mode, what it runs under, and its optimiser."""
     network = Network(setting.network(), setting.planted)
-    if variant.get("channels_last"):
+    if "channels_last" in variant:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if variant.get("compile"):
+    if "compile" in variant:
         network.compile()
     optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9)
-    enabled = variant.get("bf16", False)
+    enabled = "bf16" in variant
     return network, lambda: torch.autocast(setting.options.device, torch.bfloat16, enabled=enabled), optimizer
 
 
@@ -133,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, roughly (default: 60)")
-    parser.add_argument("--variants", action="store_true", help="add bf16, channels_last, compile in turn")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="add these one after the other")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
     if options.channels is None:
@@ -149,13 +152,10 @@ def contenders(setting: Setting) -> dict[str, dict[str, Callable[[], Any]]]:
     found: dict[str, dict[str, Callable[[], Any]]] = {part: {} for part in PARTS}
     for name, make in makers.items():
         found["method"][name] = method_part(setting, make)
-        found["step"][name] = whole_step(setting, make, {})
-    found["network"]["both"] = network_part(setting, {})
-    if setting.options.variants:
-        variant: dict[str, bool] = {}
-        for option in ("bf16", "channels_last", "compile"):
-            variant = variant | {option: True}
-            found["step"][f"corrmatch + {option}"] = whole_step(setting, setting.ours, variant)
+        found["step"][name] = whole_step(setting, make)
+    found["network"]["both"] = network_part(setting)
+    for count, option in enumerate(setting.options.variants, 1):
+        found["step"][f"corrmatch + {option}"] = whole_step(setting, setting.ours, setting.options.variants[:count])
     return found
 
 

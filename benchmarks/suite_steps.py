@@ -37,10 +37,10 @@ with open(sys.argv[2], "w") as file:
 # the interpreter and the emulator through the same door. Files and an expression for -k.
 OPS = ("connected_components", "pixel_loss", "pixel_propagate", "pixel_propagate_layout", "pseudo_label",
        "region_masks", "region_propagate")  # fmt: skip
-MORE = ("cuda_kernels", "golden", "threads", "transforms")
+MORE = ("backend", "cuda_kernels", "golden", "threads", "transforms")
 TESTS = {
     "tests-core": (["test_gpu.py"], ""),
-    "tests-rest": ([f"test_{name}.py" for name in (*OPS, *MORE)], "triton or cuda"),
+    "tests-rest": ([f"test_{name}.py" for name in (*OPS, *MORE)], "triton or cuda or opcheck"),
     "tests-sanitizer": (
         ["test_region_masks.py", "test_region_propagate.py", "test_connected_components.py"],
         "cuda and (index or sizes or leading)",
@@ -122,11 +122,12 @@ class Plan:
         """A run of bench_train."""
         tiny = ["--crop", "33", "--channels", "8", "--backbone", "test_resnet", "--budget", "0.2"]
         command = [sys.executable, "benchmarks/bench_train.py", "--device", self.device, "--budget", "30"]
+        command += ["--variants", "bf16", "channels_last"]
         return Step("train", [*command, "--json", str(self.file("train")), *(tiny if self.dry else [])], needs=TRAINER)
 
     def steps(self, memory: int) -> list[Step]:
         """What follows build and device, in order."""
-        workers = min(8, len(os.sched_getaffinity(0)))
+        workers = min(16, len(os.sched_getaffinity(0)))
         batch = ["--batch", "8"] if memory >= LARGE else []
         half = ["--ops", "pixel_propagate", "--dtype", "bfloat16", *batch, "--budget", "10"]
         memcheck = ("compute-sanitizer", "--target-processes=all", "--report-api-errors=no", "--error-exitcode=86")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -113,15 +112,14 @@ CHOICES = {
     "train.precision": ("no", "bf16"),
     "eval.mode": ("original", "center_crop", "sliding"),
 }
-RANGES = {
-    "train.crop": (33, math.inf), "train.epochs": (1, math.inf), "train.batch_size": (2, math.inf),
-    "train.accumulate": (1, math.inf), "train.log_every": (1, math.inf), "train.save_every": (1, math.inf),
-    "train.eval_every": (1, math.inf), "train.workers": (0, math.inf), "train.lr": (0, math.inf),
-    "train.lr_multi": (0, math.inf), "train.momentum": (0, 1), "train.weight_decay": (0, math.inf),
-    "train.power": (0, math.inf), "train.ema": (0, 1), "eval.window": (33, math.inf), "eval.stride": (1, math.inf),
-    "eval.panels": (0, math.inf), "data.val_every": (2, math.inf), "corrmatch.num_masks": (1, math.inf),
-    "corrmatch.threshold": (0, 1), "corrmatch.momentum": (0, 1), "model.channels": (1, math.inf),
+AT_LEAST = {
+    "data.val_every": 2, "model.channels": 1, "corrmatch.num_masks": 1,
+    "train.crop": 33, "train.epochs": 1, "train.batch_size": 2, "train.accumulate": 1, "train.workers": 0,
+    "train.log_every": 1, "train.save_every": 1, "train.eval_every": 1,
+    "train.lr": 0, "train.lr_multi": 0, "train.weight_decay": 0, "train.power": 0,
+    "eval.window": 33, "eval.stride": 1, "eval.panels": 0,
 }  # fmt: skip
+FRACTIONS = ("train.momentum", "train.ema", "corrmatch.threshold", "corrmatch.momentum")
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -164,11 +162,14 @@ def parse(parts: Sequence[Any]) -> Config:
         if OmegaConf.select(merged, key) not in choices:
             expected = ", ".join(map(str, choices))
             raise ConfigError(f"{key}: expected one of {expected}, got {OmegaConf.select(merged, key)}")
-    for key, (low, high) in RANGES.items():
+    for key, low in AT_LEAST.items():
         value = OmegaConf.select(merged, key)
-        if value is not None and not low <= value <= high:
-            expected = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise ConfigError(f"{key}: expected {expected}, got {value}")
+        if value is not None and not low <= value:
+            raise ConfigError(f"{key}: expected at least {low}, got {value}")
+    for key in FRACTIONS:
+        value = OmegaConf.select(merged, key)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{key}: expected 0 to 1, got {value}")
     return config  # type: ignore[return-value]
 
 

@@ -36,7 +36,8 @@ class Case:
         return (min(shape[0], 8), *shape[1:]) if self.interpreted else shape
 
     def __str__(self) -> str:
-        return self.name if self.isa is None else f"{self.name}-{self.isa}"
+        shared = self.device if self.name == "torch" else None  # the one implementation of several devices
+        return "-".join(part for part in (self.name, shared, self.isa) if part is not None)
 
     @property
     def exact(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import bench_train
 import peer_step
@@ -33,6 +34,11 @@ def test_parts_and_contenders(tmp_path, capsys):
             assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
     assert max(record["differences"]) < 1e-4
     assert {"device", "torch", "commit", "threads"} <= set(record["environment"])
+
+
+def test_variants(capsys):
+    assert bench_train.main([*TINY, "--variants", "bf16", "channels_last"]) == 0
+    assert re.findall(r"^step +corrmatch \+ (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["bf16", "channels_last"]
 
 
 def test_the_planted_outputs_give_the_method_something_to_do():

@@ -50,7 +50,9 @@ def test_dry_run_goes_through_every_step(tmp_path):
         ("region_masks", "float32"), ("region_propagate", "float32"), ("connected_components", "float32"),
         ("pixel_loss", "float32"),
     }  # fmt: skip
-    assert set(results["train"]["parts"]["step"]) == {"corrmatch", "published eager"}
+    assert set(results["train"]["parts"]["step"]) == {
+        "corrmatch", "published eager", "corrmatch + bf16", "corrmatch + channels_last"
+    }  # fmt: skip
     assert "seconds" in json.loads((out / "runs/train.json").read_text())["parts"]["network"]["both"]
 
     first, *rest = (out / "report.md").read_text(encoding="utf-8").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import layouts
 import pytest
 import torch
 from backends import cases
@@ -29,6 +30,10 @@ def only(*samples):
 
 def feature(*shape, dtype=F32, grad=True):
     return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def on(device, x):
+    return layouts.moved(x.detach(), device).requires_grad_(x.requires_grad)
 
 
 def opcheck_calls():
@@ -92,13 +97,14 @@ def test_opcheck(call):
     op, arguments = list(opcheck_calls())[call]
     floating = {x.dtype for x in arguments[:4] if isinstance(x, torch.Tensor) and x.is_floating_point()}
     for case in cases(CALLS[call].removesuffix("_backward")):
-        if case.device != "cpu" or not floating <= set(case.dtypes):
+        if not floating <= set(case.dtypes):
             continue
         if CALLS[call].startswith("pixel_") and case.name == "reference":
             continue  # that oracle is not an op of its own
+        arguments = [on(case.device, x) if isinstance(x, torch.Tensor) else x for x in arguments]
         if CALLS[call] == "pixel_propagate_backward":
             *_, saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
-            arguments = (*arguments[:5], saved.detach(), *arguments[6:])
+            arguments[5] = saved.detach()
         assert set(opcheck(op, (*arguments, case.name)).values()) == {"SUCCESS"}, case
 
 

@@ -271,14 +271,14 @@ class Problem {
 
   void add_group(const Picture<T>& picture, int64_t b, int64_t g) {
     T* z = picture.partials + g * channels_ * padded_;
-    if (g < Groups(int64_t(picture.rows.size())).count) std::fill_n(z, channels_ * padded_, T(0));
+    if (g < Groups(picture.rows).count) std::fill_n(z, channels_ * padded_, T(0));
     for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
       workers_[thread_number()].block(picture, rows, count, z, normalizer_.at<T>(0, b));
     });
   }
 
   void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
-    add_partials(picture.partials, Groups(int64_t(picture.rows.size())).count, channels_, c, tiles_, plane());
+    add_partials(picture.partials, Groups(picture.rows).count, channels_, c, tiles_, plane());
     write_plane<T>(out_, b, c, plane());
   }
 

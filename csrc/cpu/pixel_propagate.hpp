@@ -35,6 +35,7 @@ struct Groups {
     while (count < 16 && blocks >= 8 * count) count *= 2;
     rows_per_group = (blocks + count - 1) / count * kBlock;
   }
+  explicit Groups(const std::vector<int64_t>& rows) : Groups(int64_t(rows.size())) {}
   int64_t count = 1;
   int64_t rows_per_group;
 };
@@ -60,7 +61,7 @@ void add_partials(const T* partials, int64_t groups, int64_t channels, int64_t c
 // The rows of group g of all open ones, a block at a time: f(rows, how many).
 template <class F>
 void for_each_block(const std::vector<int64_t>& rows, int64_t g, F&& f) {
-  const Groups groups(int64_t(rows.size()));
+  const Groups groups(rows);
   const int64_t stop = std::min<int64_t>(rows.size(), (g + 1) * groups.rows_per_group);
   for (int64_t row = g * groups.rows_per_group; row < stop; row += kBlock)
     f(rows.data() + row, std::min<int64_t>(kBlock, stop - row));

@@ -247,7 +247,7 @@ class Problem {
 
   void add_group(const Picture<T>& picture, int64_t g) {
     T* dkey = dkey_ ? picture.partials + g * depth_ * padded_ : nullptr;
-    if (dkey && g < Groups(int64_t(picture.rows.size())).count) std::fill_n(dkey, depth_ * padded_, T(0));
+    if (dkey && g < Groups(picture.rows).count) std::fill_n(dkey, depth_ * padded_, T(0));
     for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
       workers_[thread_number()].block(picture, rows, count, dkey);
     });
@@ -257,7 +257,7 @@ class Problem {
   void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
     if (c < depth_) {
       if (!dkey_) return;
-      add_partials(picture.partials, Groups(int64_t(picture.rows.size())).count, depth_, c, tiles_, plane());
+      add_partials(picture.partials, Groups(picture.rows).count, depth_, c, tiles_, plane());
       return write_plane<T>(dkey_, b, c, plane());
     }
     c -= depth_;
