@@ -145,6 +145,26 @@ def test_pixels_without_weight_may_be_anything(backend, dtype, name, size):
 
 
 @BOTH
+@pytest.mark.parametrize("size", [None, LARGE])
+def test_a_pixel_counts_unless_its_weight_is_0(backend, name, size):
+    """Against the loss where its weight is negative; and a NaN shows, at its pixel."""
+    logits, other, weight = inputs(name, torch.float32, GRID, size)
+    against = torch.rand_like(weight) < 0.1
+    terms, gradient = run(name, backend, logits, other, torch.where(against, -weight, weight))
+    (for_it, up), (against_it, down) = (
+        run(name, backend, logits, other, weight * which) for which in (~against, against)
+    )
+    assert torch.equal(terms, for_it - against_it)  # one of them is 0
+    torch.testing.assert_close(gradient, up - down, rtol=1e-4, atol=1e-5)
+
+    weight[1, 2, 3] = float("nan")
+    moved = (layouts.moved(x, backend.device) for x in (logits, other, weight))
+    loss, pixels = getattr(ops, name)(*moved, backend=backend.name)
+    assert loss.isnan()
+    assert pixels.cpu().isnan().nonzero().tolist() == [[1, 2, 3]]
+
+
+@BOTH
 def test_nothing_counts(backend, dtype, name):
     logits, other, weight = inputs(name, dtype, GRID, LARGE)
     for x in run(name, backend, torch.full_like(logits, float("nan")), other, torch.zeros_like(weight)):

@@ -150,6 +150,15 @@ def test_bad_logits_stay_where_they_are(backend, dtype, bad, size):
         assert peak[c].isnan() == chosen.isnan().any()
 
 
+def test_classes_that_are_out_of_the_question(backend, dtype):
+    """Logits of -inf take nothing from the others, be they the first that are seen."""
+    logits = torch.randn(2, 6, 9, 11).to(dtype)
+    logits[:, [0, 1, 4]] = -float("inf")
+    labels, confidence, peak = label(backend, logits)
+    assert_right((labels, confidence, peak), logits)
+    assert (peak[[0, 1, 4]] == 0).all()
+
+
 def test_all_logits_bad(backend, dtype):
     for bad in (float("nan"), float("inf"), float("-inf")):
         labels, confidence, _ = label(backend, torch.full((1, 5, 6, 7), bad).to(dtype))
