@@ -5,7 +5,7 @@ gradients before they are timed, in turns. The parts are timed apart, so their t
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
     method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
-    step      the whole; with --variants ours also in other precisions, layouts and modes
+    step      the whole; with --variants ours also with each of them, on top of those before it
 
 `--json FILE` writes environment, command, setting, the largest differences, and for every part and contender
 peak_extra_bytes, median, spread, rounds and seconds of each.
@@ -136,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, roughly (default: 60)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="add these one after the other")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="add these, one on another")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
     if options.channels is None:
@@ -182,6 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     parts = {part: measure_part(part, runs, options) for part, runs in contenders(setting).items()}
     environment |= {"load_after": machine.load(), "clocks_after": machine.clocks(options.device)}
     print("\nratio: time as a multiple of corrmatch's. peak: memory in use above the level before, during one call.")
+    if options.variants:
+        print("+: with this on top of what the lines before it add.")
     if options.json is not None:
         command = list(sys.argv[1:] if arguments is None else arguments)
         record = {

@@ -85,7 +85,7 @@ def training(results: dict[str, Any]) -> list[str]:
         return []
     setting, parts = results["train"]["setting"], results["train"]["parts"]
     lines = ["## Training step", "", f"{setting['backbone']}, {setting['batch']} + {setting['batch']} pictures of "
-             f"{setting['crop']} x {setting['crop']}, float32.", "",
+             f"{setting['crop']} x {setting['crop']}, float32; +: with this on top of what lines before it add.", "",
              "| part | contender | ms | spread | peak extra MiB |", "|---|---|---|---|---|"]  # fmt: skip
     for part, rows in parts.items():
         for name, row in rows.items():
