@@ -49,7 +49,7 @@ class Suite:
         self.out, self.dry = options.out.resolve(), options.dry_run
         self.plan = Plan(self.out, self.dry, site)
         self.deadline = time.monotonic() + TOTAL - RESERVE
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CORRMATCH_EMULATOR")}
+        self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         if self.dry:
             self.environment["OMP_NUM_THREADS"] = "1"
         else:
