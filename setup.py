@@ -208,6 +208,8 @@ def escape(path: Path) -> str:
 
 
 setup(
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
     ext_modules=[Extension("corrmatch._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )
