@@ -220,6 +220,8 @@ class LinkedSources(sdist):
 
 
 setup(
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
     ext_modules=[Extension("corrmatch._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild, "sdist": LinkedSources},
 )
