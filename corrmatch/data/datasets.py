@@ -153,9 +153,9 @@ def check_files(data: Data) -> Pixels:
     problems = [str(found) for found in counts if isinstance(found, DataError)]
     if problems:
         raise DataError(f"{len(problems)} of {len(items)} pictures cannot be used:\n  " + shorten(problems, "\n  "))
-    known = [found for found in counts if isinstance(found, np.ndarray)]
+    known, none = [found for found in counts if isinstance(found, np.ndarray)], np.zeros(256, np.int64)
     labeled = len(data.labeled)
-    return {"labeled": np.sum(known[:labeled], 0), "val": np.sum(known[labeled:], 0)}
+    return {"labeled": sum(known[:labeled], none), "val": sum(known[labeled:], none)}
 
 
 def _count(item: Item, table: np.ndarray) -> np.ndarray | None:
