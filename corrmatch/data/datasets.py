@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from corrmatch.config import DataConfig
-from corrmatch.data.files import Item, read_lines, read_list, scan, shorten
+from corrmatch.data.files import Found, Item, read_lines, read_list, scan, shorten
 from corrmatch.data.images import (
     IGNORE,
     UNKNOWN,
@@ -52,44 +52,50 @@ def find_data(config: DataConfig) -> Data:
         raise DataError(f"data.root: {root} is not a folder")
     masks = scan(root, "data.masks", config.masks)
     pictures = scan(root, "data.pictures", config.pictures, apart=masks.files.values())
+    lists = {
+        key: read_list(f"data.{key}", root, name, pictures, masks, need_mask=key != "unlabeled")
+        for key in ("labeled", "val", "unlabeled")
+        if (name := getattr(config, key)) is not None
+    }
     notes = [*pictures.note(), *masks.note()]
-
-    def listed(key: str, name: str, need_mask: bool) -> list[Item]:
-        return read_list(key, root, name, pictures, masks, need_mask)
-
-    labeled = listed("data.labeled", config.labeled, True) if config.labeled is not None else [
-        Item(name, pictures.files[name], masks.files[name])
-        for name in sorted(pictures.files.keys() & masks.files.keys())
-    ]  # fmt: skip
-    if not labeled:
-        there = (f"{len(found.files)} files match {found.pattern}" for found in (pictures, masks))
-        raise DataError("; ".join([f"data.labeled: no picture with a mask in {root}", *there, *notes]))
-    val = listed("data.val", config.val, True) if config.val is not None else (
-        labeled[config.val_every - 1 :: config.val_every]
-    )  # fmt: skip
-    if not val:
-        raise DataError(
-            f"data.val: {len(labeled)} pictures have a mask, too few to hold out every {config.val_every}th; "
-            "set data.val_every, or list pictures in data.val"
-        )
+    labeled = lists.get("labeled") or _with_masks(root, pictures, masks)
+    val = lists.get("val") or _every(config.val_every, labeled)
     held_out = {item.picture for item in val}
     both = [item.name for item in labeled if item.picture in held_out]
-    if config.labeled is not None and config.val is not None and both:
+    if both and "labeled" in lists and "val" in lists:
         raise DataError(f"data.labeled, data.val: pictures in both lists: {shorten(both)}")
     labeled = [item for item in labeled if item.picture not in held_out]
     if not labeled:
         raise DataError("data.labeled: every picture with a mask is in data.val")
-    if config.unlabeled is not None:
-        unlabeled = listed("data.unlabeled", config.unlabeled, False)
-        if config.val is None:
-            unlabeled = [item for item in unlabeled if item.picture not in held_out]
-        both = [item.name for item in unlabeled if item.picture in held_out]
-        notes += [f"data.unlabeled: {len(both)} pictures are in data.val as well: {shorten(both)}"] if both else []
-    else:
-        taken = held_out | {item.picture for item in labeled}
-        unlabeled = [Item(name, path, None) for name, path in sorted(pictures.files.items()) if path not in taken]
+    taken = held_out | {item.picture for item in labeled}
+    unlabeled = lists.get("unlabeled") or [
+        Item(name, path, None) for name, path in sorted(pictures.files.items()) if path not in taken
+    ]
+    both = [item.name for item in unlabeled if item.picture in held_out]
+    if both and "val" in lists:
+        notes.append(f"data.unlabeled: {len(both)} pictures are in data.val as well: {shorten(both)}")
+    elif both:
+        unlabeled = [item for item in unlabeled if item.picture not in held_out]
     classes = _read_classes(config, root)
     return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)), tuple(notes))
+
+
+def _with_masks(root: Path, pictures: Found, masks: Found) -> list[Item]:
+    names = sorted(pictures.files.keys() & masks.files.keys())
+    if not names:
+        there = (f"{len(found.files)} files match {found.pattern}" for found in (pictures, masks))
+        notes = (*pictures.note(), *masks.note())
+        raise DataError("; ".join([f"data.labeled: no picture with a mask in {root}", *there, *notes]))
+    return [Item(name, pictures.files[name], masks.files[name]) for name in names]
+
+
+def _every(step: int, labeled: list[Item]) -> list[Item]:
+    if len(labeled) < step:
+        raise DataError(
+            f"data.val: {len(labeled)} pictures have a mask, too few to hold out every {step}th; "
+            "set data.val_every, or list pictures in data.val"
+        )
+    return labeled[step - 1 :: step]
 
 
 def _read_classes(config: DataConfig, root: Path) -> list[str]:
