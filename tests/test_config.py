@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from omegaconf import OmegaConf
 
-from corrmatch.config import Config, ConfigError, keys, load_config, to_yaml
+from corrmatch.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    PropagationConfig,
+    TrainConfig,
+    key,
+    keys,
+    load_config,
+    parse,
+    to_yaml,
+)
+from corrmatch.methods import METHODS
+from corrmatch.training import checkpoint
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -61,7 +79,7 @@ def test_overrides_and_round_trip(tmp_path):
         ("train.lr=-1", "train.lr: expected at least 0, got -1"),
         ("train.lr=nan", "train.lr: expected at least 0, got nan"),
         ("train.ema=2", "train.ema: expected 0 to 1, got 2"),
-        ("method=corrmach", "method: expected one of supervised, corrmatch, got corrmach"),
+        ("method=corrmach", "method: expected one of supervised, corrmatch,"),
         ("train.crop", "train.crop: expected key=value"),
     ],
 )
@@ -96,5 +114,58 @@ def test_a_folder_does_not_hide_a_shipped_configuration(tmp_path, monkeypatch):
 
 
 def test_every_key_is_known_once():
-    assert len(keys()) == len(set(keys()))
-    assert {"data.root", "train.lr", "method", "corrmatch.threshold", "eval.window"} <= set(keys())
+    known = keys(load_config("sample", ["data.root=x"]))
+    assert len(known) == len(set(known))
+    assert {"data.root", "train.lr", "method", "corrmatch.threshold", "fixmatch.decay", "eval.window"} <= set(known)
+    assert set(checkpoint.FREE) <= set(known)
+
+
+def test_every_key_says_what_it_is():
+    shared = (DataConfig, ModelConfig, PropagationConfig, TrainConfig, EvalConfig)
+    for section in (*shared, *(method.Options for method in METHODS.values())):
+        for entry in fields(section):
+            assert entry.metadata["about"], f"{section.__name__}.{entry.name}"
+
+
+@dataclass
+class Bounded:
+    """Keys of every kind of limit."""
+
+    share: float | None = key(0.5, "a share", low=0, high=1)
+    sides: list[int] = key([4], "sides", low=2)
+    word: str | None = key(None, "a word", choices=(None, "a", "b"))
+
+
+class WithBounds:
+    Options = Bounded
+    renamed: ClassVar = {"bounded.fraction": "bounded.share"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 1.5}, "bounded.share: expected 0 to 1, got 1.5"),
+        ({"share": float("nan")}, "bounded.share: expected 0 to 1, got nan"),
+        ({"sides": [3, 1]}, "bounded.sides: expected at least 2, got 1"),
+        ({"word": "c"}, "bounded.word: expected one of None, a, b, got c"),
+        ({"sides": 3}, "bounded.sides: "),
+    ],
+)
+def test_limits_stand_beside_the_key(values, message):
+    part = OmegaConf.create({"data": {"root": "x"}, "method": "bounded", "bounded": values})
+    with pytest.raises(ConfigError) as caught:
+        parse([part], {"bounded": WithBounds})
+    assert str(caught.value).startswith(message)
+
+
+def test_old_names_are_understood():
+    part = OmegaConf.create({"data": {"root": "x"}, "method": "bounded", "bounded": {"fraction": 0.25}})
+    assert parse([part], {"bounded": WithBounds}).options == Bounded(share=0.25)
+    old = load_config("sample", ["data.root=x", "corrmatch.num_masks=4", "corrmatch.connected=peak"])
+    assert (old.propagation.num_masks, old.propagation.connected) == (4, "peak")
+
+
+def test_only_the_sections_that_are_used_are_written():
+    text = to_yaml(load_config("sample", ["data.root=x", "method=fixmatch", "fixmatch.decay=0.5"]))
+    assert "fixmatch:" in text
+    assert "corrmatch:" not in text

@@ -14,7 +14,8 @@ from corrmatch.config import DataConfig, TrainConfig, load_config
 from corrmatch.data import views
 from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
 from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
-from corrmatch.data.streams import Streams, batches
+from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream, Streams, batches
+from corrmatch.data.views import WEAK_STRONG, WEAK_STRONG_STRONG, Geometry, View
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +276,7 @@ def test_unlabelled_views():
     for key in range(40):
         with views.seeded(key):
             view = views.unlabeled_views(picture, 65)
-        changed.append(not torch.equal(view["weak"], view["strong"]))
+        changed.append(not torch.equal(view["weak"], view["strong"][0]))
         boxes.append(view["box"].float().mean().item())
         black = (view["weak"] == view["weak"].amin((1, 2), keepdim=True)).all(0)
         assert (black | ~view["ignore"]).all()
@@ -304,19 +305,23 @@ def equal(a, b):
 
 
 def test_streams_are_functions_of_seed_and_position(sample):
-    data, all_streams = sample_data(sample), ("labeled", "unlabeled", "mix")
-    streams = Streams(data, all_streams, 49, seed=1)
-    expected = [streams[p] for p in range(4, 12)]
+    data, all_streams = sample_data(sample), {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
+
+    def streams(seed=1, **changes):
+        return Streams(data, all_streams, TrainConfig(crop=49, seed=seed, **changes))
+
+    expected = [{name: streams().sample(name, p) for name in all_streams} for p in range(4, 12)]
     random.seed(99)
     torch.manual_seed(99)
-    again, other = Streams(data, all_streams, 49, seed=1), Streams(data, all_streams, 49, seed=2)
-    assert equal(again[7], expected[3])
-    assert not equal(other[7], expected[3])
+    again, other = ({name: streams(seed).sample(name, 7) for name in all_streams} for seed in (1, 2))
+    assert equal(again, expected[3])
+    assert not equal(other, expected[3])
     assert not torch.equal(expected[0]["unlabeled"]["weak"], expected[0]["mix"]["weak"])
     # However positions are dealt out to workers and processes, position p is the same sample.
     for workers, processes in ((0, 1), (2, 2)):
-        train = TrainConfig(batch_size=4 // processes, workers=workers)
-        loaders = [batches(streams, train, 1, 3, process, processes) for process in range(processes)]
+        train = TrainConfig(crop=49, seed=1, batch_size=4 // processes, workers=workers)
+        parts = [Streams(data, all_streams, train, process, processes) for process in range(processes)]
+        loaders = [batches(part, train, 1, 3) for part in parts]
         for b, parts in enumerate(zip(*loaders, strict=True)):
             got = torch.cat([part["unlabeled"]["strong"] for part in parts])
             assert torch.equal(got, torch.stack([x["unlabeled"]["strong"] for x in expected[4 * b : 4 * b + 4]]))
@@ -328,9 +333,65 @@ def test_a_pass_shows_every_picture_once(sample, monkeypatch):
     drawn = []
     monkeypatch.setattr("corrmatch.data.streams.read_picture", lambda path: drawn.append(path) or torch.zeros(3, 9, 9))
     monkeypatch.setattr("corrmatch.data.streams.labeled_view", lambda *_: {})
-    streams = Streams(data, ("labeled",), 49, seed=1)
+    streams = Streams(data, {"labeled": LABELED}, TrainConfig(crop=49, seed=1))
     for position in range(2 * count):
-        _ = streams[position]
+        _ = streams.sample("labeled", position)
     passes = drawn[:count], drawn[count:]
     assert [set(p) for p in passes] == 2 * [{item.picture for item in data.labeled}]
     assert passes[0] != passes[1]
+
+
+def test_streams_of_unequal_batches_and_of_all_images(sample):
+    data = sample_data(sample)
+    streams = {"labeled": LABELED, "all": Stream("all", View(), 1)}
+    train = TrainConfig(crop=49, batch_size=2, unlabeled_batch_size=3, workers=0)
+    batch = Streams(data, streams, train)[0]
+    assert batch["labeled"]["image"].shape[0] == 2
+    assert batch["all"]["weak"].shape[0] == 3
+    assert "label" not in batch["all"]
+    seen = {int(Streams(data, streams, train).sample("all", p)["index"]) for p in range(96)}
+    assert seen == set(range(len(data.labeled) + len(data.unlabeled)))
+
+
+def test_strong_views_and_boxes_are_drawn_apart():
+    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    different = []
+    for seed in range(12):
+        with views.seeded(seed):
+            view = views.unlabeled_views(picture, 49, WEAK_STRONG_STRONG)
+        assert view["strong"].shape == (2, 3, 49, 49)
+        assert view["box"].shape == (2, 49, 49)
+        different.append([not torch.equal(*view[name]) for name in ("strong", "box")])
+    assert all(sum(column) > 6 for column in zip(*different, strict=True))
+
+
+def test_the_plain_view_does_not_depend_on_strong_ones():
+    """Methods with other strong views see the same crops."""
+    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    weak = []
+    for view in (View(), WEAK_STRONG, WEAK_STRONG_STRONG):
+        with views.seeded(5):
+            weak.append(views.unlabeled_views(picture, 49, view)["weak"])
+    assert torch.equal(weak[0], weak[1])
+    assert torch.equal(weak[0], weak[2])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (3, 200)])
+@pytest.mark.parametrize("pad", ["right", "around"])
+def test_thin_images(size, pad):
+    picture = tv_tensors.Image(torch.full((3, *size), 9, dtype=torch.uint8))
+    for seed in range(10):
+        with views.seeded(seed):
+            view = views.unlabeled_views(picture, 33, View(Geometry(pad=pad), strong=1))
+        assert view["weak"].shape == (3, 33, 33)
+        assert not view["ignore"].all()
+
+
+def test_padding():
+    picture = tv_tensors.Image(torch.full((3, 10, 10), 200, dtype=torch.uint8))
+    for pad, inside in (("right", (0, 0)), ("around", (11, 11))):
+        view = views.unlabeled_views(picture, 33, View(Geometry(scales=(1, 1), flip=0, pad=pad, fill=views.GRAY)))
+        expected = torch.ones(33, 33, dtype=torch.bool)
+        expected[inside[0] : inside[0] + 10, inside[1] : inside[1] + 10] = False
+        assert torch.equal(view["ignore"], expected)
+        assert view["weak"][:, expected].abs().max() < 0.01  # 0 after normalisation

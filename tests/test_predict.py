@@ -160,7 +160,7 @@ def test_the_averaged_weights_are_what_is_used(trained):
     model, config, classes = load_model(trained / "run" / "last.pt")
     content = torch.load(trained / "run" / "last.pt", map_location="cpu", weights_only=True)
     weight = model.state_dict()["decode.2.weight"]
-    assert torch.equal(weight, content["ema"]["module.decode.2.weight"])
+    assert torch.equal(weight, content["method"]["average.network.decode.2.weight"])
     assert not torch.equal(weight, content["method"]["model.decode.2.weight"])
     assert not model.training
     assert config.train.ema == 0.5

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from corrmatch.config import Config, ConfigError, keys, parse, to_yaml
 
+VERSION = 2  # of what a checkpoint holds
 FREE = ("train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir")
 
 
@@ -63,6 +64,8 @@ def load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a checkpoint, or a broken one") from error
     if not isinstance(content, dict) or not {"config", "classes", "method"} <= content.keys():
         raise ConfigError(f"{path}: not a checkpoint of corrmatch")
+    if content.get("version", 1) > VERSION:
+        raise ConfigError(f"{path}: written by a later version of corrmatch")
     return content
 
 
@@ -73,10 +76,12 @@ def config_of(content: dict[str, Any], overrides: list[str] | None = None) -> Co
 
 def check_same(config: Config, content: dict[str, Any], processes: int) -> None:
     """Refuses to go on with other settings than those the checkpoint was written with."""
-    now, then = (OmegaConf.create(text) for text in (to_yaml(config), content["config"]))
-    changed = [key for key in keys() if key not in FREE and OmegaConf.select(now, key) != OmegaConf.select(then, key)]
-    if changed:
-        was, key = OmegaConf.select(then, changed[0]), changed[0]
-        raise ConfigError(f"{key}: the run to be resumed had {was}, not {OmegaConf.select(now, key)}")
+    if content.get("version", 1) != VERSION:
+        raise ConfigError("the run to be resumed was written by an earlier version of corrmatch; it can only be used")
+    now, then = (OmegaConf.create(to_yaml(x)) for x in (config, config_of(content)))
+    for key in keys(config):
+        was, wanted = OmegaConf.select(then, key), OmegaConf.select(now, key)
+        if key not in FREE and was != wanted:
+            raise ConfigError(f"{key}: the run to be resumed had {was}, not {wanted}")
     if processes != len(content["random"]):
         raise ConfigError(f"the run to be resumed had {len(content['random'])} processes, not {processes}")

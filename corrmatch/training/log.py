@@ -12,8 +12,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from corrmatch.config import Config
 from corrmatch.data.datasets import Data
-from corrmatch.training.evaluate import Labelled, Scores
-from corrmatch.training.methods import Method, evaluating
+from corrmatch.data.whole import Labelled
+from corrmatch.methods.base import Method
+from corrmatch.models.deeplab import evaluating
+from corrmatch.training.evaluate import Scores
 from corrmatch.training.pictures import denormalize, palette, panel
 
 
@@ -45,10 +47,12 @@ class Log:
         self._put(step, "train", values)
         return values
 
-    def scores(self, step: int, scores: Scores) -> None:
-        """Writes an evaluation."""
-        classes = {f"iou_{name}": value for name, value in zip(scores.classes, scores.iou, strict=True)}
-        self._put(step, "val", {"miou": scores.miou, "accuracy": scores.accuracy} | classes)
+    def scores(self, step: int, scores: dict[str, Scores]) -> None:
+        """Writes an evaluation: all of the first network, the means of the others."""
+        first, *others = scores.items()
+        classes = {f"iou_{name}": value for name, value in zip(first[1].classes, first[1].iou, strict=True)}
+        means = {f"miou_{name}": x.miou for name, x in others} | {f"accuracy_{name}": x.accuracy for name, x in others}
+        self._put(step, "val", {"miou": first[1].miou, "accuracy": first[1].accuracy} | means | classes)
 
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -16,10 +16,10 @@ from corrmatch.config import Config
 from corrmatch.data.files import shorten
 from corrmatch.data.images import DataError, is_picture, read_picture
 from corrmatch.data.views import normalize
+from corrmatch.methods import build_method
 from corrmatch.paths import expand, make_folder
 from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import segment
-from corrmatch.training.methods import build_method
 from corrmatch.training.pictures import overlay, paint, palette
 
 KINDS = ("index", "color", "overlay")
@@ -29,11 +29,9 @@ def load_model(path: Path, overrides: list[str] | None = None) -> tuple[nn.Modul
     """The network that a run evaluated, its configuration and the names of the classes."""
     content = checkpoint.load(path)
     config, classes = checkpoint.config_of(content, overrides), content["classes"]
-    model = build_method(config, len(classes), pretrained=False).model
-    prefix, states = ("module.", content["ema"]) if content["ema"] is not None else ("model.", content["method"])
-    weights = {name.removeprefix(prefix): x for name, x in states.items() if name.startswith(prefix)}
-    model.load_state_dict(weights)
-    return model.eval(), config, classes
+    method = build_method(config, len(classes), pretrained=False)
+    method.load_state_dict(content["method"])
+    return next(iter(method.scored.values())).eval(), config, classes
 
 
 @torch.inference_mode()
