@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from accelerate import Accelerator
 
 from corrmatch.config import Config, ConfigError, load_config
+from corrmatch.data import classes
 from corrmatch.data.datasets import DataError, check_files, find_data
 from corrmatch.data.sample import draw_sample
 from corrmatch.training.evaluate import evaluate
@@ -19,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs a command; what a user can mend is said in a line. Returns the exit code."""
     try:
         COMMANDS[options.command](options)
-    except (ConfigError, DataError, FloatingPointError) as error:
+    except (ConfigError, DataError, FloatingPointError, OSError) as error:
         sys.stderr.write(f"corrmatch {options.command}: {error}\n")
         return 1
     return 0
@@ -41,9 +43,9 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     model, config, _ = load_model(options.checkpoint, options.overrides)
     accelerator = _accelerator(config)
-    data = find_data(config.data)
+    data = replace(find_data(config.data), labeled=[], unlabeled=[])
     if config.data.check and accelerator.is_main_process:
-        check_files(data)
+        classes.require_truth(data, check_files(data))
     model.to(accelerator.device)
     with accelerator.autocast():
         scores = evaluate(model, data, config, accelerator.device, accelerator.process_index, accelerator.num_processes)
@@ -52,10 +54,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    model, config, classes = load_model(options.checkpoint, options.overrides)
+    model, config, names = load_model(options.checkpoint, options.overrides)
     accelerator = _accelerator(config)
     with accelerator.autocast():
-        count = predict(model, config, classes, options.pictures, options.out, accelerator.device)
+        count = predict(model, config, names, options.pictures, options.out, accelerator.device)
     _say(f"{count} pictures: {options.out}")
 
 
