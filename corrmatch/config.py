@@ -216,9 +216,8 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
     known = keys(schema)
     try:
         for part in parts:
-            content: Any = _with_new_names(
-                cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(part))), methods
-            )
+            plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(part)))
+            content: Any = _with_new_names(plain, methods)
             _refuse_unknown(content, known)
             _refuse_numbers_for_text(content, schema)
             merged = OmegaConf.merge(merged, content)
