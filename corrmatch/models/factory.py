@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from corrmatch.config import ConfigError, ModelConfig
 from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.paths import expand
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,12 @@ class NetworkFactory:
             return DeepLabV3Plus(
                 model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
                 channels=model.channels, correlation=self.correlation,
-                pretrained=model.pretrained if self.pretrained else False,
+                pretrained=self._weights(),
             )  # fmt: skip
         except ValueError as error:  # it names one of these keys
             raise ConfigError(f"model.{error}") from error
+
+    def _weights(self) -> bool | str:
+        if not self.pretrained:
+            return False
+        return str(expand(self.model.pretrained)) if isinstance(self.model.pretrained, str) else self.model.pretrained
