@@ -66,18 +66,60 @@ class CorrelationHead(nn.Module):
             connected: As in `ops.region_masks`.
             generator: For the draw, on the feature's device.
         """
-        hidden = self.project(feature)
-        query, key = self.query(hidden), self.key(hidden)
-        value = F.interpolate(logits.detach(), size=feature.shape[2:], mode="bilinear", align_corners=True)
+        query, key = self.query_key(feature)
         masks = None
         if num_masks > 0:
-            positions = feature.shape[2] * feature.shape[3]
-            # torch.export takes the number of positions for a constant where a generator is named, even None.
-            source: dict[str, Any] = {} if generator is None else {"generator": generator}
-            index = torch.randint(positions, (num_masks,), device=feature.device, **source)
             size = mask_size if mask_size is not None else (logits.shape[2], logits.shape[3])
-            masks = ops.region_masks(query, key, index, size, connected=connected)
-        return CorrelationOutput(ops.pixel_propagate(query, key, value), masks)
+            masks = sample_region_masks(query, key, num_masks, size, connected=connected, generator=generator)
+        return CorrelationOutput(propagate_logits(query, key, logits), masks)
+
+    def query_key(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key (B, num_classes, h, w) of a feature map (B, in_channels, h, w)."""
+        hidden = self.project(feature)
+        return self.query(hidden), self.key(hidden)
+
+
+def propagate_logits(query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
+    """Spreads logits along the correlation map of query and key.
+
+    Args:
+        query: (B, D, h, w).
+        key: As query.
+        logits: (B, C, H, W) of any size: they are shrunk to (h, w), bilinearly with aligned corners. No gradient flows
+            to them.
+
+    Returns:
+        (B, C, h, w), see `ops.pixel_propagate`.
+    """
+    value = F.interpolate(logits.detach(), size=query.shape[2:], mode="bilinear", align_corners=True)
+    return ops.pixel_propagate(query, key, value)
+
+
+def sample_region_masks(
+    query: Tensor,
+    key: Tensor,
+    num_masks: int,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    connected: str | None = None,
+    generator: torch.Generator | None = None,
+) -> RegionMasks:
+    """Region masks of random positions, drawn uniformly and shared by the batch; see `ops.region_masks`.
+
+    Args:
+        query: (B, D, h, w).
+        key: As query.
+        num_masks: How many positions are drawn.
+        size: (H, W) of the masks.
+        threshold: As in `ops.region_masks`.
+        connected: As in `ops.region_masks`.
+        generator: For the draw, on the device of the query.
+    """
+    # torch.export takes the number of positions for a constant where a generator is named, even None.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    index = torch.randint(query.shape[2] * query.shape[3], (num_masks,), device=query.device, **source)
+    return ops.region_masks(query, key, index, size, threshold=threshold, connected=connected)
 
 
 class DynamicThreshold(nn.Module):

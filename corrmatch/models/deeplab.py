@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -11,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corrmatch.masks import RegionMasks
 from corrmatch.nn import CorrelationHead
 
 LOW_LEVEL_STRIDE = 4
@@ -22,8 +22,14 @@ class Prediction(NamedTuple):
 
     logits: Tensor  # (B, C, h, w), of stride 4
     perturbed: Tensor | None = None  # the same, decoded from perturbed features
-    propagated: Tensor | None = None  # the logits spread along the correlation map, of the stride of the last features
-    masks: RegionMasks | None = None  # at the size of the pictures
+    query: Tensor | None = None  # (B, D, h', w') of the correlation map, of the stride of the last features
+    key: Tensor | None = None  # as query
+    features: Tensor | None = None  # (B, channels, h, w) that the classifier takes
+
+    def split(self, count: int) -> tuple[Prediction, Prediction]:
+        """The first `count` images of the batch, and the others."""
+        first = Prediction(*(None if x is None else x[:count] for x in self))  # type: ignore[arg-type]
+        return first, Prediction(*(None if x is None else x[count:] for x in self))  # type: ignore[arg-type]
 
 
 class DeepLabV3Plus(nn.Module):
@@ -67,46 +73,45 @@ class DeepLabV3Plus(nn.Module):
         self.correlation = CorrelationHead(widths[-1], num_classes) if correlation else None
 
     def forward(
-        self,
-        images: Tensor,
-        *,
-        perturb: bool = False,
-        propagate: bool = False,
-        num_masks: int = 0,
-        connected: str | None = None,
-        generator: torch.Generator | None = None,
+        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False
     ) -> Prediction:
-        """Segments pictures.
+        """Segments images.
 
         Args:
             images: (B, 3, H, W), normalised.
             perturb: Decode Dropout2d(0.5) of the features too, in one batch with the clean ones.
-            propagate: Spread the logits along the correlation map.
-            num_masks: So many region masks of the correlation map.
-            connected: As in `ops.region_masks`.
-            generator: Draws the positions of the masks.
+            correlate: Return query and key of the correlation head, too.
+            features: Return the decoder's features, too.
         """
         low, high = both = self.features(images)
         if perturb:
             both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
-        logits, *perturbed = self.segment(*both).split(images.shape[0])
-        propagated = masks = None
-        if propagate and self.correlation is not None:
-            size = (images.shape[2], images.shape[3])
-            propagated, masks = self.correlation(
-                high, logits, num_masks=num_masks, mask_size=size, connected=connected, generator=generator
-            )
-        return Prediction(logits, perturbed[0] if perturbed else None, propagated, masks)
+        decoded = self.decoded(*both)
+        logits, *perturbed = self.classifier(decoded).split(images.shape[0])
+        query = key = None
+        if correlate and self.correlation is not None:
+            query, key = self.correlation.query_key(high)
+        kept = decoded[: images.shape[0]] if features else None
+        return Prediction(logits, perturbed[0] if perturbed else None, query, key, kept)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of stride 4 and the last ones."""
         found = self.backbone(images)
         return found[self.low_level], found[-1]
 
+    @property
+    def classifier(self) -> nn.Conv2d:
+        """The last layer: a 1 x 1 convolution from features to logits."""
+        return self.decode[-1]  # type: ignore[return-value]
+
+    def decoded(self, low: Tensor, high: Tensor) -> Tensor:
+        """The features that the classifier takes, of stride 4."""
+        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return self.decode[:-1](torch.cat([high, self.reduce(low)], 1))
+
     def segment(self, low: Tensor, high: Tensor) -> Tensor:
         """Logits of stride 4."""
-        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
-        return self.decode(torch.cat([high, self.reduce(low)], 1))
+        return self.classifier(self.decoded(low, high))
 
 
 class AtrousPyramid(nn.Module):
@@ -135,6 +140,19 @@ def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int =
     )
 
 
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Inside, networks are in evaluation mode; afterwards they are in the mode they were in."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16.
 
@@ -147,7 +165,8 @@ def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def _weights(old: int, new: int, like: Tensor) -> Tensor:
     """(new, old): what each old position gives to each new one."""
-    return F.interpolate(torch.eye(old, device=like.device)[None], new, mode="linear", align_corners=True)[0].mT
+    one = torch.eye(old, dtype=torch.float32, device=like.device)[None]
+    return F.interpolate(one, new, mode="linear", align_corners=True)[0].mT
 
 
 def build_backbone(name: str, output_stride: int, pretrained: bool | str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -12,8 +14,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from corrmatch.config import Config
 from corrmatch.data.datasets import Data
-from corrmatch.training.evaluate import Labelled, Scores
-from corrmatch.training.methods import Method, evaluating
+from corrmatch.data.whole import Labelled
+from corrmatch.methods.base import Method
+from corrmatch.models.deeplab import evaluating
+from corrmatch.training.evaluate import Scores
 from corrmatch.training.pictures import denormalize, palette, panel
 
 
@@ -28,8 +32,10 @@ class Log:
     def __init__(self, folder: Path, step: int):
         self.path, self.sums, self.count = folder / "scalars.jsonl", dict[str, Tensor](), 0
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        lines = self.path.read_text().splitlines() if self.path.exists() and step > 0 else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() and step > 0 else []
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        os.replace(draft, self.path)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Counts one batch."""
@@ -45,10 +51,12 @@ class Log:
         self._put(step, "train", values)
         return values
 
-    def scores(self, step: int, scores: Scores) -> None:
-        """Writes an evaluation."""
-        classes = {f"iou_{name}": value for name, value in zip(scores.classes, scores.iou, strict=True)}
-        self._put(step, "val", {"miou": scores.miou, "accuracy": scores.accuracy} | classes)
+    def scores(self, step: int, scores: dict[str, Scores]) -> None:
+        """Writes an evaluation: all of the first network, the means of the others."""
+        first, *others = scores.items()
+        classes = {f"iou_{name}": value for name, value in zip(first[1].classes, first[1].iou, strict=True)}
+        means = {f"miou_{name}": x.miou for name, x in others} | {f"accuracy_{name}": x.accuracy for name, x in others}
+        self._put(step, "val", {"miou": first[1].miou, "accuracy": first[1].accuracy} | means | classes)
 
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -71,6 +79,14 @@ class Log:
             row = panel(denormalize(image.unsqueeze(0))[0], shown, truth[0], colors)
             self.board.add_image(f"picture {i}/{', '.join(['picture', *shown, 'truth'])}", row, step, dataformats="HWC")
         self.board.flush()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that a stop or a full disk has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _with_channel(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,37 @@
+"""Training methods: one file each. The loop (`corrmatch.training.trainer`) knows none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from corrmatch.config import Config
+from corrmatch.methods.base import Method
+from corrmatch.methods.color_augmentation import ColorAugmentation
+from corrmatch.methods.corrmatch import CorrMatch
+from corrmatch.methods.fixmatch import FixMatch
+from corrmatch.methods.fuzzy_positive import FuzzyPositive
+from corrmatch.methods.parts.propagation import resolve
+from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.methods.supervised import Supervised
+from corrmatch.methods.unimatch import UniMatch
+from corrmatch.models.factory import NetworkFactory
+
+METHODS: dict[str, type[Method]] = {
+    "supervised": Supervised,
+    "corrmatch": CorrMatch,
+    "fixmatch": FixMatch,
+    "unimatch": UniMatch,
+    "color_augmentation": ColorAugmentation,
+    "fuzzy_positive": FuzzyPositive,
+}
+
+
+def build_method(config: Config, num_classes: int, *, pretrained: bool = True) -> Method:
+    """The method that a configuration names, with its networks; without `pretrained`, for weights from a checkpoint."""
+    kind = METHODS[config.method]
+    propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
+    build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained)
+    method = kind(build, dataclasses.replace(config, propagation=propagation))
+    if config.train.ema is not None:
+        method.average = Teacher(next(iter(method.evaluated.values())), config.train.ema)
+    return method

@@ -1,0 +1,43 @@
+"""Networks as a configuration describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corrmatch.config import ConfigError, ModelConfig
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.paths import expand
+
+
+@dataclass(frozen=True)
+class NetworkFactory:
+    """Makes networks; each call one with random weights of its own where no file or hub gives them.
+
+    Attributes:
+        model: What they are like.
+        num_classes: Channels of their logits.
+        correlation: Whether they have a correlation head.
+        pretrained: False leaves `model.pretrained` aside: the weights come from a checkpoint.
+    """
+
+    model: ModelConfig
+    num_classes: int
+    correlation: bool = False
+    pretrained: bool = True
+
+    def __call__(self) -> DeepLabV3Plus:
+        """A network in training mode."""
+        model = self.model
+        try:
+            return DeepLabV3Plus(
+                model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
+                channels=model.channels, correlation=self.correlation,
+                pretrained=self._weights(),
+            )  # fmt: skip
+        except ValueError as error:  # it names one of these keys
+            raise ConfigError(f"model.{error}") from error
+
+    def _weights(self) -> bool | str:
+        if not self.pretrained:
+            return False
+        return str(expand(self.model.pretrained)) if isinstance(self.model.pretrained, str) else self.model.pretrained
