@@ -25,6 +25,7 @@ import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ARCHS = "80;86;89;90a;100;120+PTX"
@@ -207,7 +208,20 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+class LinkedSources(sdist):
+    """Packs a link to a folder as the link that it is. setuptools would pack what it leads to a second time."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Makes the folder that is packed."""
+        links = {folder for file in files for folder in Path(file).parents if folder.is_symlink()}
+        super().make_release_tree(base_dir, [file for file in files if links.isdisjoint(Path(file).parents)])
+        for link in links:
+            (Path(base_dir) / link).symlink_to(link.readlink())
+
+
 setup(
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
     ext_modules=[Extension("corrmatch._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "sdist": LinkedSources},
 )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corrmatch.dtypes import accumulation, accumulation_dtype, confidence_gate, without_autocast
 from corrmatch.masks import RegionMasks
 
 
@@ -90,7 +91,7 @@ def region_propagate(
         labels.clone(memory_format=torch.contiguous_format),
         reliable.clone(memory_format=torch.contiguous_format),
     )
-    theta = torch.as_tensor(threshold).to(torch.float32)
+    theta = torch.as_tensor(threshold, device=labels.device).to(torch.float32)
     for b in range(regions.shape[0]):
         for region in regions[b]:
             counted = region & reliable[b]
@@ -178,25 +179,8 @@ def weighted_sum(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """P (B, N_q, N_k)."""
     q, k = (x.flatten(2) for x in accumulation(query, key))
-    with torch.autocast(query.device.type, enabled=False):  # it would compute the product in half precision
+    with without_autocast(query.device):
         return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """What to compute in: float64 if any is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def accumulation(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype to compute in."""
-    return tuple(x.to(accumulation_dtype(*tensors)) for x in tensors)
-
-
-def confidence_gate(value: Tensor, confidence: Tensor | None, threshold: float | Tensor) -> Tensor:
-    """Which query positions take part: bool (B, N_q)."""
-    if confidence is None:
-        confidence = accumulation(value)[0].softmax(1).amax(1)
-    return accumulation(confidence)[0].flatten(1) >= threshold
 
 
 def enlarged_position(index: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:

@@ -18,6 +18,7 @@ from problems import Problem
 from torch import Tensor
 
 from corrmatch import RegionMasks, ops, reference
+from corrmatch.dtypes import accumulation_dtype, confidence_gate
 
 
 def call(problem: Problem, case: Case) -> Any:
@@ -112,7 +113,7 @@ def check_pixel_propagate(problem, case, found):
     rows = Rows(t["query"], t["key"], options["scale"], value.dtype, rounding=rounding)
     gate = torch.ones(value.shape[0], positions, dtype=torch.bool)
     if "threshold" in options:
-        gate = reference.confidence_gate(maps["value"].detach(), wide.get("confidence"), options["threshold"])
+        gate = confidence_gate(maps["value"].detach(), wide.get("confidence"), options["threshold"])
 
     info, narrow = torch.finfo(rows.dtype), torch.finfo(value.dtype)
     opened = gate.unsqueeze(2)
@@ -234,7 +235,7 @@ def check_region_masks(problem, case, found):
 def check_pseudo_label(problem, case, found):
     logits, ignore, size = problem.tensors["logits"], problem.tensors.get("ignore"), problem.options["size"]
     labels, confidence, peak = (x.cpu() for x in found)
-    info = torch.finfo(reference.accumulation_dtype(logits))
+    info = torch.finfo(accumulation_dtype(logits))
     wide = logits.double()
     largest = wide.abs().amax(1, keepdim=True)
     bad = (~wide.isfinite()).any(1, keepdim=True).double()
@@ -274,7 +275,7 @@ def check_cross_entropy(problem, case, found):
     weight, maps = t["weight"].double(), [t[name] for name in ("logits", "target") if name in t]
     wide = {k: x.double() if x.is_floating_point() else x for k, x in t.items()}
     _, expected = getattr(reference, problem.op)(**wide)
-    info = torch.finfo(reference.accumulation_dtype(*maps))
+    info = torch.finfo(accumulation_dtype(*maps))
     largest, bad, size = torch.zeros_like(weight), torch.zeros_like(weight), weight.shape[1:]
     for x in maps:
         wild = (~x.isfinite()).any(1, keepdim=True).double()

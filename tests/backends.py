@@ -1,6 +1,6 @@
 """The backends under test: which exist here, on which device and with which instruction sets. The only such list.
 
-To be imported before corrmatch, which reads when it is imported whether kernels run on the CPU.
+To be imported before Triton, which reads when it is imported whether it interprets kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from emulator import build
 
 if not torch.cuda.is_available():  # the kernels run here as well
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["CORRMATCH_EMULATOR"] = build.kernels().__file__
 
 import corrmatch
 from corrmatch import _C
+from corrmatch.ops.backend import use_emulator
+
+if not torch.cuda.is_available():
+    use_emulator(build.kernels().cuda)
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

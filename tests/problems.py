@@ -11,7 +11,8 @@ import torch
 from backends import FLOATING
 from torch import Tensor
 
-from corrmatch import RegionMasks, reference
+from corrmatch import RegionMasks
+from corrmatch.dtypes import accumulation
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 NAN, INF = float("nan"), float("inf")
@@ -127,7 +128,7 @@ def pixel_propagate(r: random.Random) -> Problem:
     if r.random() < 0.3:
         confidence = tensors["confidence"] = placed(r, numbers(r, r.choice(FLOATING), query.shape[0], *shapes[0]))
     if confidence is not None or r.random() < 0.3:
-        seen = reference.accumulation(value)[0].double().softmax(1).amax(1) if confidence is None else confidence
+        seen = accumulation(value)[0].double().softmax(1).amax(1) if confidence is None else confidence
         options["threshold"] = between(r, seen)
         if r.random() < 0.5:
             options["threshold"] = torch.tensor(options["threshold"], dtype=torch.float64)

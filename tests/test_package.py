@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def checkout(tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("checkout"), {name for name in listed.stdout.split("\0") if name}
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     return folder, names
 
 
@@ -41,18 +42,23 @@ def test_source_distribution_has_everything_that_is_tracked(checkout, tmp_path):
     setup(folder, "sdist", "-d", str(tmp_path))
     (archive,) = tmp_path.iterdir()
     with tarfile.open(archive) as tar:
-        packed = {member.name.partition("/")[2] for member in tar if member.isfile()}
-    packed = {name for name in packed if not name.startswith("corrmatch.egg-info/")}
-    assert packed == names - LEFT_OUT | WRITTEN
+        packed = {member.name.partition("/")[2]: member for member in tar if not member.isdir()}
+    packed = {name: member for name, member in packed.items() if not name.startswith("corrmatch.egg-info/")}
+    assert set(packed) == names - LEFT_OUT | WRITTEN
+    links = {name: member.linkname for name, member in packed.items() if member.issym()}
+    assert links == {name: os.readlink(folder / name) for name in names if (folder / name).is_symlink()}
+    assert links == {"corrmatch/kernels": "../kernels", "corrmatch/configs": "../configs"}
 
 
 def test_wheel_has_the_package_and_nothing_else(checkout, tmp_path):
     folder, names = checkout
     setup(folder, "build_py", "--build-lib", str(tmp_path))
     packed = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    files = {name for name in names if not (folder / name).is_symlink()}
     rooms = {"corrmatch/": "corrmatch/", "kernels/": "corrmatch/kernels/", "configs/": "corrmatch/configs/"}
-    expected = {to + name.removeprefix(room) for room, to in rooms.items() for name in names if name.startswith(room)}
+    expected = {to + name.removeprefix(room) for room, to in rooms.items() for name in files if name.startswith(room)}
     assert packed == expected
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
     assert {"corrmatch/py.typed", "corrmatch/_C.pyi", "corrmatch/configs/sample.yaml"} <= packed
 
 

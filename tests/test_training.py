@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -350,9 +351,9 @@ def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
     """A new method costs its file and one line."""
     page = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text()
     code = page.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
-    names = {"__name__": "corrmatch.methods.pseudo_label"}
-    exec(compile(code, "pseudo_label.py", "exec"), names)
-    monkeypatch.setitem(METHODS, "pseudo_label", names["PseudoLabel"])
+    (tmp_path / "pseudo_label.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "pseudo_label", importlib.import_module("pseudo_label").PseudoLabel)
     for threshold in (0.0, 0.95):
         folder = tmp_path / str(threshold)
         config = small_config(sample, folder, "method=pseudo_label", f"pseudo_label.threshold={threshold}")

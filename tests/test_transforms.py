@@ -261,6 +261,22 @@ def test_autocast_of_pixel_propagation(options):
         assert [x.dtype for x in gradients] == [F32, F32, F32]
 
 
+@only(*DIFFERENTIABLE)
+def test_backward_within_autocast(backend, sample):
+    """It is made of what the forward kept: where it is called changes nothing."""
+    if backend.name == "reference" and sample.startswith("pixel"):
+        pytest.skip("the products of plain PyTorch are cast in its backward, too")
+    call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
+    with torch.autocast(backend.device, torch.bfloat16):
+        actual = with_gradients(call, arguments)
+    expected = with_gradients(
+        lambda *x: call(*(y.bfloat16() if sample.startswith("pixel") and y.dim() == 4 else y for y in x)), arguments
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
 def test_autocast_leaves_the_confidence_alone():
     """A confidence that rounds to the threshold in bfloat16 stays below it."""
     maps = [feature(1, 3, 2, 2), feature(1, 3, 2, 2), feature(1, 2, 2, 2)]

@@ -24,6 +24,7 @@ class Prediction(NamedTuple):
     perturbed: Tensor | None = None  # the same, decoded from perturbed features
     query: Tensor | None = None  # (B, D, h', w') of the correlation map, of the stride of the last features
     key: Tensor | None = None  # as query
+    features: Tensor | None = None  # (B, channels, h, w) that the classifier takes
 
     def split(self, count: int) -> tuple[Prediction, Prediction]:
         """The first `count` images of the batch, and the others."""
@@ -71,32 +72,46 @@ class DeepLabV3Plus(nn.Module):
         self.perturb = nn.Dropout2d(0.5)
         self.correlation = CorrelationHead(widths[-1], num_classes) if correlation else None
 
-    def forward(self, images: Tensor, *, perturb: bool = False, correlate: bool = False) -> Prediction:
+    def forward(
+        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False
+    ) -> Prediction:
         """Segments images.
 
         Args:
             images: (B, 3, H, W), normalised.
             perturb: Decode Dropout2d(0.5) of the features too, in one batch with the clean ones.
             correlate: Return query and key of the correlation head, too.
+            features: Return the decoder's features, too.
         """
         low, high = both = self.features(images)
         if perturb:
             both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
-        logits, *perturbed = self.segment(*both).split(images.shape[0])
+        decoded = self.decoded(*both)
+        logits, *perturbed = self.classifier(decoded).split(images.shape[0])
         query = key = None
         if correlate and self.correlation is not None:
             query, key = self.correlation.query_key(high)
-        return Prediction(logits, perturbed[0] if perturbed else None, query, key)
+        kept = decoded[: images.shape[0]] if features else None
+        return Prediction(logits, perturbed[0] if perturbed else None, query, key, kept)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of stride 4 and the last ones."""
         found = self.backbone(images)
         return found[self.low_level], found[-1]
 
+    @property
+    def classifier(self) -> nn.Conv2d:
+        """The last layer: a 1 x 1 convolution from features to logits."""
+        return self.decode[-1]  # type: ignore[return-value]
+
+    def decoded(self, low: Tensor, high: Tensor) -> Tensor:
+        """The features that the classifier takes, of stride 4."""
+        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return self.decode[:-1](torch.cat([high, self.reduce(low)], 1))
+
     def segment(self, low: Tensor, high: Tensor) -> Tensor:
         """Logits of stride 4."""
-        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
-        return self.decode(torch.cat([high, self.reduce(low)], 1))
+        return self.classifier(self.decoded(low, high))
 
 
 class AtrousPyramid(nn.Module):

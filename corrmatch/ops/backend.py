@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Backend:
         dtypes: Floating dtypes that it takes; None for any. Integers it takes all.
         channels: The most channels that it takes; None for any number.
         capability: The least compute capability of a GPU that it takes, 80 for 8.0; None for any.
-        unasked: Whether it may be chosen where no backend is named.
+        automatic: Whether it may be chosen where no backend is named.
         missing: Why it cannot run in this installation; None where it can.
         detail: What is in use, for people.
     """
@@ -42,7 +43,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     channels: int | None = None
     capability: int | None = None
-    unasked: bool = True
+    automatic: bool = True
 
     @property
     def available(self) -> bool:
@@ -95,7 +96,7 @@ def _cuda(gpu: bool) -> Backend:
         detail="emulated on the CPU; for checks" if cuda.EMULATED else _C.cuda_status,
         dtypes=HALF_AND_SINGLE,
         capability=80,
-        unasked=not cuda.EMULATED,
+        automatic=not cuda.EMULATED,
     )
 
 
@@ -114,13 +115,20 @@ def _triton(gpu: bool) -> Backend:
         detail="interpreted on the CPU; for checks" if interpreted else "",
         dtypes=HALF_AND_SINGLE,
         channels=256,
-        unasked=not interpreted,
+        automatic=not interpreted,
     )
 
 
 # A tensor on a GPU is proof of one. To ask torch would start the driver, after which no forked process can use it.
 _BACKENDS = _known(gpu=True)
 NAMES = tuple(backend.name for backend in _BACKENDS)
+
+
+def use_emulator(kernels: ModuleType) -> None:
+    """From here on "cuda" stands for these kernels, which take tensors on a CPU: those that tests/emulator builds."""
+    global _BACKENDS
+    cuda.KERNELS, cuda.EMULATED = kernels, True
+    _BACKENDS = _known(gpu=True)
 
 
 def backends() -> dict[str, Backend]:
@@ -140,7 +148,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
             backend = None
     if backend is None:
         for candidate in _BACKENDS:
-            if candidate.unasked and candidate.refusal(op, *tensors) is None:
+            if candidate.automatic and candidate.refusal(op, *tensors) is None:
                 return candidate.name
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")

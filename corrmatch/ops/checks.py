@@ -117,6 +117,14 @@ def classes(labels: Tensor, counted: Tensor, num_classes: int, where: str) -> No
         raise ValueError(f"labels: expected values in [0, {num_classes - 1}] {where}, got {wrong}")
 
 
+def positions(index: Tensor, count: int) -> None:
+    """Flat positions in [0, count), where values are to be checked."""
+    if index.numel() > 0 and values_wanted(index):
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"index: expected values in [0, {count - 1}], got {low if low < 0 else high}")
+
+
 def scale(x: Any, query: Tensor) -> float:
     """The given scale, or 1 / sqrt(D)."""
     return 1 / math.sqrt(query.shape[1]) if x is None else real("scale", x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corrmatch import reference
+from corrmatch.dtypes import accumulation, accumulation_dtype, without_autocast
 from corrmatch.ops import checks
 from corrmatch.ops.registration import register
 
@@ -42,19 +42,17 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
     return rows.view(*rows.shape[:2], *key.shape[2:])
 
 
-def check_index(index: Tensor, positions: int) -> None:
-    """Raises ValueError for an index out of range, where values are checked."""
-    if index.numel() > 0 and checks.values_wanted(index):
-        low, high = (int(x) for x in index.aminmax())
-        if low < 0 or high >= positions:
-            raise ValueError(f"index: expected values in [0, {positions - 1}], got {low if low < 0 else high}")
-
-
 def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor:
     """Rows (B, K, N_k) of flat maps; index is (B, K)."""
-    check_index(index, query.shape[2])
-    index = index.clamp(0, query.shape[2] - 1)  # what was not checked never reads out of bounds
-    return reference.correlation_rows(query, key, index, scale=scale).contiguous()
+    checks.positions(index, query.shape[2])
+    q, k = accumulation(query.gather(2, _channels(index, query)), key)
+    with without_autocast(query.device):
+        return (scale * (q.mT @ k)).softmax(2).to(query.dtype)
+
+
+def _channels(index: Tensor, query: Tensor) -> Tensor:
+    """The index (B, D, K) of the sampled positions in every channel; what was not checked is never out of bounds."""
+    return index.clamp(0, query.shape[2] - 1).unsqueeze(1).expand(-1, query.shape[1], -1)
 
 
 def _fake(query, key, index, scale):
@@ -68,16 +66,17 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     query, key, index, rows = ctx.saved_tensors
-    dtype = reference.accumulation_dtype(rows)
+    dtype = accumulation_dtype(query, key)
     rows, grad = rows.to(dtype), grad.to(dtype)
     scores = ctx.scale * rows * (grad - (grad * rows).sum(2, keepdim=True))
-    at = index.clamp(0, query.shape[2] - 1).unsqueeze(1).expand(-1, query.shape[1], -1)
+    at = _channels(index, query)
     dquery = dkey = None
-    if ctx.needs_input_grad[0]:
-        parts = key.to(dtype) @ scores.mT
-        dquery = torch.zeros_like(query, dtype=dtype).scatter_add(2, at, parts).to(query.dtype)
-    if ctx.needs_input_grad[1]:
-        dkey = (query.gather(2, at).to(dtype) @ scores).to(key.dtype)
+    with without_autocast(query.device):  # backward() may be called within it
+        if ctx.needs_input_grad[0]:
+            parts = key.to(dtype) @ scores.mT
+            dquery = torch.zeros_like(query, dtype=dtype).scatter_add(2, at, parts).to(query.dtype)
+        if ctx.needs_input_grad[1]:
+            dkey = (query.gather(2, at).to(dtype) @ scores).to(key.dtype)
     return dquery, dkey, None, None
 
 

@@ -1,14 +1,8 @@
-"""How the ops call the CUDA kernels: on the tensor's device and its current stream, with scratch memory from torch.
-
-CORRMATCH_EMULATOR names a module that tests/emulator/build.py makes: the same kernels, run on CPU tensors.
-"""
+"""How the ops call the CUDA kernels: on the tensor's device and its current stream, with scratch memory from torch."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,21 +11,9 @@ from torch import Tensor
 from corrmatch import _C
 from corrmatch.ops.borrowing import borrow
 
-
-def _load() -> tuple[Any, bool]:
-    """The kernels, None where there are none, and whether they are emulated."""
-    path = os.environ.get("CORRMATCH_EMULATOR")
-    if not path:
-        return getattr(_C, "cuda", None), False
-    spec = importlib.util.spec_from_file_location("corrmatch_emulated", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"CORRMATCH_EMULATOR: expected the path of an extension module, got {path!r}")
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.cuda, True
-
-
-KERNELS, EMULATED = _load()
+# The kernels, None where there are none, and whether they run on CPU tensors; `backend.use_emulator` sets both.
+KERNELS: Any = getattr(_C, "cuda", None)
+EMULATED = False
 
 
 def launch(kernel: Callable[..., None], like: Tensor, scratch_bytes: Callable[[], int], *arguments: Any) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from corrmatch import _C, reference
+from corrmatch.dtypes import accumulation_dtype
 from corrmatch.ops import checks
 from corrmatch.ops.backend import choose, threads
 from corrmatch.ops.borrowing import borrow
@@ -107,7 +108,7 @@ def _check_pixels(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], logits:
 
 
 def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
-    return torch.ones(shape, dtype=reference.accumulation_dtype(logits), device=logits.device)
+    return torch.ones(shape, dtype=accumulation_dtype(logits), device=logits.device)
 
 
 def _fused(
@@ -150,7 +151,7 @@ def checked_labels_op(labels: Tensor, weight: Tensor, num_classes: int) -> Tenso
 
 
 def _empty_results(logits: Tensor, weight: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(logits)
+    dtype = accumulation_dtype(logits)
     return (
         torch.empty((), dtype=dtype, device=logits.device),
         torch.empty(weight.shape, dtype=dtype, device=logits.device),

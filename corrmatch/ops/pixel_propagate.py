@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from corrmatch import _C, reference
+from corrmatch.dtypes import accumulation_dtype, autocast_dtype, confidence_gate, without_autocast
 from corrmatch.ops import checks
 from corrmatch.ops.backend import choose, threads
 from corrmatch.ops.borrowing import borrow
@@ -77,7 +78,7 @@ def pixel_propagate(
     backend = choose("pixel_propagate", backend, query, key, value)
     query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             return reference.pixel_propagate(
                 query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
             )
@@ -86,7 +87,7 @@ def pixel_propagate(
         checks.no_tangent(name, x)
     gate = None
     if confidence is not None and threshold is not None:
-        gate = reference.confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
+        gate = confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
         threshold = None
     maps = (_as_map(query), _as_map(key), _as_map(value))
     gradient = torch.is_grad_enabled() and query.requires_grad
@@ -100,10 +101,9 @@ def pixel_propagate(
 
 def _autocast_maps(*maps: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the three maps are cast to its dtype, as those of matrix products are; float64 stays."""
-    device_type = maps[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(maps[0].device)
+    if dtype is None:
         return maps
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in maps)
 
 
@@ -145,7 +145,7 @@ def pixel_propagate_op(
 def _empty_results(
     query: Tensor, key: Tensor, value: Tensor, mass: bool, gradient: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(query, key, value)
+    dtype = accumulation_dtype(query, key, value)
     shape = (value.shape[0], value.shape[1] + int(mass), *key.shape[2:])
     out = torch.empty(shape, dtype=dtype if mass else value.dtype, device=value.device)
     batch, depth, positions = query.shape[0], query.shape[1], query.shape[2] * query.shape[3]

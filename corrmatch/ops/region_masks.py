@@ -12,7 +12,6 @@ from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
 from corrmatch.ops.backend import choose, threads
 from corrmatch.ops.borrowing import borrow
-from corrmatch.ops.correlation_rows import check_index
 from corrmatch.ops.registration import register
 
 CONNECTED = (None, "peak", "seed")
@@ -94,7 +93,7 @@ def region_masks_op(
     if packed.numel() == 0:
         return packed
     if backend == "reference":
-        check_index(index, query.shape[2] * query.shape[3])
+        checks.positions(index, query.shape[2] * query.shape[3])
         return reference.region_masks(
             query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
             connectivity=connectivity,
@@ -102,7 +101,7 @@ def region_masks_op(
     rows = (borrow(query), borrow(key), borrow(index), height, width)
     options = (scale, threshold, connected, connectivity, borrow(packed))
     if backend == "cuda":
-        check_index(index, query.shape[2] * query.shape[3])
+        checks.positions(index, query.shape[2] * query.shape[3])
         scratch = functools.partial(cuda.KERNELS.region_masks_scratch, *rows, connected)
         cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, *options)
     else:

@@ -142,7 +142,7 @@ def test_what_is_predicted_with_is_what_was_scored(sample, tmp_path, name, overr
 
 @pytest.mark.parametrize(("name", "overrides"), cases(skipped=BATCH_WIDE))
 def test_accumulated_batches_are_one_large_batch(sample, tmp_path, monkeypatch, name, overrides):
-    """Where no layer looks at the batch as a whole; without regions, for each batch draws their positions for itself."""
+    """Where no layer looks at the batch as a whole; without regions, whose positions each batch draws for itself."""
     monkeypatch.setattr(trainer, "build_method", build_without_batch_effects)
     weights = []
     for folder, batch, accumulate in (("large", 4, 1), ("small", 2, 2)):
