@@ -417,9 +417,7 @@ def test_colours_are_drawn_as_published():
     drawn = [views.Colour()(picture) for _ in range(1500)]
     gray = np.mean([torch.equal(x[0], x[1]) and torch.equal(x[1], x[2]) for x in drawn])
     assert gray == pytest.approx(0.2, abs=0.045)
-    unchanged = np.mean(
-        [torch.equal(x, picture) for x in drawn]
-    )  # a faint blur shows nothing
+    unchanged = np.mean([torch.equal(x, picture) for x in drawn])  # a faint blur shows nothing
     assert unchanged == pytest.approx(0.2 * 0.8 * (0.5 + 0.5 * 0.09), abs=0.03)
     none = views.Colour(chance=0, gray=0, blur=0)
     assert torch.equal(none(picture), picture)

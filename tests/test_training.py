@@ -364,8 +364,9 @@ class TwoPhases(Supervised):
     def begin(self, phase, run):
         self.began.append(phase)
         assert run.data.labeled
-        for p in self.model.backbone.parameters():
-            p.requires_grad_(phase == 0)
+
+    def trains(self, phase):
+        return list((self.model if phase == 0 else self.model.decode).parameters())
 
     def forward(self, batch, progress):
         self.seen.append((progress.step, progress.phase, progress.epoch))

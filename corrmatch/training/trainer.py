@@ -125,6 +125,9 @@ class Trainer:
         if begin:
             device = self.accelerator.device
             self.method.begin(phase, Run(self.data, self.config, self.folder, device, self.process, self.processes))
+        trained = {id(p) for p in self.method.trains(phase)}
+        for p in self.method.parameters():
+            p.requires_grad_(id(p) in trained)
         start = self.ends[phase - 1] if phase > 0 else 0
         self.optimizer = make_optimizer(self.method.parameter_groups(self.config.train), self.config.train)
         self.schedule = make_schedule(self.optimizer, self.config.train, self.ends[phase] - start)
