@@ -228,6 +228,18 @@ def test_no_score_is_not_the_best(sample, tmp_path, capsys):
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_that_was_not_looked_for_is_named_in_a_line(sample, tmp_path, capsys, workers):
+    shutil.copytree(sample, tmp_path / "data")
+    for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled*"):
+        path.write_bytes(path.read_bytes()[:400])
+    config = small_config(tmp_path / "data", tmp_path / "run", f"train.workers={workers}", "data.check=false")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable picture: \S.*", last)
+
+
 def test_what_was_passed_over_is_said(sample, tmp_path, capsys):
     shutil.copytree(sample, tmp_path / "data")
     (tmp_path / "data" / "JPEGImages" / "._unlabeled_000.jpg").write_bytes(b"\0\5\26\7")

@@ -24,7 +24,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         COMMANDS[options.command](options)
     except (ConfigError, DataError, FloatingPointError, OSError) as error:
-        sys.stderr.write(f"corrmatch {options.command}: {error}\n")
+        said = (
+            str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        )  # a loader's process puts its traceback before it
+        sys.stderr.write(f"corrmatch {options.command}: {said}\n")
         return 1
     return 0
 
