@@ -96,9 +96,7 @@ class RegionMasks:
         # Not contiguous(): a last dimension of one word counts as that with any stride.
         return self.packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
-    def to(
-        self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False
-    ) -> RegionMasks:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False) -> RegionMasks:
         """The same masks on another device, as `Tensor.to` moves a tensor."""
         moved = self.packed.to(torch.device(device), non_blocking=non_blocking, copy=copy)
         return RegionMasks(moved, self.size)
