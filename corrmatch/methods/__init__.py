@@ -10,6 +10,7 @@ from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
+from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.supervised import Supervised
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "unimatch": UniMatch,
     "color_augmentation": ColorAugmentation,
     "fuzzy_positive": FuzzyPositive,
+    "mutual_distillation": MutualDistillation,
 }
 
 
