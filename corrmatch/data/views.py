@@ -24,7 +24,7 @@ from corrmatch.data.datasets import IGNORE
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which backbones expect
 BLACK, GRAY = (0, 0, 0), tuple(round(255 * x) for x in MEAN)  # padding; gray is 0 after normalisation
 
-Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]  # uint8, or float32 in [0, 1]
+Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]
 
 normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION), v2.ToPureTensor()])
 
@@ -100,6 +100,48 @@ class Colour:
             sigma = float(torch.empty(()).uniform_(*self.sigma))
             picture = tv.gaussian_blur(picture, 2 * math.ceil(3 * sigma) + 1, sigma)
         return picture
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Photometric distortion of SSD (ECCV 2016, arXiv 1512.02325): each change by itself, contrast before or after hue.
+
+    Attributes:
+        brightness: At most so much of white is added or taken.
+        contrast: Colours times 1 - contrast to 1 + contrast.
+        saturation: As contrast, of the distance from the lightest channel (saturation of HSV).
+        hue: At most this share of the circle.
+        chance: Of each of the four.
+    """
+
+    brightness: float = 32 / 255
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.1
+    chance: float = 0.5
+
+    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+        """The image in other colours."""
+        x, early = picture / 255, bool(torch.rand(()) < 0.5)
+        if self._due():
+            x = (x + _uniform(0, self.brightness)).clamp(0, 1)
+        if early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        if self._due():
+            high = x.amax(0)
+            x = (high - (high - x) * _uniform(1, self.saturation)).clamp(0, 1)
+        if self._due():
+            x = tv.adjust_hue(x, _uniform(0, self.hue))
+        if not early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        return tv_tensors.Image((255 * x).round().to(torch.uint8))
+
+    def _due(self) -> bool:
+        return bool(torch.rand(()) < self.chance)
+
+
+def _uniform(centre: float, radius: float) -> float:
+    return float(torch.empty(()).uniform_(centre - radius, centre + radius))
 
 
 @dataclass(frozen=True)

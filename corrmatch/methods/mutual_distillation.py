@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from corrmatch import ops
 from corrmatch.config import Config, key
 from corrmatch.data.boxes import toggled_boxes
-from corrmatch.data.colours import ONE_OF_FIVE, Distortion
 from corrmatch.data.datasets import IGNORE
 from corrmatch.data.streams import LABELED, UNLABELED, Stream
-from corrmatch.data.views import GRAY, Geometry, View
+from corrmatch.data.views import GRAY, Distortion, Geometry, View
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.processes import total
@@ -36,6 +36,17 @@ from corrmatch.methods.parts.threshold import StepThreshold
 from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
 
+# Jitter, blur, an equal histogram, solarisation or gray.
+ONE_OF_FIVE = v2.RandomChoice(
+    [
+        v2.ColorJitter(0.5, 0.5, 0.5, 0.25),
+        v2.RandomChoice([v2.GaussianBlur(size, (0.1, 2.0)) for size in (3, 5, 7)]),
+        v2.RandomEqualize(1),
+        v2.RandomSolarize(128, 1),
+        v2.Grayscale(3),
+    ],
+    p=[0.3, 0.5, 0.1, 0.1, 0.5],
+)
 GEOMETRY = Geometry(fill=GRAY, fit=True)
 WEAK = View(GEOMETRY, weak=Distortion())
 STRONG = View(GEOMETRY, weak=Distortion(), strong=1, colour=ONE_OF_FIVE, box=toggled_boxes)

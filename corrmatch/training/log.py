@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -30,8 +32,10 @@ class Log:
     def __init__(self, folder: Path, step: int):
         self.path, self.sums, self.count = folder / "scalars.jsonl", dict[str, Tensor](), 0
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        lines = self.path.read_text().splitlines() if self.path.exists() and step > 0 else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() and step > 0 else []
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        os.replace(draft, self.path)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Counts one batch."""
@@ -75,6 +79,14 @@ class Log:
             row = panel(denormalize(image.unsqueeze(0))[0], shown, truth[0], colors)
             self.board.add_image(f"picture {i}/{', '.join(['picture', *shown, 'truth'])}", row, step, dataformats="HWC")
         self.board.flush()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that a stop or a full disk has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _with_channel(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
