@@ -11,6 +11,7 @@ from corrmatch.methods.corrmatch import CorrMatch
 from corrmatch.methods.dual_teacher import DualTeacher
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
+from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.supervised import Supervised
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "color_augmentation": ColorAugmentation,
     "fuzzy_positive": FuzzyPositive,
     "dual_teacher": DualTeacher,
+    "mutual_distillation": MutualDistillation,
 }
 
 
