@@ -192,8 +192,7 @@ class Trainer:
                 for name, network in (networks if self.method.score_all else networks[:1])
             }
             if self.log is not None:
-                self.log.scores(self.step, scores)
-                self.log.panels(self.step, self.method, networks[0][1], self.data, config, device)
+                self.log.evaluation(self.step, scores, self.method, networks[0][1], self.data, config, device)
         first = scores[networks[0][0]]
         better = first.miou > self.best
         self.best = max(self.best, first.miou)
