@@ -36,7 +36,8 @@ class Geometry:
     Attributes:
         scales: Of the image. Two are the ends of a range, more are a choice.
         flip: Chance of a horizontal flip.
-        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around".
+        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around"; "mirror" is as
+            "right", with the mirrored image in place of a colour.
         fill: Colour of the padding, whose label is IGNORE.
         fit: Scales are those of the image at the largest size that fits the crop, instead of its own.
     """
@@ -59,7 +60,11 @@ class Geometry:
         if any(missing):
             before = [side // 2 if self.pad == "around" else 0 for side in missing]
             padding = [before[1], before[0], missing[1] - before[1], missing[0] - before[0]]
-            picture, mask = tv.pad(picture, padding, fill=list(self.fill)), tv.pad(mask, padding, fill=IGNORE)
+            if self.pad == "mirror":
+                picture = mirrored(picture, [max(crop, side) for side in scaled])
+            else:
+                picture = tv.pad(picture, padding, fill=list(self.fill))
+            mask = tv.pad(mask, padding, fill=IGNORE)
         top, left = (int(torch.randint(max(0, side - crop) + 1, ())) for side in scaled)
         picture, mask = (tv.crop(x, top, left, crop, crop) for x in (picture, mask))
         if torch.rand(()) < self.flip:
@@ -70,6 +75,15 @@ class Geometry:
         if len(self.scales) == 2:
             return float(torch.empty(()).uniform_(*self.scales))
         return self.scales[int(torch.randint(len(self.scales), ()))]
+
+
+def mirrored(picture: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
+    """The picture and its mirror images to the right and below, as many as it takes, cut to the size."""
+    for axis, (old, new) in enumerate(zip(picture.shape[1:], size, strict=True), start=1):
+        period = max(1, 2 * (old - 1))
+        back = torch.arange(new) % period
+        picture = tv_tensors.wrap(picture.index_select(axis, torch.minimum(back, period - back) % old), like=picture)
+    return picture
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from corrmatch.methods.fuzzy_positive import FuzzyPositive
 from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.methods.prcl import PRCL
 from corrmatch.methods.supervised import Supervised
 from corrmatch.methods.unimatch import UniMatch
 from corrmatch.models.factory import NetworkFactory
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "fuzzy_positive": FuzzyPositive,
     "dual_teacher": DualTeacher,
     "mutual_distillation": MutualDistillation,
+    "prcl": PRCL,
 }
 
 

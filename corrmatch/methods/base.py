@@ -122,7 +122,10 @@ class Method(nn.Module):
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it."""
+        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it.
+
+        A group may say a `least_lr`, which the schedule keeps to.
+        """
         groups = [{"name": "backbone", "lr": train.lr}, {"name": "head", "lr": train.lr * train.lr_multi}]
         for group in groups:
             inside = group["name"] == "backbone"

@@ -29,6 +29,7 @@ from corrmatch.data.streams import LABELED, UNLABELED, Stream
 from corrmatch.data.views import GRAY, Distortion, Geometry, View
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.mixing import with_next
 from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, nearest
 from corrmatch.methods.parts.teacher import Teacher
@@ -266,11 +267,6 @@ def mix(out: Prediction, mask: Tensor) -> Prediction:
     """Logits and features of weak views, mixed as the strong ones are."""
     inside = nearest(mask, out.logits.shape[2:])
     return Prediction(with_next(out.logits, inside), features=with_next(_features(out), inside))
-
-
-def with_next(x: Tensor, mask: Tensor) -> Tensor:
-    """Inside the mask (B, H, W) each image (B, C, H, W) or map (B, H, W) itself, outside the next one of the batch."""
-    return torch.where(mask.unsqueeze(1) if x.dim() > mask.dim() else mask, x, x.roll(-1, 0))
 
 
 def half(x: Tensor) -> Tensor:
