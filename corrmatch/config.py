@@ -59,6 +59,7 @@ class ModelConfig:
 
     backbone: str = key("resnet101", "of timm")
     pretrained: Any = key(True, "true: from timm's hub; a path: from that file; false: from scratch")
+    init: str | None = key(None, "a checkpoint of another run, whose evaluated network all networks start from")
     output_stride: int = key(8, "of the backbone", choices=(8, 16))
     atrous_rates: list[int] = key([12, 24, 36], "of the pyramid's convolutions", low=1)
     channels: int = key(256, "width of pyramid and decoder", low=1)

@@ -432,3 +432,12 @@ def test_blur_covers_its_deviation():
     offset = (torch.arange(33) - 16.0).square()
     share = blurred.sum(0) / blurred.sum()
     assert (share * offset).sum().sqrt().item() == pytest.approx(2.0, abs=0.35)
+
+
+def test_a_labelled_image_can_have_strong_views():
+    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.randint(0, 3, (60, 60), dtype=torch.uint8))
+    view = views.labeled_view(picture, mask, 49, View(strong=1, colour=views.Colour(chance=1, gray=1, blur=0)))
+    assert view.keys() == {"image", "label", "strong"}
+    gray = view["strong"][0] * torch.tensor(views.DEVIATION).view(3, 1, 1) + torch.tensor(views.MEAN).view(3, 1, 1)
+    torch.testing.assert_close(gray[0], gray[2], rtol=0, atol=1e-5)

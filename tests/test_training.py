@@ -421,3 +421,20 @@ def test_phases_have_work_before_them_and_rates_of_their_own(sample, tmp_path, m
 def test_what_an_epoch_is(sample, tmp_path, keys, steps):
     run = Trainer(small_config(sample, tmp_path / "run", *keys))
     assert (run.epoch_steps, run.steps) == (steps, steps)
+
+
+def test_a_run_can_start_from_another(sample, tmp_path):
+    """Its evaluated network, for all networks of the method; a correlation head that it lacks is new."""
+    first = Trainer(small_config(sample, tmp_path / "first", "method=supervised", "train.ema=0.5"))
+    stop_after(first, 2)
+    first.run()
+    init = f"model.init={tmp_path / 'first' / 'last.pt'}"
+    second = Trainer(small_config(sample, tmp_path / "second", init, "corrmatch.teacher=eval"))
+    for network in (second.method.model, second.method.teacher.network):
+        for name, x in first.method.average.network.state_dict().items():
+            assert torch.equal(network.state_dict()[name], x), name
+    with pytest.raises(ConfigError, match=r"model\.init: the run had a network of another shape"):
+        Trainer(small_config(sample, tmp_path / "third", init, "model.channels=8"))
+    names = "data.classes=[a,b,c,d,e,f]"
+    with pytest.raises(ConfigError, match=r"data\.classes: the checkpoint was trained with"):
+        Trainer(small_config(sample, tmp_path / "fourth", init, names))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from corrmatch.config import Config
 from corrmatch.methods.base import Method
@@ -32,11 +35,16 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
-def build_method(config: Config, num_classes: int, *, pretrained: bool = True) -> Method:
-    """The method that a configuration names, with its networks; without `pretrained`, for weights from a checkpoint."""
+def build_method(
+    config: Config, num_classes: int, *, pretrained: bool = True, init: Mapping[str, Tensor] | None = None
+) -> Method:
+    """The method that a configuration names, with its networks.
+
+    Without `pretrained` they start at random, for weights from a checkpoint; with `init` from these weights.
+    """
     kind = METHODS[config.method]
     propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
-    build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained)
+    build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained, init)
     method = kind(build, dataclasses.replace(config, propagation=propagation))
     if config.train.ema is not None:
         method.average = Teacher(next(iter(method.evaluated.values())), config.train.ema)

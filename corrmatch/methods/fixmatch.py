@@ -19,7 +19,7 @@ from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.methods.parts.teacher import MODES, Teacher
 from corrmatch.models.deeplab import Prediction, evaluating
 from corrmatch.models.factory import NetworkFactory
 
@@ -27,7 +27,7 @@ from corrmatch.models.factory import NetworkFactory
 class FixMatch(Method):
     """FixMatch. As first published the network labels its own weak views, and images of a further stream are pasted.
 
-    The second form (2024) is `teacher=true partner=batch`: an averaged network labels, and images of the same batch, in
+    The second form (2024) is `teacher=eval partner=batch`: an averaged network labels, and images of the same batch, in
     reverse order, are pasted.
     """
 
@@ -38,7 +38,8 @@ class FixMatch(Method):
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
         partner: str = key("stream", "what CutMix pastes: another stream, or the reversed batch",
                            choices=("stream", "batch"))  # fmt: skip
-        teacher: bool = key(False, "label with an averaged network, which is then evaluated")
+        teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
+                                  choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
 
     bar = ("reliable",)
@@ -46,8 +47,9 @@ class FixMatch(Method):
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
         self.teacher = None
-        if self.options.teacher:
-            self.teacher = Teacher(self.model, self.options.decay, ramp=True, buffers="average")
+        if self.options.teacher is not None:
+            mode = self.options.teacher
+            self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled, and where it is another stream what CutMix pastes."""

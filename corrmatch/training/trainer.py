@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from corrmatch.config import Config, ConfigError, to_yaml
@@ -26,6 +26,7 @@ from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import Scores, evaluate
 from corrmatch.training.log import Log
 from corrmatch.training.optimization import make_optimizer, make_schedule, rates
+from corrmatch.training.predict import load_model
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -50,7 +51,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._check_data()
         set_seed(train.seed)
-        self.method = self._dress(build_method(config, len(self.data.classes)))
+        self.method = self._dress(build_method(config, len(self.data.classes), init=self._initial_weights()))
         self._check_streams()
         self.epoch_steps = self._epoch_steps()
         self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]
@@ -65,6 +66,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
         self.log = Log(self.folder, self.step) if self.accelerator.is_main_process else None
+
+    def _initial_weights(self) -> dict[str, Tensor] | None:
+        if self.config.model.init is None:
+            return None
+        network, _, classes = load_model(expand(self.config.model.init))
+        checkpoint.check_classes(classes, self.data.classes)
+        return network.state_dict()
 
     def _dress(self, method: Method) -> Method:
         if self.config.train.channels_last:
@@ -192,8 +200,7 @@ class Trainer:
                 for name, network in (networks if self.method.score_all else networks[:1])
             }
             if self.log is not None:
-                self.log.scores(self.step, scores)
-                self.log.panels(self.step, self.method, networks[0][1], self.data, config, device)
+                self.log.evaluation(self.step, scores, self.method, networks[0][1], self.data, config, device)
         first = scores[networks[0][0]]
         better = first.miou > self.best
         self.best = max(self.best, first.miou)

@@ -52,7 +52,10 @@ ALIVE = {
     ),
 }
 # Forms of methods that are published besides.
-FORMS = {"fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmatch.partner=batch"))}
+FORMS = {
+    "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
+    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+}
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
