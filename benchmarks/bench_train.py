@@ -42,7 +42,7 @@ def leaves_of(network: Network) -> list[Tensor]:
 def gradients(setting: Setting, make: Callable[[Network], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
     """Terms of the loss and the gradients of the recorded outputs."""
     network = setting.leaves()
-    loss, scalars = make(network).train()(setting.batch, setting.generator())
+    loss, scalars = make(network).train()(setting.batch, setting.progress())
     terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
     return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves_of(network)))
 
@@ -62,7 +62,7 @@ def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Calla
     leaves = leaves_of(network)
 
     def run() -> None:
-        loss, _ = method(setting.batch, setting.generator())
+        loss, _ = method(setting.batch, setting.progress())
         torch.autograd.grad(loss, leaves)
 
     return run
@@ -85,7 +85,7 @@ def network_part(setting: Setting) -> Callable[[], Any]:
             network.train()
             outs = [
                 network(weak_images, perturb=True, correlate=True),
-                network(b["unlabeled"]["strong"], correlate=True),
+                network(b["unlabeled"]["strong"][:, 0], correlate=True),
             ]
         pairs = [(x, g) for out, grads in zip(outs, upstream, strict=True) for x, g in zip(out, grads, strict=True)
                  if x is not None]  # fmt: skip
@@ -105,7 +105,7 @@ def whole_step(
 
     def run() -> None:
         with autocast():
-            loss, _ = method(setting.batch, setting.generator())
+            loss, _ = method(setting.batch, setting.progress())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -43,7 +43,7 @@ def test_variants(capsys):
 
 def test_the_planted_outputs_give_the_method_something_to_do():
     setting = planted.Setting(bench_train.parse([*TINY, "--crop", "65"]))
-    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.generator())
+    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.progress())
     assert 0.1 < scalars["reliable"] < scalars["reliable_after"] < 1
     assert scalars["mask_area"] > 0.005
 

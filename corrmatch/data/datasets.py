@@ -48,7 +48,7 @@ def find_data(config: DataConfig) -> Data:
     No picture of `val` is in `labeled`. Pictures that `val_every` holds out are in neither of the other two.
     """
     root = expand(config.root)
-    if not os.path.isdir(root):
+    if not config.root or not os.path.isdir(root):
         raise DataError(f"data.root: {root} is not a folder")
     masks = scan(root, "data.masks", config.masks)
     pictures = scan(root, "data.pictures", config.pictures, apart=masks.files.values())

@@ -98,6 +98,48 @@ class Colour:
 
 
 @dataclass(frozen=True)
+class Distortion:
+    """Photometric distortion of SSD (ECCV 2016, arXiv 1512.02325): each change by itself, contrast before or after hue.
+
+    Attributes:
+        brightness: At most so much of white is added or taken.
+        contrast: Colours times 1 - contrast to 1 + contrast.
+        saturation: As contrast, of the distance from the lightest channel (saturation of HSV).
+        hue: At most this share of the circle.
+        chance: Of each of the four.
+    """
+
+    brightness: float = 32 / 255
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.1
+    chance: float = 0.5
+
+    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+        """The image in other colours."""
+        x, early = picture / 255, bool(torch.rand(()) < 0.5)
+        if self._due():
+            x = (x + _uniform(0, self.brightness)).clamp(0, 1)
+        if early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        if self._due():
+            high = x.amax(0)
+            x = (high - (high - x) * _uniform(1, self.saturation)).clamp(0, 1)
+        if self._due():
+            x = tv.adjust_hue(x, _uniform(0, self.hue))
+        if not early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        return tv_tensors.Image((255 * x).round().to(torch.uint8))
+
+    def _due(self) -> bool:
+        return bool(torch.rand(()) < self.chance)
+
+
+def _uniform(centre: float, radius: float) -> float:
+    return float(torch.empty(()).uniform_(centre - radius, centre + radius))
+
+
+@dataclass(frozen=True)
 class View:
     """What is drawn of one image.
 
@@ -110,7 +152,7 @@ class View:
     """
 
     geometry: Geometry = Geometry()
-    weak: Colour | None = None
+    weak: Colour | Distortion | None = None
     strong: int = 0
     colour: Colour = Colour()
     box: Box | None = None

@@ -8,6 +8,7 @@ from corrmatch.config import Config
 from corrmatch.methods.base import Method
 from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
+from corrmatch.methods.dual_teacher import DualTeacher
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
 from corrmatch.methods.parts.propagation import resolve
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "unimatch": UniMatch,
     "color_augmentation": ColorAugmentation,
     "fuzzy_positive": FuzzyPositive,
+    "dual_teacher": DualTeacher,
 }
 
 

@@ -130,7 +130,7 @@ class Method(nn.Module):
         return groups
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that the optimiser of this phase moves, by name."""
+        """The parameters that are not frozen, by name: those that the optimiser moves."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     # Methods in several phases, each with an optimiser and a schedule of its own.
@@ -138,6 +138,11 @@ class Method(nn.Module):
     def phases(self, epochs: int) -> Sequence[int]:
         """Epochs of each phase."""
         return (epochs,)
+
+    def trains(self, phase: int) -> list[nn.Parameter]:
+        """What a phase trains: all but teachers. The loop freezes the rest, also when a run is resumed."""
+        teachers = {id(p) for module in self.modules() if isinstance(module, Teacher) for p in module.parameters()}
+        return [p for p in self.parameters() if id(p) not in teachers]
 
     def begin(self, phase: int, run: Run) -> None:
         """Work before a phase, and before its optimiser exists; not done again when the phase is resumed."""

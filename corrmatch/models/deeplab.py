@@ -42,6 +42,7 @@ class DeepLabV3Plus(nn.Module):
         atrous_rates: Of the pyramid's three 3 x 3 convolutions.
         channels: Width of pyramid and decoder: 256 as published; less for quick runs.
         correlation: Whether to have a correlation head on the backbone's last features.
+        drop_path: Stochastic depth of the backbone: the chance, rising with depth to this, that a block is left out.
         pretrained: False, True for the weights of timm's hub, or the path of a file with weights of the backbone.
     """
 
@@ -54,10 +55,11 @@ class DeepLabV3Plus(nn.Module):
         atrous_rates: Sequence[int] = (12, 24, 36),
         channels: int = 256,
         correlation: bool = True,
+        drop_path: float = 0.0,
         pretrained: bool | str = False,
     ):
         super().__init__()
-        self.backbone = build_backbone(backbone, output_stride, pretrained)
+        self.backbone = build_backbone(backbone, output_stride, pretrained, drop_path)
         strides, widths = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
         if LOW_LEVEL_STRIDE not in strides:
             raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
@@ -153,37 +155,39 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16.
+def enlarge(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
+    """Bilinear, in float32: what is compared at every pixel should not be rounded to bfloat16.
 
     As two matrix products: their gradient is the same from run to run on a GPU, which that of `F.interpolate` is not.
     """
     with torch.autocast(x.device.type, enabled=False):
-        rows, columns = (_weights(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+        rows, columns = (_weights(old, new, x, align_corners) for old, new in zip(x.shape[2:], size, strict=True))
         return rows @ (x.float() @ columns.mT)
 
 
-def _weights(old: int, new: int, like: Tensor) -> Tensor:
+def _weights(old: int, new: int, like: Tensor, align_corners: bool) -> Tensor:
     """(new, old): what each old position gives to each new one."""
     one = torch.eye(old, dtype=torch.float32, device=like.device)[None]
-    return F.interpolate(one, new, mode="linear", align_corners=True)[0].mT
+    return F.interpolate(one, new, mode="linear", align_corners=align_corners)[0].mT
 
 
-def build_backbone(name: str, output_stride: int, pretrained: bool | str) -> Any:
+def build_backbone(name: str, output_stride: int, pretrained: bool | str, drop_path: float = 0.0) -> Any:
     """A timm backbone that returns features; a wrong name or missing weights raise ValueError."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
         raise ValueError(f"backbone: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     try:
         if isinstance(pretrained, str):
             check_weights(name, pretrained)
         return timm.create_model(
             name, features_only=True, output_stride=output_stride, pretrained=bool(pretrained),
-            pretrained_cfg_overlay=overlay,
+            pretrained_cfg_overlay=overlay, **depth,
         )  # fmt: skip
     except TypeError as error:
-        raise ValueError(f"backbone: {name} takes no output stride: {error}") from error
+        refused = "stochastic depth" if "drop_path_rate" in str(error) else "output stride"
+        raise ValueError(f"backbone: {name} takes no {refused}: {error}") from error
     except (OSError, RuntimeError, KeyError) as error:
         where = pretrained if isinstance(pretrained, str) else "timm's hub"
         raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from corrmatch.config import ConfigError, ModelConfig
 from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.paths import expand
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,18 @@ class NetworkFactory:
     correlation: bool = False
     pretrained: bool = True
 
-    def __call__(self) -> DeepLabV3Plus:
-        """A network in training mode."""
+    def __call__(self, *, drop_path: float = 0.0) -> DeepLabV3Plus:
+        """A network in training mode, with stochastic depth where it is asked for."""
         model = self.model
         try:
             return DeepLabV3Plus(
                 model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
-                channels=model.channels, correlation=self.correlation,
-                pretrained=model.pretrained if self.pretrained else False,
+                channels=model.channels, correlation=self.correlation, drop_path=drop_path, pretrained=self._weights(),
             )  # fmt: skip
         except ValueError as error:  # it names one of these keys
             raise ConfigError(f"model.{error}") from error
+
+    def _weights(self) -> bool | str:
+        if not self.pretrained:
+            return False
+        return str(expand(self.model.pretrained)) if isinstance(self.model.pretrained, str) else self.model.pretrained

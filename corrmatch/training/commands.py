@@ -13,10 +13,11 @@ from corrmatch.config import Config, ConfigError, load_config
 from corrmatch.data import classes
 from corrmatch.data.datasets import DataError, check_files, find_data
 from corrmatch.data.sample import draw_sample
+from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import evaluate
 from corrmatch.training.page import compare
 from corrmatch.training.predict import load_model, predict
-from corrmatch.training.trainer import BEST, Trainer
+from corrmatch.training.trainer import BEST, LAST, Trainer
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,7 +25,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         COMMANDS[options.command](options)
     except (ConfigError, DataError, FloatingPointError, OSError) as error:
-        sys.stderr.write(f"corrmatch {options.command}: {error}\n")
+        said = (
+            str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        )  # a loader's process puts its traceback before it
+        sys.stderr.write(f"corrmatch {options.command}: {said}\n")
         return 1
     return 0
 
@@ -39,13 +43,17 @@ def _train(options: argparse.Namespace) -> None:
     if trainer.log is not None:
         if scores is not None:
             _say(scores.table())
-        _say(f"best mean IoU {100 * trainer.best:.2f}: {trainer.folder / BEST}")
+        if math.isfinite(trainer.best):
+            _say(f"best mean IoU {100 * trainer.best:.2f}: {trainer.folder / BEST}")
+        else:
+            _say(f"no mean IoU, so no {BEST}: no pixel of a class in the validation masks; {trainer.folder / LAST}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    model, config, _ = load_model(options.checkpoint, options.overrides)
+    model, config, names = load_model(options.checkpoint, options.overrides)
     accelerator = _accelerator(config)
     data = replace(find_data(config.data), labeled=[], unlabeled=[])
+    checkpoint.check_classes(names, data.classes)
     if config.data.check and accelerator.is_main_process:
         classes.require_truth(data, check_files(data))
     model.to(accelerator.device)

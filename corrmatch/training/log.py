@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +37,12 @@ class Log:
         self.folder, self.path = folder, folder / "scalars.jsonl"
         self.sums, self.count = dict[str, Tensor](), 0
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        lines = self.path.read_text().splitlines() if self.path.exists() and step > 0 else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
-        last = snapshot.read(folder)
-        if last is not None and last.step > step:
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() and step > 0 else []
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        os.replace(draft, self.path)
+        kept = snapshot.read(folder) if step > 0 else None
+        if kept is None or kept.step > step:
             snapshot.discard(folder)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
@@ -96,6 +100,14 @@ def _panels(
             maps = method.panels(model, image.unsqueeze(0).to(device))
         shown = {name: x[0].cpu() for name, x in maps.items()}
         yield item.name, views(denormalize(image.unsqueeze(0))[0], shown, truth[0], colors)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that a stop or a full disk has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _with_channel(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ ALIVE = {
     "unimatch": ("unimatch.threshold=0.2",),
     "color_augmentation": ("color_augmentation.threshold=0.2", "color_augmentation.frozen_norms=false"),
     "fuzzy_positive": (),
+    "dual_teacher": ("dual_teacher.threshold=0.2",),
 }
 # Forms of methods that are published besides.
 FORMS = {"fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmatch.partner=batch"))}
@@ -47,6 +48,7 @@ FORMS = {"fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmat
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
     "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
+    "dual_teacher": "images are mixed within the batch of one process",
 }
 
 

@@ -56,6 +56,19 @@ class Propagation:
             return labels, reliable
         return ops.region_propagate(labels, reliable, masks, threshold, num_classes=classes, valid=valid)
 
+    def rewritten(
+        self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, classes: int
+    ) -> PseudoLabels:
+        """Pseudo-labels after region propagation: where a region gave a label that is it, and its confidence is 1.
+
+        For methods that look at the confidence again. Without masks the pseudo-labels as they are.
+        """
+        if masks is None:
+            return pseudo
+        labels, reliable = self.targets(pseudo, threshold, masks, pseudo.counted, classes)
+        given = reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
+        return PseudoLabels(labels, torch.where(given, 1.0, pseudo.confidence), pseudo.ignore)
+
 
 def resolve(config: PropagationConfig, published: bool, pseudo_labels: bool) -> PropagationConfig:
     """The configuration with null replaced by what the method is published with; what cannot be is refused."""

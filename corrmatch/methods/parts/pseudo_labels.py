@@ -27,6 +27,10 @@ class PseudoLabels(NamedTuple):
         """CutMix: inside the box (B, H, W) the other's."""
         return PseudoLabels(*(torch.where(box, theirs, mine) for theirs, mine in zip(other, self, strict=True)))
 
+    def taken(self, images: Tensor) -> PseudoLabels:
+        """Those of the images of these numbers (B,)."""
+        return PseudoLabels(*(x[images] for x in self))
+
     def reversed(self) -> PseudoLabels:
         """The batch in reverse order."""
         return PseudoLabels(*(x.flip(0) for x in self))
