@@ -99,6 +99,11 @@ class CorrMatch(Method):
         """The next batch moves the threshold on."""
         self.theta.finish_step()
 
+    @property
+    def threshold(self) -> Tensor:
+        """Where the dynamic threshold stands."""
+        return self.theta.threshold
+
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""
         out = model(images, correlate=self.propagation.head)
