@@ -118,6 +118,11 @@ class CorrMatch(Method):
         teacher = {} if self.teacher is None else {"teacher": self.teacher.network}
         return teacher | {"model": self.model}
 
+    @property
+    def threshold(self) -> Tensor:
+        """Where the dynamic threshold stands."""
+        return self.theta.threshold
+
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""
         out = model(images, correlate=self.propagation.head)

@@ -80,6 +80,10 @@ class Log:
         counts = (len(data.labeled), len(data.unlabeled))
         snapshot.write(self.folder, Snapshot(step, *counts, data.classes, first[1].confusion, panels))
 
+    def pseudo_labels(self, step: int, values: dict[str, float]) -> None:
+        """Writes what pseudo-labels are worth."""
+        self._put(step, "pseudo", values)
+
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
