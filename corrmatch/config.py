@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, ClassVar, Protocol, cast, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -59,6 +59,7 @@ class ModelConfig:
 
     backbone: str = key("resnet101", "of timm")
     pretrained: Any = key(True, "true: from timm's hub; a path: from that file; false: from scratch")
+    init: str | None = key(None, "a checkpoint of another run, whose evaluated network all networks start from")
     output_stride: int = key(8, "of the backbone", choices=(8, 16))
     atrous_rates: list[int] = key([12, 24, 36], "of the pyramid's convolutions", low=1)
     channels: int = key(256, "width of pyramid and decoder", low=1)
@@ -119,7 +120,8 @@ class EvalConfig:
                     choices=("original", "center_crop", "sliding"))  # fmt: skip
     window: int = key(801, "side of a sliding window, pixels", low=33)
     stride: int = key(534, "of the sliding window, pixels", low=1)
-    panels: int = key(4, "validation pictures shown in TensorBoard", low=0)
+    panels: int = key(4, "validation pictures shown in TensorBoard and on the page of `corrmatch compare`", low=0)
+    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled pictures, where there are some")
 
 
 @dataclass
@@ -151,7 +153,17 @@ Methods = Mapping[str, type[HasOptions]]
 
 
 def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | None = None) -> Config:
-    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it."""
+    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it.
+
+    A file that names a `base` says only what is different from that.
+    """
+    return parse([*_read(source, ()), from_arguments(overrides, methods)], methods)
+
+
+def _read(source: str, above: tuple[str, ...]) -> list[Any]:
+    """What a file says, behind what its `base` says: a file beside it, or a shipped configuration."""
+    if source in above:
+        raise ConfigError(f"base: {' -> '.join((*above, source))} never ends")
     path = expand(source)
     try:
         text = read_text(path) if path.is_file() else _shipped(source)
@@ -160,9 +172,13 @@ def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | N
         raise ConfigError(f"{source}: not YAML: {error}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if not OmegaConf.is_dict(file):
+    if not isinstance(file, DictConfig):
         raise ConfigError(f"{source}: expected keys and values")
-    return parse([file, from_arguments(overrides, methods)], methods)
+    base = file.pop("base", None)
+    if base is None:
+        return [file]
+    beside = path.parent / str(base)
+    return [*_read(str(beside) if beside.is_file() else str(base), (*above, source)), file]
 
 
 def _shipped(source: str) -> str:

@@ -26,6 +26,7 @@ from corrmatch.data.datasets import DataError
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams, batches
 from corrmatch.methods import METHODS
+from corrmatch.methods.supervised import Supervised
 from corrmatch.training import checkpoint, trainer
 from corrmatch.training.log import Log
 from corrmatch.training.trainer import Trainer
@@ -227,6 +228,18 @@ def test_no_score_is_not_the_best(sample, tmp_path, capsys):
     assert not (tmp_path / "run" / "best.pt").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_that_was_not_looked_for_is_named_in_a_line(sample, tmp_path, capsys, workers):
+    shutil.copytree(sample, tmp_path / "data")
+    for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled*"):
+        path.write_bytes(path.read_bytes()[:400])
+    config = small_config(tmp_path / "data", tmp_path / "run", f"train.workers={workers}", "data.check=false")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable picture: \S.*", last)
+
+
 def test_what_was_passed_over_is_said(sample, tmp_path, capsys):
     shutil.copytree(sample, tmp_path / "data")
     (tmp_path / "data" / "JPEGImages" / "._unlabeled_000.jpg").write_bytes(b"\0\5\26\7")
@@ -348,3 +361,80 @@ def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
         Trainer(config).run()
         assert all(math.isfinite(line["loss"]) for line in scalars(folder))
         assert all(line["s"] > 0 for line in scalars(folder)) == (threshold == 0)
+
+
+class TwoPhases(Supervised):
+    """A method in two phases: the second trains the head alone, after some work."""
+
+    def __init__(self, build, config):
+        super().__init__(build, config)
+        self.began, self.seen = [], []
+
+    def phases(self, epochs):
+        return (1, epochs - 1)
+
+    def begin(self, phase, run):
+        self.began.append(phase)
+        assert run.data.labeled
+
+    def trains(self, phase):
+        return list((self.model if phase == 0 else self.model.decode).parameters())
+
+    def forward(self, batch, progress):
+        self.seen.append((progress.step, progress.phase, progress.epoch))
+        return super().forward(batch, progress)
+
+
+def test_phases_have_work_before_them_and_rates_of_their_own(sample, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "two_phases", TwoPhases)
+    keys = ("method=two_phases", "train.epochs=3", "train.epoch_steps=2", "train.save_every=1", "train.power=1")
+    run = Trainer(small_config(sample, tmp_path / "run", *keys))
+    run.run()
+    assert run.method.began == [0, 1]
+    assert run.method.seen == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 1, 1), (4, 1, 2), (5, 1, 2)]
+    lines = scalars(tmp_path / "run")
+    assert [line["lr_head"] for line in lines] == pytest.approx([0.05, 0.025, 0.05, 0.0375, 0.025, 0.0125])
+    assert [line["step"] for line in scalars(tmp_path / "run", "val")] == [2, 6]  # at the end of each phase
+    assert not run.optimizer.param_groups[0]["params"]
+
+    # Killed in the second phase and resumed: what was done before the phase is not done again.
+    halves = small_config(sample, tmp_path / "halves", *keys)
+    die_in_step(Trainer(halves), 5, monkeypatch)
+    resumed = Trainer(halves, resume=True)
+    assert (resumed.step, resumed.phase, resumed.method.began) == (4, 1, [])
+    resumed.run()
+    ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "halves")]
+    assert_same(*(content["method"] for content in ends))
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ((), 4),  # 8 unlabelled images in batches of 2, 5 labelled ones
+        (("train.epoch=labeled",), 3),
+        (("train.epoch=unlabeled", "train.unlabeled_batch_size=4"), 2),
+        (("train.unlabeled_batch_size=4",), 3),
+        (("train.accumulate=2",), 2),
+        (("train.epoch_steps=7",), 7),
+    ],
+)
+def test_what_an_epoch_is(sample, tmp_path, keys, steps):
+    run = Trainer(small_config(sample, tmp_path / "run", *keys))
+    assert (run.epoch_steps, run.steps) == (steps, steps)
+
+
+def test_a_run_can_start_from_another(sample, tmp_path):
+    """Its evaluated network, for all networks of the method; a correlation head that it lacks is new."""
+    first = Trainer(small_config(sample, tmp_path / "first", "method=supervised", "train.ema=0.5"))
+    stop_after(first, 2)
+    first.run()
+    init = f"model.init={tmp_path / 'first' / 'last.pt'}"
+    second = Trainer(small_config(sample, tmp_path / "second", init, "corrmatch.teacher=eval"))
+    for network in (second.method.model, second.method.teacher.network):
+        for name, x in first.method.average.network.state_dict().items():
+            assert torch.equal(network.state_dict()[name], x), name
+    with pytest.raises(ConfigError, match=r"model\.init: the run had a network of another shape"):
+        Trainer(small_config(sample, tmp_path / "third", init, "model.channels=8"))
+    names = "data.classes=[a,b,c,d,e,f]"
+    with pytest.raises(ConfigError, match=r"data\.classes: the checkpoint was trained with"):
+        Trainer(small_config(sample, tmp_path / "fourth", init, names))

@@ -40,13 +40,29 @@ ALIVE = {
     "unimatch": ("unimatch.threshold=0.2",),
     "color_augmentation": ("color_augmentation.threshold=0.2", "color_augmentation.frozen_norms=false"),
     "fuzzy_positive": (),
+    "dual_teacher": ("dual_teacher.threshold=0.2",),
+    # With the published weights, networks that know nothing agree on one class before they learn another one.
+    "mutual_distillation": ("mutual_distillation.teacher_weight=0.5", "mutual_distillation.student_weight=0.3"),
+    "prcl": (
+        "prcl.anchors=8",
+        "prcl.negatives=16",
+        "prcl.dimensions=16",
+        "prcl.threshold=0.2",
+        "prcl.weak_threshold=0.2",
+    ),
 }
 # Forms of methods that are published besides.
-FORMS = {"fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmatch.partner=batch"))}
+FORMS = {
+    "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
+    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+}
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
     "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
+    "dual_teacher": "images are mixed within the batch of one process",
+    "mutual_distillation": "images are mixed with the next one of the batch of one process",
+    "prcl": "images are mixed with the next one of the batch of one process",
 }
 
 

@@ -41,6 +41,13 @@ def consistency(strong: Tensor, weak: Tensor, reliable: Tensor, counted: Tensor)
     return ops.divergence(strong, weak, _share(reliable, counted))[0]
 
 
+def rate_weighted(logits: Tensor, labels: Tensor, confident: Tensor, counted: Tensor) -> Tensor:
+    """Cross-entropy averaged over the pixels that count, times the share of them that is confident."""
+    pixels = counted.count_nonzero().clamp(min=1)
+    rate = (confident & counted).count_nonzero() / pixels
+    return ops.cross_entropy(logits, labels, where(counted, rate / pixels, 0.0))[0]
+
+
 def _share(reliable: Tensor, counted: Tensor) -> Tensor:
     """The weight of each pixel in a masked mean."""
     return where(reliable, 1 / counted.count_nonzero().clamp(min=1), 0.0)

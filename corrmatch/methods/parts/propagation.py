@@ -32,15 +32,13 @@ class Propagation:
         query, key = _query_key(out)
         return nn.propagate_logits(query, key, out.logits)
 
-    def masks(
-        self, out: Prediction, size: tuple[int, int], generator: torch.Generator, images: slice = slice(None)
-    ) -> RegionMasks | None:
-        """Region masks of some of the images; None without `regions`."""
+    def masks(self, out: Prediction, size: tuple[int, int], generator: torch.Generator) -> RegionMasks | None:
+        """Region masks of the images; None without `regions`."""
         if not self.regions:
             return None
         query, key = _query_key(out)
         return nn.sample_region_masks(
-            query[images], key[images], self.config.num_masks, size, threshold=self.config.mask_threshold,
+            query, key, self.config.num_masks, size, threshold=self.config.mask_threshold,
             connected=self.config.connected, generator=generator,
         )  # fmt: skip
 
@@ -55,6 +53,19 @@ class Propagation:
         if masks is None:
             return labels, reliable
         return ops.region_propagate(labels, reliable, masks, threshold, num_classes=classes, valid=valid)
+
+    def rewritten(
+        self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, classes: int
+    ) -> PseudoLabels:
+        """Pseudo-labels after region propagation: where a region gave a label that is it, and its confidence is 1.
+
+        For methods that look at the confidence again. Without masks the pseudo-labels as they are.
+        """
+        if masks is None:
+            return pseudo
+        labels, reliable = self.targets(pseudo, threshold, masks, pseudo.counted, classes)
+        given = reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
+        return PseudoLabels(labels, torch.where(given, 1.0, pseudo.confidence), pseudo.ignore)
 
 
 def resolve(config: PropagationConfig, published: bool, pseudo_labels: bool) -> PropagationConfig:
