@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from corrmatch.dtypes import dense
+
 WORD = 32
 
 
@@ -65,6 +67,7 @@ class RegionMasks:
         """Packs a bool tensor (B, K, H, W)."""
         if masks.dtype != torch.bool:
             raise TypeError(f"masks: expected a bool tensor, got {masks.dtype}")
+        dense("masks", masks)
         if masks.dim() != 4:
             raise ValueError(f"masks: expected shape (B, K, H, W), got {tuple(masks.shape)}")
         batch, count, height, width = masks.shape
