@@ -25,9 +25,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         COMMANDS[options.command](options)
     except (ConfigError, DataError, FloatingPointError, OSError) as error:
-        said = (
-            str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        )  # a loader's process puts its traceback before it
+        # A process of a loader puts its traceback before the message.
+        said = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         sys.stderr.write(f"corrmatch {options.command}: {said}\n")
         return 1
     return 0
