@@ -14,6 +14,8 @@ import pytest
 import corrmatch
 from corrmatch import cli
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments, cwd=None, **environment):
     return subprocess.run(

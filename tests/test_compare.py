@@ -25,6 +25,8 @@ from corrmatch.training.page import page
 from corrmatch.training.snapshot import Panel, Snapshot
 from corrmatch.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 THREE = ("train.epochs=3", "train.eval_every=1")
 CLASSES = ["sky", "a <b> & c"]
 

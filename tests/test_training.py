@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import CONFIGS
-from training import TINY, assert_same, die_in_step, scalars, shorten, small_config, stop_after
+from training import TINY, assert_same, die_in_step, scalars, small_config, stop_after
 
 from corrmatch import cli
 from corrmatch.config import ConfigError, to_yaml
@@ -31,22 +31,12 @@ from corrmatch.training import checkpoint, trainer
 from corrmatch.training.log import Log
 from corrmatch.training.trainer import Trainer
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
+
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """Four steps an epoch."""
-    folder = tmp_path_factory.mktemp("sample")
-    draw_sample(folder)
-    shorten(folder, labeled=5, unlabeled=8, val=3)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """As each command has it: accelerate keeps its settings for the life of a process. Memory is not filled, which
-    slows a network several times down."""
-    torch.use_deterministic_algorithms(False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def sample(small_sample):
+    return small_sample
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -17,13 +17,11 @@ from training import (
     count_everything,
     die_in_step,
     scalars,
-    shorten,
     small_config,
     stop_after,
 )
 
 from corrmatch.config import ConfigError, load_config
-from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams
 from corrmatch.methods import METHODS, build_method
 from corrmatch.methods.base import Progress
@@ -32,6 +30,8 @@ from corrmatch.models.deeplab import evaluating
 from corrmatch.training import checkpoint, trainer
 from corrmatch.training.predict import load_model
 from corrmatch.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 # Options under which a method's terms do not vanish on a network that knows nothing yet.
 ALIVE = {
@@ -85,19 +85,8 @@ all_methods = pytest.mark.parametrize(("name", "overrides"), cases())
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """Four steps an epoch."""
-    folder = tmp_path_factory.mktemp("sample")
-    draw_sample(folder)
-    shorten(folder, labeled=5, unlabeled=8, val=3)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """As each command has it; memory is not filled, which slows a network several times down."""
-    torch.use_deterministic_algorithms(False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def sample(small_sample):
+    return small_sample
 
 
 @all_methods
