@@ -49,7 +49,7 @@ def test_only_what_is_asked_for():
     model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
     images = torch.randn(1, 3, 33, 33)
     plain, all_of_it = model(images), model(images, perturb=True, correlate=True)
-    assert plain[1:] == (None,) * 4
+    assert all(x is None for x in plain[1:])
     torch.testing.assert_close(plain.logits, all_of_it.logits)
     torch.testing.assert_close(all_of_it.perturbed, plain.logits)  # no dropout in evaluation
     without = DeepLabV3Plus("resnet10t", 5, correlation=False, **SMALL)
