@@ -92,8 +92,9 @@ def test_propagated_logits_train_the_head_and_not_the_logits():
 
 def test_a_prediction_is_split_between_images():
     model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
-    out = model(torch.randn(3, 3, 33, 33), correlate=True, features=True)
+    out = model(torch.randn(3, 3, 33, 33), correlate=True, features=True, fused=True)
     torch.testing.assert_close(model.classifier(out.features), out.logits)
+    torch.testing.assert_close(model.decode(out.fused), out.logits)
     first, rest = out.split(1)
     assert first.perturbed is rest.perturbed is None
     for whole, *parts in zip(out, first, rest, strict=True):
