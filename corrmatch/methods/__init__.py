@@ -8,6 +8,7 @@ from corrmatch.config import Config
 from corrmatch.methods.base import Method
 from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
+from corrmatch.methods.cross_teacher import CrossTeacher
 from corrmatch.methods.dual_teacher import DualTeacher
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "color_augmentation": ColorAugmentation,
     "fuzzy_positive": FuzzyPositive,
     "dual_teacher": DualTeacher,
+    "cross_teacher": CrossTeacher,
 }
 
 

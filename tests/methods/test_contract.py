@@ -41,14 +41,27 @@ ALIVE = {
     "color_augmentation": ("color_augmentation.threshold=0.2", "color_augmentation.frozen_norms=false"),
     "fuzzy_positive": (),
     "dual_teacher": ("dual_teacher.threshold=0.2",),
+    "cross_teacher": ("cross_teacher.threshold=0.2",),
 }
 # Forms of methods that are published besides.
-FORMS = {"fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmatch.partner=batch"))}
+FORMS = {
+    "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=true", "fixmatch.partner=batch")),
+    "cross_teacher, contrast": (
+        "cross_teacher",
+        (
+            "cross_teacher.contrast=0.1",
+            "cross_teacher.mix=true",
+            "cross_teacher.bank=2",
+            "cross_teacher.bank_threshold=0",
+        ),
+    ),
+}
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
     "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
     "dual_teacher": "images are mixed within the batch of one process",
+    "cross_teacher": "the rate of confident pixels is a mean over the batch of one process",
 }
 
 
