@@ -15,7 +15,7 @@ from corrmatch.data import views
 from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
 from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream, Streams, batches
-from corrmatch.data.views import WEAK_STRONG, WEAK_STRONG_STRONG, Geometry, View
+from corrmatch.data.views import WEAK_STRONG, WEAK_STRONG_STRONG, Distortion, Geometry, View
 
 
 @pytest.fixture(scope="module")
@@ -395,3 +395,28 @@ def test_padding():
         expected[inside[0] : inside[0] + 10, inside[1] : inside[1] + 10] = False
         assert torch.equal(view["ignore"], expected)
         assert view["weak"][:, expected].abs().max() < 0.01  # 0 after normalisation
+
+
+def test_each_distortion_by_itself():
+    """Brightness adds, contrast multiplies, saturation keeps the lightest channel and the order of the others."""
+    picture = tv_tensors.Image(torch.randint(60, 180, (3, 9, 7), dtype=torch.uint8))
+    nothing = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "chance": 1}
+    assert (Distortion(**nothing)(picture).int() - picture.int()).abs().max() <= 1
+    assert torch.equal(Distortion(chance=0)(picture), picture)
+    for name, amount in (("brightness", 0.2), ("contrast", 0.4), ("saturation", 0.4), ("hue", 0.3)):
+        x = Distortion(**nothing | {name: amount})(picture)
+        assert x.dtype == torch.uint8
+        before, after = picture.float(), x.float()
+        if name == "brightness":
+            assert (after - before).std() < 1
+            assert (after - before).abs().max() <= 0.2 * 255 + 1
+        elif name == "contrast":
+            assert ((after + 0.5) / before).std() < 0.02
+        else:
+            assert (after.amax(0) - before.amax(0)).abs().max() <= 1
+        if name == "saturation":
+            spread = (before.amax(0) - before.amin(0)).clamp(min=1)
+            share = ((after.amax(0) - after.amin(0)) / spread)[spread > 30]
+            assert share.min() > 0.5
+            assert share.max() < 1.5
+            assert share.std() < 0.1

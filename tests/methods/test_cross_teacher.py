@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from recordings import Recorded, load, method_of, progress, recorded, relative
 from torch import nn
 
@@ -11,6 +12,7 @@ from corrmatch.data.datasets import IGNORE
 from corrmatch.methods import cross_teacher
 from corrmatch.methods.cross_teacher import Bank, high_level, low_level, mix, nearest
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
+from corrmatch.models.deeplab import Prediction
 
 FILES = recorded("49_cross_teacher_*")
 
@@ -129,3 +131,59 @@ def test_padding(padding):
     logits = torch.randn(2, 5, 6, 7, requires_grad=True)
     touched = gradient(method.unsupervised(logits, target), logits).abs().sum(1) > 0
     assert torch.equal(touched, torch.ones_like(touched) if padding else target.counted)
+
+
+def fill_banks(folder, processes):
+    """A bank that took in three batches of four images, each process its part; saved by every process."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(0)
+    bank = Bank(3, 6, 4)
+    bank.entries.copy_(torch.randn(3, 6, 4, generator=generator))
+    for _ in range(3):
+        score, features = (torch.randn(4, c, 5, 5, generator=generator) for c in (3, 4))
+        labels = torch.randint(3, (4, 5, 5), generator=generator)
+        bank.add(*(x.chunk(processes)[rank] for x in (score, features, labels)), 0.5, 4)
+    torch.save(bank.state_dict(), folder / f"{processes}_{rank}.pt")
+
+
+def run_process(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    fill_banks(folder, 2)
+    dist.destroy_process_group()
+
+
+def test_banks_of_two_processes_are_that_of_one(tmp_path):
+    fill_banks(tmp_path, 1)
+    torch.multiprocessing.spawn(run_process, (tmp_path,), nprocs=2)
+    one, *two = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    assert (one["count"] == 6).all()
+    for state in two:
+        assert torch.equal(state["entries"], one["entries"])
+        assert torch.equal(state["count"], one["count"])
+
+
+def test_one_mix_for_both_students_where_pixels_are_compared(monkeypatch):
+    """A mix each without the contrastive part, as published."""
+    monkeypatch.setattr(cross_teacher, "class_mix", lambda labels, *_: labels > 2)
+    without_colours(monkeypatch)
+    for contrast in (0.0, 0.1):
+        students = [Features() for _ in range(2)]
+        method = method_of("cross_teacher", 5, *students, mix=True, contrast=contrast, bank=2)
+        images, ignore = torch.randn(2, 3, 6, 7), torch.zeros(2, 6, 7, dtype=torch.bool)
+        batch = {"labeled": {"image": images, "label": ignore.long()}, "unlabeled": {"weak": images, "ignore": ignore}}
+        method(batch, progress())
+        left, right = (student.given[-1] for student in students)
+        assert torch.equal(left, right) == (contrast > 0)
+
+
+class Features(nn.Module):
+    """A network of one layer and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.classifier, self.given = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), []
+
+    def forward(self, images, *, correlate=False, features=False):
+        self.given.append(images)
+        x = self.layer(images)
+        return Prediction(self.classifier(x), features=x)
