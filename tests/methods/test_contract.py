@@ -50,11 +50,21 @@ ALIVE = {
         "prcl.threshold=0.2",
         "prcl.weak_threshold=0.2",
     ),
+    "cross_teacher": ("cross_teacher.threshold=0.2",),
 }
 # Forms of methods that are published besides.
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
     "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+    "cross_teacher, contrast": (
+        "cross_teacher",
+        (
+            "cross_teacher.contrast=0.1",
+            "cross_teacher.mix=true",
+            "cross_teacher.bank=2",
+            "cross_teacher.bank_threshold=0",
+        ),
+    ),
 }
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
@@ -63,6 +73,7 @@ BATCH_WIDE = {
     "dual_teacher": "images are mixed within the batch of one process",
     "mutual_distillation": "images are mixed with the next one of the batch of one process",
     "prcl": "images are mixed with the next one of the batch of one process",
+    "cross_teacher": "the rate of confident pixels is a mean over the batch of one process",
 }
 
 
