@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import corrmatch
-from corrmatch import cli
+from corrmatch import _C, cli
 
 pytestmark = pytest.mark.slow
 
@@ -75,22 +75,6 @@ def test_main_returns_the_exit_code(capsys):
     assert capsys.readouterr().out == cli.info() + "\n"
 
 
-def test_an_extension_that_cannot_be_loaded_says_why(tmp_path):
-    """The loader's own words: here that of a library which is not there."""
-    source = Path(corrmatch.__file__).parent
-    shutil.copytree(source, tmp_path / "corrmatch", ignore=shutil.ignore_patterns("__pycache__"))
-    (extension,) = (tmp_path / "corrmatch").glob("_C*.so")
-    for contents in (extension.read_bytes().replace(b"libstdc++.so.6\0", b"libstdc--.so.6\0"), b"not a library"):
-        extension.write_bytes(contents)
-        code = (
-            "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; import corrmatch"
-        )
-        done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-        message = done.stderr.splitlines()[-1]
-        assert message.startswith("ImportError: corrmatch's compiled extension is there and cannot be loaded: ")
-        assert "libstdc--.so.6" in message or "_C" in message
-
-
 def test_source_tree_without_a_build(tmp_path):
     source = Path(corrmatch.__file__).parent
     shutil.copytree(source, tmp_path / "corrmatch", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
@@ -101,6 +85,50 @@ def test_source_tree_without_a_build(tmp_path):
     message = done.stderr.splitlines()[-1]
     assert message.startswith("ImportError: corrmatch's compiled extension is missing")
     assert "pip install -c constraints.txt ." in message
+
+
+def importing(tmp_path, spoil):
+    """The last line of `import corrmatch` from a copy of the package whose extension `spoil` has changed."""
+    folder = tmp_path / "corrmatch"
+    shutil.copytree(Path(corrmatch.__file__).parent, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(_C.__file__, folder)
+    spoil(folder / Path(_C.__file__).name)
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; import corrmatch"
+    done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+def rename_a_library(path):
+    names = {name for name in (b"libgomp.so.1", b"libstdc++.so.6") if name in path.read_bytes()}
+    assert names
+    path.write_bytes(path.read_bytes().replace(b"libstdc++.so.6", b"libstdc--.so.6"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the messages are those of its loader")
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    {
+        "a missing library": (rename_a_library, "libstdc--.so.6: cannot open shared object file"),
+        "no library": (lambda path: path.write_bytes(b"rubbish" * 100), "invalid ELF header"),
+        "cut off": (lambda path: path.write_bytes(path.read_bytes()[:100]), "file too short"),
+    }.values(),
+)
+def test_extension_that_cannot_be_loaded(tmp_path, spoil, reason):
+    """The message is the loader's own, and names the file."""
+    message = importing(tmp_path, spoil)
+    assert message.startswith("ImportError: corrmatch's compiled extension is there and cannot be loaded: ")
+    assert reason in message
+    assert str(tmp_path / "corrmatch" / Path(_C.__file__).name) in message
+    assert "source tree" not in message
+
+
+def test_extension_of_another_python(tmp_path):
+    message = importing(tmp_path, lambda path: path.rename(path.with_name("_C.cpython-39-x86_64-linux-gnu.so")))
+    assert message.startswith(
+        "ImportError: corrmatch's compiled extension is there for another Python or platform: _C.cpy"
+    )
+    assert sys.executable in message
 
 
 def test_import_is_light(tmp_path):

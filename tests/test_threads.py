@@ -115,6 +115,52 @@ def test_workers_of_a_data_loader(threads):
     assert out.strip() == "same"
 
 
+@pytest.mark.parametrize("before", ["nothing", "ops", "torch", "both"])
+def test_forked_process(before):
+    """Whatever ran on several threads before the fork, calls of the child end, on several threads, and of its child."""
+    out = run_python(
+        """
+        import os
+        import sys
+        import torch
+        from corrmatch import ops
+        from samples import SAMPLES, results
+
+        torch.set_num_threads(2)
+        calls = [make((23, 19)) for _, make in SAMPLES.values() if make]
+        if sys.argv[1] in ("torch", "both"):
+            torch.randn(500, 500) @ torch.randn(500, 500)
+            torch.ones(1000, 1000).exp()
+        if sys.argv[1] in ("ops", "both"):
+            expected = [results(call(*arguments)) for call, arguments in calls]
+
+        def compute():
+            x = torch.ones(1, 5, 40, 41)
+            labels = ops.connected_components(torch.ones(1, 300, 300, dtype=torch.uint8))
+            z = ops.pixel_propagate(x.requires_grad_(), x.detach(), x.detach())
+            torch.autograd.grad(z, x, x.detach())
+            several = len(os.listdir("/proc/self/task")) > 1
+            print(labels.max().item(), round(z[0, 0, 3, 4].item(), 3), several, flush=True)
+
+        def fork(then):
+            child = os.fork()
+            if child == 0:
+                then()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
+        def twice():
+            compute()
+            fork(compute)
+
+        fork(twice)
+        compute()
+    """,
+        before,
+    )
+    assert out.splitlines() == ["1 1.0 True"] * 3
+
+
 def test_no_result_depends_on_fresh_memory(monkeypatch):
     """With what malloc returns filled by the C library, with huge numbers if read as floats, results are the same."""
     code = """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from corrmatch import RegionMasks, ops
+from corrmatch import RegionMasks, nn, ops
 
 Q, K, V = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 2), torch.randn(2, 7, 4, 5)
 INDEX = torch.arange(4)
@@ -253,3 +254,69 @@ def test_not_refused(call):
 def test_only_keywords_after_the_tensors():
     with pytest.raises(TypeError, match="positional"):
         ops.pixel_propagate(Q, K, V, 0.5)
+
+
+LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.flatten(0, -2).to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+}
+PIXELS = torch.rand(2, 5, 6)
+GATED = {"confidence": torch.rand(2, 4, 5), "threshold": 0.5}
+# A call, its further arguments and the name of each tensor that it takes, with one that it would take were it dense.
+DENSE = [
+    *[(call, {}, name, x) for call in (pixel, rows, masks) for name, x in (("query", Q), ("key", K), ("index", INDEX))],
+    (pixel, {}, "value", V),
+    (pixel, GATED, "confidence", GATED["confidence"]),
+    (pixel, {}, "threshold", torch.tensor(0.5)),
+    (region, {}, "labels", LABELS),
+    (region, {}, "reliable", FLAGS),
+    (region, {}, "valid", FLAGS),
+    (region, {}, "threshold", torch.tensor(0.5)),
+    (parts, {}, "image", LABELS),
+    (parts, {}, "image", FLAGS),
+    (pseudo, {}, "logits", LOGITS),
+    (pseudo, {"size": (5, 6)}, "ignore", FLAGS),
+    (entropy, {}, "logits", LOGITS),
+    (entropy, {}, "labels", LABELS % 3),
+    (entropy, {}, "weight", PIXELS),
+    (distance, {}, "logits", LOGITS),
+    (distance, {}, "target", LOGITS),
+    (distance, {}, "weight", PIXELS),
+    (from_bool, {}, "masks", torch.rand(2, 3, 5, 6) < 0.5),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("call", "options", "name", "x"), [case for case in DENSE if case[:1] + case[2:3] != (pixel, "index")]
+)
+def test_other_layouts_are_refused(call, options, name, x, layout):
+    """With a message that names the argument and the layout."""
+    if layout == "mkldnn" and not x.is_floating_point():
+        x = x.float()  # as such it can only be refused, for its dtype
+        expected = f"^{name}: expected "
+    else:
+        expected = rf"^{name}: expected a dense tensor \(torch\.strided\), got layout {layout}$"
+    if x.dim() < 2 and layout in ("sparse_csr", "nested"):
+        pytest.skip("there is none of so few dimensions")
+    with pytest.raises(TypeError, match=expected):
+        call(**{**options, name: LAYOUTS[layout](x)})
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "nested"])
+def test_packed_masks_of_another_layout_are_refused(layout):
+    placed = RegionMasks(LAYOUTS[layout](MASKS.packed), MASKS.size)
+    with pytest.raises(TypeError, match=rf"^masks\.packed: expected a dense tensor .*got layout {layout}$"):
+        region(masks=placed)
+
+
+@pytest.mark.parametrize("size", [[9, 8], (9, 8), torch.Size([9, 8]), np.array([9, 8])], ids=repr)
+def test_any_sequence_is_a_size(size):
+    assert masks(size=size) == masks(size=(9, 8))
+    assert pseudo(size=size)[0].shape == (2, 9, 8)
+    assert nn.DynamicThreshold()(LOGITS, size=size)[0].shape == (2, 9, 8)
+    head = nn.CorrelationHead(3, 3, hidden_channels=4)
+    assert head(LOGITS, LOGITS, num_masks=2, mask_size=size).masks.size == (9, 8)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -160,6 +162,24 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
     return backend
 
 
-def threads() -> int:
-    """Number of threads the CPU kernels may use."""
-    return torch.get_num_threads()
+def run_on_cpu(kernel: Callable[..., None], *arguments: object) -> None:
+    """Calls a kernel for CPUs, which takes the number of threads last: as many as torch uses."""
+    threads = torch.get_num_threads()
+    if _forked is None or threads == 1:
+        kernel(*arguments, threads)
+    else:
+        _forked.submit(kernel, *arguments, threads).result()
+
+
+# OpenMP keeps the threads that it has started for the thread that calls it. A fork copies that thread and not those, so
+# that it would wait for them for good; a thread that begins after the fork has none yet, and starts its own.
+_forked: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = ThreadPoolExecutor(1, "corrmatch")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype, autocast_dtype, confidence_gate, without_autocast
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -84,7 +84,7 @@ def pixel_propagate(
             )
 
     for name, x in (("query", query), ("key", key), ("value", value)):
-        checks.no_tangent(name, x)
+        checks.backward_only(name, x)
     gate = None
     if confidence is not None and threshold is not None:
         gate = confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
@@ -135,9 +135,9 @@ def pixel_propagate_op(
 
         kernels.forward(query, key, value, gate, threshold, scale, out, normalizer, mean_key if gradient else None)
     elif out.numel() > 0:
-        _C.cpu.pixel_propagate_forward(
-            borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold), scale,
-            borrow(out), borrow(normalizer), threads(),
+        run_on_cpu(
+            _C.cpu.pixel_propagate_forward, borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold),
+            scale, borrow(out), borrow(normalizer),
         )  # fmt: skip
     return out, normalizer, mean_key
 
@@ -180,9 +180,9 @@ def pixel_propagate_backward_op(
 
         kernels.backward(grad_out, query, key, value, normalizer, mean_key, gated, scale, dquery, dkey, dvalue)
     else:
-        _C.cpu.pixel_propagate_backward(
-            borrow(grad_out), borrow(query), borrow(key), borrow(value), borrow(normalizer), scale,
-            borrow(dquery), borrow(dkey), borrow(dvalue), threads(),
+        run_on_cpu(
+            _C.cpu.pixel_propagate_backward, borrow(grad_out), borrow(query), borrow(key), borrow(value),
+            borrow(normalizer), scale, borrow(dquery), borrow(dkey), borrow(dvalue),
         )  # fmt: skip
     return grads
 
@@ -208,7 +208,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     needs = list(ctx.needs_input_grad[:3])
     if needs[0] and not ctx.gradient:
-        raise RuntimeError("query: a gradient is asked for, but the op was called with gradient=False")
+        raise RuntimeError(
+            "query: a gradient is asked for, but the op was called with gradient=False, as vmap calls it"
+        )
     grads = torch.ops.corrmatch.pixel_propagate_backward(
         grad_out, *ctx.saved_tensors, ctx.gated, ctx.scale, needs, ctx.backend
     )
