@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     for command in (train, evaluate, predict):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.epochs=10")
 
+    compare = commands.add_parser("compare", help="put runs side by side on a page of HTML")
+    compare.add_argument("runs", type=expand, nargs="+", metavar="RUN", help="the work directory of a run")
+    compare.add_argument("--out", type=expand, required=True, metavar="FILE", help="the page; replaced if it is there")
+
     sample = commands.add_parser("sample", help="draw a small data set, for configs/sample.yaml")
     sample.add_argument("folder", type=expand)
     sample.add_argument("--seed", type=int, default=0)
@@ -74,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """`corrmatch train`, `eval`, `predict` and `sample`."""
+    """`corrmatch train`, `eval`, `predict`, `compare` and `sample`."""
     from corrmatch.training import commands
 
     return commands.run(options)

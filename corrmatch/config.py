@@ -9,14 +9,16 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from corrmatch.paths import expand, read_text
 
 
 class ConfigError(ValueError):
@@ -47,7 +49,8 @@ class DataConfig:
     val_every: int = key(5, "see val", low=2)
     ids: list[int] | None = key(None, "what the masks call the classes, in order; null: 0, 1, ...", low=0, high=255)
     ignore: list[int] = key([255], "ids in the masks that do not count", low=0, high=255)
-    check: bool = key(True, "read every file before the first step")
+    check: bool = key(True, "read every file, and count the pixels of each class, before the first step")
+    allow_absent: bool = key(False, "train although a class has no labelled pixel")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class ModelConfig:
 
     backbone: str = key("resnet101", "of timm")
     pretrained: Any = key(True, "true: from timm's hub; a path: from that file; false: from scratch")
+    init: str | None = key(None, "a checkpoint of another run, whose evaluated network all networks start from")
     output_stride: int = key(8, "of the backbone", choices=(8, 16))
     atrous_rates: list[int] = key([12, 24, 36], "of the pyramid's convolutions", low=1)
     channels: int = key(256, "width of pyramid and decoder", low=1)
@@ -97,7 +101,7 @@ class TrainConfig:
     ohem: bool = key(False, "hard pixels only in the supervised terms")
     ohem_pixels: int = key(100_000, "of a batch that hard pixels are at least", low=1)
     ema: float | None = key(None, "decay of averaged weights, which are then what is evaluated", low=0, high=1)
-    seed: int = key(0, "of everything random", low=0, high=2**32 - 2)
+    seed: int = key(0, "of everything random", low=0, high=2**31 - 1)
     workers: int = key(4, "processes that read images", low=0)
     precision: str = key("no", "of the network's arithmetic", choices=("no", "bf16"))
     channels_last: bool = key(False, "memory format of the network")
@@ -116,7 +120,8 @@ class EvalConfig:
                     choices=("original", "center_crop", "sliding"))  # fmt: skip
     window: int = key(801, "side of a sliding window, pixels", low=33)
     stride: int = key(534, "of the sliding window, pixels", low=1)
-    panels: int = key(4, "validation pictures shown in TensorBoard", low=0)
+    panels: int = key(4, "validation pictures shown in TensorBoard and on the page of `corrmatch compare`", low=0)
+    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled pictures, where there are some")
 
 
 @dataclass
@@ -148,26 +153,75 @@ Methods = Mapping[str, type[HasOptions]]
 
 
 def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | None = None) -> Config:
-    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it."""
-    path = Path(source)
-    if not path.is_file():
-        shipped = importlib.resources.files("corrmatch.configs")
-        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-        if source not in names:
-            raise ConfigError(f"{source}: no such file; shipped configurations are {', '.join(names)}")
-        text = (shipped / f"{source}.yaml").read_text()
-    else:
-        text = path.read_text()
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: expected key=value, such as data.root=FOLDER")
+    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it.
+
+    A file that names a `base` says only what is different from that.
+    """
+    return parse([*_read(source, ()), from_arguments(overrides, methods)], methods)
+
+
+def _read(source: str, above: tuple[str, ...]) -> list[Any]:
+    """What a file says, behind what its `base` says: a file beside it, or a shipped configuration."""
+    if source in above:
+        raise ConfigError(f"base: {' -> '.join((*above, source))} never ends")
+    path = expand(source)
     try:
+        text = read_text(path) if path.is_file() else _shipped(source)
         file = OmegaConf.create(text)
     except YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {error}") from error
-    if not OmegaConf.is_dict(file):
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(file, DictConfig):
         raise ConfigError(f"{source}: expected keys and values")
-    return parse([file, OmegaConf.from_dotlist(list(overrides))], methods)
+    base = file.pop("base", None)
+    if base is None:
+        return [file]
+    beside = path.parent / str(base)
+    return [*_read(str(beside) if beside.is_file() else str(base), (*above, source)), file]
+
+
+def _shipped(source: str) -> str:
+    shipped = importlib.resources.files("corrmatch.configs")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+    if source not in names:
+        raise ConfigError(f"{source}: no such file; shipped configurations are {', '.join(names)}")
+    return (shipped / f"{source}.yaml").read_text()
+
+
+def from_arguments(arguments: Sequence[str], methods: Methods | None = None) -> dict[str, Any]:
+    """`a.b=c` as keys and values. Where a key takes text, it gets the text as typed; elsewhere a value is YAML."""
+    schema = _schema(_shipped_methods() if methods is None else methods)
+    part: dict[str, Any] = {}
+    for argument in arguments:
+        path, found, text = argument.partition("=")
+        if not found:
+            raise ConfigError(f"{argument}: expected key=value, such as data.root=FOLDER")
+        *sections, last = path.split(".")
+        section = part
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path}: {name} has a value already")
+        section[last] = _value(text, _kind(schema, path))
+    return part
+
+
+def _value(text: str, kind: Any) -> Any:
+    if kind is str or (kind == str | None and text != "null"):
+        return text
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+    except YAMLError:
+        return text
+    return text if kind is Any and isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _kind(schema: Any, path: str) -> Any:
+    """What the annotation of a key says; None for keys that do not exist."""
+    for name in path.split("."):
+        schema = get_type_hints(schema).get(name) if is_dataclass(schema) else None
+    return schema
 
 
 def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
@@ -178,8 +232,10 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
     known = keys(schema)
     try:
         for part in parts:
-            content: Any = _with_new_names(cast(dict[str, Any], OmegaConf.to_container(part) or {}), methods)
+            plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(part)))
+            content: Any = _with_new_names(plain, methods)
             _refuse_unknown(content, known)
+            _refuse_numbers_for_text(content, schema)
             merged = OmegaConf.merge(merged, content)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -188,6 +244,11 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
     _check_values(config)
+    if config.eval.mode == "sliding" and config.eval.stride > config.eval.window:
+        raise ConfigError(
+            f"eval.stride: expected at most eval.window ({config.eval.window}), or windows leave gaps, "
+            f"got {config.eval.stride}"
+        )
     if config.method not in methods:
         raise ConfigError(f"method: expected one of {', '.join(methods)}, got {config.method}")
     return config
@@ -256,7 +317,7 @@ def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     for number in value if isinstance(value, list) else [value]:
         if low is not None and high is not None and not low <= number <= high:
             raise ConfigError(f"{name}: expected {low} to {high}, got {number}")
-        if low is not None and not low <= number:
+        if low is not None and not low <= number < math.inf:
             raise ConfigError(f"{name}: expected at least {low}, got {number}")
 
 
@@ -271,6 +332,17 @@ def _refuse_unknown(part: dict[str, Any], known: Sequence[str]) -> None:
         near = difflib.get_close_matches(path.rpartition(".")[2], last, 1, 0.75)
         meant = difflib.get_close_matches(path, known, 1, 0.75) or [last[name] for name in near]
         raise ConfigError(f"{path}: no such key" + (f"; did you mean {meant[0]}?" if meant else ""))
+
+
+def _refuse_numbers_for_text(part: Mapping[str, Any], schema: Any, prefix: str = "") -> None:
+    """YAML reads 2012_07 as a number and no as false, which as text would be something else than what was written."""
+    hints = get_type_hints(schema) if is_dataclass(schema) else {}
+    for name, value in part.items():
+        kind = hints.get(name)
+        if isinstance(value, dict):
+            _refuse_numbers_for_text(value, kind, f"{prefix}{name}.")
+        elif kind in (str, str | None) and isinstance(value, int | float):
+            raise ConfigError(f"{prefix}{name}: expected text, got {value}; put it in quotes")
 
 
 def _leaves(part: Any, prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from corrmatch import ops
 from corrmatch.masks import RegionMasks
@@ -18,6 +19,10 @@ class CorrelationOutput(NamedTuple):
 
     propagated: Tensor
     masks: RegionMasks | None
+
+
+# torch.export writes programs that return one.
+pytree._register_namedtuple(CorrelationOutput, serialized_type_name="corrmatch.nn.CorrelationOutput")
 
 
 class CorrelationHead(nn.Module):

@@ -14,6 +14,8 @@ import pytest
 import corrmatch
 from corrmatch import cli
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments, cwd=None, **environment):
     return subprocess.run(
@@ -71,6 +73,22 @@ def test_wrong_command(arguments, capsys):
 def test_main_returns_the_exit_code(capsys):
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().out == cli.info() + "\n"
+
+
+def test_an_extension_that_cannot_be_loaded_says_why(tmp_path):
+    """The loader's own words: here that of a library which is not there."""
+    source = Path(corrmatch.__file__).parent
+    shutil.copytree(source, tmp_path / "corrmatch", ignore=shutil.ignore_patterns("__pycache__"))
+    (extension,) = (tmp_path / "corrmatch").glob("_C*.so")
+    for contents in (extension.read_bytes().replace(b"libstdc++.so.6\0", b"libstdc--.so.6\0"), b"not a library"):
+        extension.write_bytes(contents)
+        code = (
+            "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; import corrmatch"
+        )
+        done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        message = done.stderr.splitlines()[-1]
+        assert message.startswith("ImportError: corrmatch's compiled extension is there and cannot be loaded: ")
+        assert "libstdc--.so.6" in message or "_C" in message
 
 
 def test_source_tree_without_a_build(tmp_path):

@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 
 from corrmatch.config import DataConfig, TrainConfig, load_config
 from corrmatch.data import views
+from corrmatch.data.boxes import cut_mix_box
 from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
 from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream, Streams, batches
@@ -420,3 +421,48 @@ def test_each_distortion_by_itself():
             assert share.min() > 0.5
             assert share.max() < 1.5
             assert share.std() < 0.1
+
+
+def test_boxes_are_drawn_as_published():
+    """The statistics of FixMatch's and UniMatch's box over many draws; deviations are four of their standard errors."""
+    masks = [cut_mix_box((321, 321)) for _ in range(4000)]
+    shapes = torch.tensor([(m.any(1).sum(), m.any(0).sum()) for m in masks if m.any()], dtype=torch.float64)
+    assert len(shapes) / len(masks) == pytest.approx(0.496, abs=0.035)
+    area, ratio = shapes.prod(1) / 321**2, shapes[:, 0] / shapes[:, 1]
+    assert area.mean().item() == pytest.approx(0.209, abs=0.01)
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    assert area.quantile(levels).tolist() == pytest.approx([0.039, 0.208, 0.379], abs=0.016)
+    assert ratio.mean().item() == pytest.approx(1.62, abs=0.08)
+    assert ratio.quantile(levels).tolist() == pytest.approx([0.51, 1.54, 3.06], abs=0.13)
+
+
+def test_colours_are_drawn_as_published():
+    """Chances of the strong view: 0.8 jitter, 0.2 gray, 0.5 blur."""
+    picture = tv_tensors.Image(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8))
+    drawn = [views.Colour()(picture) for _ in range(1500)]
+    gray = np.mean([torch.equal(x[0], x[1]) and torch.equal(x[1], x[2]) for x in drawn])
+    assert gray == pytest.approx(0.2, abs=0.045)
+    unchanged = np.mean([torch.equal(x, picture) for x in drawn])  # a faint blur shows nothing
+    assert unchanged == pytest.approx(0.2 * 0.8 * (0.5 + 0.5 * 0.09), abs=0.03)
+    none = views.Colour(chance=0, gray=0, blur=0)
+    assert torch.equal(none(picture), picture)
+
+
+def test_blur_covers_its_deviation():
+    """A single bright pixel becomes a Gaussian of the drawn deviation, to three deviations."""
+    picture = tv_tensors.Image(torch.zeros(3, 33, 33, dtype=torch.uint8))
+    picture[:, 16, 16] = 255
+    blurred = views.Colour(chance=0, gray=0, blur=1, sigma=(2.0, 2.0))(picture)[0].float()
+    assert (blurred[16] > 0).sum() >= 9
+    offset = (torch.arange(33) - 16.0).square()
+    share = blurred.sum(0) / blurred.sum()
+    assert (share * offset).sum().sqrt().item() == pytest.approx(2.0, abs=0.35)
+
+
+def test_a_labelled_image_can_have_strong_views():
+    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.randint(0, 3, (60, 60), dtype=torch.uint8))
+    view = views.labeled_view(picture, mask, 49, View(strong=1, colour=views.Colour(chance=1, gray=1, blur=0)))
+    assert view.keys() == {"image", "label", "strong"}
+    gray = view["strong"][0] * torch.tensor(views.DEVIATION).view(3, 1, 1) + torch.tensor(views.MEAN).view(3, 1, 1)
+    torch.testing.assert_close(gray[0], gray[2], rtol=0, atol=1e-5)

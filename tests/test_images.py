@@ -145,6 +145,9 @@ def hostile(picture):
     files["size.pgm"] = b"P5 4 x 255 "
     files["none.pgm"] = b"P5 0 0 255 "
     files["text.jpg"] = b"not a picture"
+    files["program.png"] = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"  # for Ghostscript
+    )
     return files
 
 
@@ -176,5 +179,8 @@ def test_any_exception_of_a_reader_is_told(tmp_path, picture, monkeypatch):
 def test_what_is_a_picture_by_name():
     assert all(map(is_picture, ("a.jpg", "a.JPEG", "a.png", "b.TIF", "a b.webp", "x.bmp", "a.b.gif")))
     assert not any(
-        map(is_picture, (".a.jpg", "._a.png", "Thumbs.db", "a.pdf", "a.h5", "a.mpg", "a.txt", "png", ".png", "a"))
+        map(
+            is_picture,
+            (".a.jpg", "._a.png", "Thumbs.db", "a.pdf", "a.h5", "a.eps", "a.mpg", "a.txt", "png", ".png", "a"),
+        )
     )

@@ -115,6 +115,25 @@ class Segmenter(torch.nn.Module):
         return large if out.masks is None else (large, out.masks.packed)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("num_masks", [0, 5])
+def test_export_of_the_head(head, num_masks, dynamic, tmp_path):
+    """With all it returns, through a file."""
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) if dynamic else None
+    arguments = (torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37))
+    options = {"num_masks": num_masks}
+    shapes = {"feature": sizes, "logits": sizes, "num_masks": None}
+    program = torch.export.export(head.eval(), arguments, options, dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "head.pt2")
+    loaded = torch.export.load(tmp_path / "head.pt2").module()
+    if dynamic:
+        arguments = (torch.randn(3, 12, 5, 9), torch.randn(3, 5, 21, 19))
+    found = loaded(*arguments, **options)
+    assert isinstance(found, nn.CorrelationOutput)
+    torch.testing.assert_close(found.propagated, head(*arguments).propagated)
+    assert found.masks is None if num_masks == 0 else found.masks.size == tuple(arguments[1].shape[2:])
+
+
 @pytest.mark.parametrize("num_masks", [0, 5])
 def test_export_of_a_model_with_the_head(num_masks, tmp_path):
     """With dynamic batch and size, through a file."""

@@ -21,6 +21,8 @@ from corrmatch.models.deeplab import Prediction
 from corrmatch.training import pictures
 from corrmatch.training.predict import KINDS, load_model, predict
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -184,7 +186,14 @@ def test_evaluation_of_a_checkpoint_is_that_of_its_run(trained, capsys):
         (["train", "sample", "data.rot=x"], "corrmatch train: data.rot: no such key; did you mean data.root?\n"),
         (["train", "sample", "data.root=none"], "corrmatch train: data.root: none is not a folder\n"),
         (
-            ["train", "sample", "data.root={root}", "work_dir={root}/new", "model.backbone=resnt18"],
+            [
+                "train",
+                "sample",
+                "data.root={root}",
+                "work_dir={root}/new",
+                "data.check=false",
+                "model.backbone=resnt18",
+            ],
             "corrmatch train: model.backbone: timm has no model 'resnt18'; did you mean 'resnet18'?\n",
         ),
         (["eval", "none.pt"], "corrmatch eval: none.pt: there is no such checkpoint\n"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -14,34 +15,28 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import CONFIGS
-from training import TINY, assert_same, die_in_step, scalars, shorten, small_config, stop_after
+from training import TINY, assert_same, die_in_step, scalars, small_config, stop_after
 
-from corrmatch.config import ConfigError
+from corrmatch import cli
+from corrmatch.config import ConfigError, to_yaml
 from corrmatch.data.datasets import DataError
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams, batches
 from corrmatch.methods import METHODS
+from corrmatch.methods.supervised import Supervised
 from corrmatch.training import checkpoint, trainer
+from corrmatch.training.log import Log
 from corrmatch.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """Four steps an epoch."""
-    folder = tmp_path_factory.mktemp("sample")
-    draw_sample(folder)
-    shorten(folder, labeled=5, unlabeled=8, val=3)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """As each command has it: accelerate keeps its settings for the life of a process. Memory is not filled, which
-    slows a network several times down."""
-    torch.use_deterministic_algorithms(False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def sample(small_sample):
+    return small_sample
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -114,6 +109,132 @@ def test_resume_refuses_other_settings_and_a_new_run_an_old_folder(sample, tmp_p
     with pytest.raises(ConfigError, match="no such checkpoint"):
         Trainer(small_config(sample, tmp_path / "other"), resume=True)
     Trainer(small_config(sample, tmp_path / "run", "train.log_every=7"), resume=True)
+
+
+def test_other_classes_than_those_of_the_training_are_refused(sample, tmp_path, capsys):
+    shutil.copytree(sample, tmp_path / "data")
+    config = small_config(tmp_path / "data", tmp_path / "run")
+    Trainer(config).save(["last.pt"])
+    names = (tmp_path / "data" / "classes.txt").read_text().splitlines()
+    for changed in (names[::-1], [*names[:-1], "sea"]):
+        (tmp_path / "data" / "classes.txt").write_text("\n".join(changed))
+        message = f"data.classes: the checkpoint was trained with {', '.join(names)}, not with {', '.join(changed)}"
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            Trainer(config, resume=True)
+        assert cli.main(["eval", str(tmp_path / "run" / "last.pt")]) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"corrmatch eval: {message}"
+
+
+def test_a_rotten_checkpoint_is_refused(tmp_path):
+    """Wherever its bytes have changed: it is refused, or what was read is what was written."""
+    path, content = tmp_path / "x.pt", {"config": "", "classes": ["a", "b"], "method": {"w": torch.arange(5000.0)}}
+    torch.save(content, path)
+    whole = path.read_bytes()
+    weights = whole.find(torch.arange(1.0, 9.0).numpy().tobytes())
+    assert weights > 0
+    refused = []
+    places = [weights, weights + 4000, *torch.randint(len(whole), (150,)).tolist()]
+    for place in places:
+        for damage in (bytes(40), b"\xff" * 3):
+            path.write_bytes(whole[:place] + damage + whole[place + len(damage) :])
+            try:
+                assert_same(checkpoint.load(path), content)
+            except ConfigError as error:
+                refused.append(str(error))
+    assert set(refused) == {f"{path}: not a checkpoint, or a broken one"}
+    assert len(refused) > len(places)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="not a checkpoint, or a broken one"):
+        checkpoint.load(path)
+
+
+def test_resuming_drops_lines_of_the_log_that_were_cut(tmp_path):
+    path = tmp_path / "scalars.jsonl"
+    first = '{"step": 1, "kind": "train", "loss": 1.0}\n'
+    ends = ('{"step": 1, "kind": "tr', "\0\0\0\0", "{}\n", "3\n", '{"step": 2, "loss": 0}\n', "\n")
+    for end in (b"", b"\xff\xfe", *map(str.encode, ends)):
+        path.write_bytes(first.encode() + end)
+        log = Log(tmp_path, 1)
+        log.add({"loss": torch.tensor(2.0)})
+        log.write(2, {})
+        assert path.read_text() == first + '{"step": 2, "kind": "train", "loss": 2.0}\n'
+
+
+def test_a_work_dir_that_cannot_be_written_shows_before_files_are_read(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "check_files", None)
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
+        with pytest.raises(ConfigError, match=f"^work_dir: {place}: cannot be written: "):
+            Trainer(small_config(sample, place))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "last.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match="add --resume"):
+        Trainer(small_config(sample, tmp_path / "old"))
+    with pytest.raises(ConfigError, match="not a checkpoint"):
+        Trainer(small_config(sample, tmp_path / "old"), resume=True)
+
+
+def test_home_is_expanded(sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = Trainer(small_config(sample, "~/run"))
+    run.save(["last.pt"])
+    assert (tmp_path / "run" / "last.pt").exists()
+    with pytest.raises(ConfigError, match=str(tmp_path / "weights.pth")):
+        Trainer(small_config(sample, "~/next", "model.pretrained=~/weights.pth"))
+
+
+def things(sample, folder, paint):
+    """The sample with two classes, its masks painted from where the second is; makes configurations of it."""
+    shutil.copytree(sample, folder / "data")
+    for path in (folder / "data" / "SegmentationClass").iterdir():
+        Image.fromarray(paint(np.array(Image.open(path)) % 255 > 0).astype(np.uint8)).save(path)
+    return lambda *more: small_config(folder / "data", folder / "run", "data.classes=[ground,thing]", *more)
+
+
+def test_classes_without_a_label_are_refused_before_a_network_is_built(sample, tmp_path, monkeypatch, capsys):
+    config = things(sample, tmp_path, lambda thing: 255 * thing)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "build_method", None)
+        with pytest.raises(DataError, match=r"no pixel of thing: .* 255 \(.*ignored\); .*set data\.ids=\[0,255\]"):
+            Trainer(config())
+    assert re.search(r"^thing +0 +0\.0% +0$", capsys.readouterr().err, re.MULTILINE)
+    Trainer(config("data.allow_absent=true"))
+    Trainer(config("data.ids=[0,255]", "data.ignore=[]"))
+    assert re.search(r"^thing +[1-9]\d+ +[1-9].*% +[1-9]\d+$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_no_score_is_not_the_best(sample, tmp_path, capsys):
+    config = things(sample, tmp_path, lambda thing: thing)
+    for name in (tmp_path / "data" / "splits" / "val.txt").read_text().split():
+        Image.new("L", (160, 120), 255).save(tmp_path / "data" / "SegmentationClass" / f"{name}.png")
+    with pytest.raises(DataError, match=r"data\.val: no pixel of any class: .* the ids 255 \(100%, ignored\)"):
+        Trainer(config())
+    (tmp_path / "run.yaml").write_text(to_yaml(config("data.check=false")))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"no mean IoU, so no best.pt: no pixel of a class in the validation masks; {tmp_path / 'run' / 'last.pt'}"
+    )
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_that_was_not_looked_for_is_named_in_a_line(sample, tmp_path, capsys, workers):
+    shutil.copytree(sample, tmp_path / "data")
+    for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled*"):
+        path.write_bytes(path.read_bytes()[:400])
+    config = small_config(tmp_path / "data", tmp_path / "run", f"train.workers={workers}", "data.check=false")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable picture: \S.*", last)
+
+
+def test_what_was_passed_over_is_said(sample, tmp_path, capsys):
+    shutil.copytree(sample, tmp_path / "data")
+    (tmp_path / "data" / "JPEGImages" / "._unlabeled_000.jpg").write_bytes(b"\0\5\26\7")
+    Trainer(small_config(tmp_path / "data", tmp_path / "run"))
+    assert "data.pictures: 1 files are no pictures, passed over: ._unlabeled_000.jpg\n" in capsys.readouterr().err
 
 
 def test_learning_rates_decay_and_differ(sample, tmp_path):
@@ -221,12 +342,89 @@ def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
     """A new method costs its file and one line."""
     page = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text()
     code = page.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
-    names = {"__name__": "corrmatch.methods.pseudo_label"}
-    exec(compile(code, "pseudo_label.py", "exec"), names)
-    monkeypatch.setitem(METHODS, "pseudo_label", names["PseudoLabel"])
+    (tmp_path / "pseudo_label.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "pseudo_label", importlib.import_module("pseudo_label").PseudoLabel)
     for threshold in (0.0, 0.95):
         folder = tmp_path / str(threshold)
         config = small_config(sample, folder, "method=pseudo_label", f"pseudo_label.threshold={threshold}")
         Trainer(config).run()
         assert all(math.isfinite(line["loss"]) for line in scalars(folder))
         assert all(line["s"] > 0 for line in scalars(folder)) == (threshold == 0)
+
+
+class TwoPhases(Supervised):
+    """A method in two phases: the second trains the head alone, after some work."""
+
+    def __init__(self, build, config):
+        super().__init__(build, config)
+        self.began, self.seen = [], []
+
+    def phases(self, epochs):
+        return (1, epochs - 1)
+
+    def begin(self, phase, run):
+        self.began.append(phase)
+        assert run.data.labeled
+
+    def trains(self, phase):
+        return list((self.model if phase == 0 else self.model.decode).parameters())
+
+    def forward(self, batch, progress):
+        self.seen.append((progress.step, progress.phase, progress.epoch))
+        return super().forward(batch, progress)
+
+
+def test_phases_have_work_before_them_and_rates_of_their_own(sample, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "two_phases", TwoPhases)
+    keys = ("method=two_phases", "train.epochs=3", "train.epoch_steps=2", "train.save_every=1", "train.power=1")
+    run = Trainer(small_config(sample, tmp_path / "run", *keys))
+    run.run()
+    assert run.method.began == [0, 1]
+    assert run.method.seen == [(0, 0, 0), (1, 0, 0), (2, 1, 1), (3, 1, 1), (4, 1, 2), (5, 1, 2)]
+    lines = scalars(tmp_path / "run")
+    assert [line["lr_head"] for line in lines] == pytest.approx([0.05, 0.025, 0.05, 0.0375, 0.025, 0.0125])
+    assert [line["step"] for line in scalars(tmp_path / "run", "val")] == [2, 6]  # at the end of each phase
+    assert not run.optimizer.param_groups[0]["params"]
+
+    # Killed in the second phase and resumed: what was done before the phase is not done again.
+    halves = small_config(sample, tmp_path / "halves", *keys)
+    die_in_step(Trainer(halves), 5, monkeypatch)
+    resumed = Trainer(halves, resume=True)
+    assert (resumed.step, resumed.phase, resumed.method.began) == (4, 1, [])
+    resumed.run()
+    ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "halves")]
+    assert_same(*(content["method"] for content in ends))
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ((), 4),  # 8 unlabelled images in batches of 2, 5 labelled ones
+        (("train.epoch=labeled",), 3),
+        (("train.epoch=unlabeled", "train.unlabeled_batch_size=4"), 2),
+        (("train.unlabeled_batch_size=4",), 3),
+        (("train.accumulate=2",), 2),
+        (("train.epoch_steps=7",), 7),
+    ],
+)
+def test_what_an_epoch_is(sample, tmp_path, keys, steps):
+    run = Trainer(small_config(sample, tmp_path / "run", *keys))
+    assert (run.epoch_steps, run.steps) == (steps, steps)
+
+
+def test_a_run_can_start_from_another(sample, tmp_path):
+    """Its evaluated network, for all networks of the method; a correlation head that it lacks is new."""
+    first = Trainer(small_config(sample, tmp_path / "first", "method=supervised", "train.ema=0.5"))
+    stop_after(first, 2)
+    first.run()
+    init = f"model.init={tmp_path / 'first' / 'last.pt'}"
+    second = Trainer(small_config(sample, tmp_path / "second", init, "corrmatch.teacher=eval"))
+    for network in (second.method.model, second.method.teacher.network):
+        for name, x in first.method.average.network.state_dict().items():
+            assert torch.equal(network.state_dict()[name], x), name
+    with pytest.raises(ConfigError, match=r"model\.init: the run had a network of another shape"):
+        Trainer(small_config(sample, tmp_path / "third", init, "model.channels=8"))
+    names = "data.classes=[a,b,c,d,e,f]"
+    with pytest.raises(ConfigError, match=r"data\.classes: the checkpoint was trained with"):
+        Trainer(small_config(sample, tmp_path / "fourth", init, names))

@@ -58,6 +58,10 @@ def from_bool(masks):
     return RegionMasks.from_bool(masks)
 
 
+def sized(size):
+    return RegionMasks(MASKS.packed, size)
+
+
 META = torch.empty(2, 3, 4, 5, device="meta")
 
 # The call, its arguments, the exception and the start of the message, which names the argument.
@@ -166,7 +170,6 @@ WRONG = [
     (region, {"valid": LABELS}, TypeError, "valid: expected dtype bool, got int64"),
     (region, {"valid": FLAGS[:1]}, ValueError, "valid: expected shape (2, 5, 6), got (1, 5, 6)"),
     (region, {"masks": MASKS.packed}, TypeError, "masks: expected RegionMasks, got Tensor"),
-    (region, {"masks": RegionMasks(MASKS.packed, None)}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed, (6, 5))}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed.long(), (5, 6))}, TypeError, "masks.packed: expected dtype int32"),
     (region, {"masks": RegionMasks(MASKS.packed[:1], (5, 6))}, ValueError, PACKED),
@@ -213,6 +216,14 @@ WRONG = [
     (distance, {"target": LOGITS[:1]}, ValueError, "target: expected a batch of 2 as the others, got 1"),
     (distance, {"target": LABELS}, TypeError, "target: expected dtype"),
     (distance, {"target": LOGITS.clone().requires_grad_()}, ValueError, "target: it is given no gradient; detach it"),
+    *[
+        (sized, {"size": size}, TypeError, f"size: expected {what}, got {size!r}")
+        for what, sizes in {
+            "(H, W)": (None, 30, torch.tensor([5, 6])),
+            "two integers (H, W)": ((5,), (5, 6, 7), (5.0, 6), "56", {5: 1}),
+        }.items()
+        for size in sizes
+    ],
     (from_bool, {"masks": LABELS[None]}, TypeError, "masks: expected a bool tensor, got torch.int64"),
     (from_bool, {"masks": FLAGS}, ValueError, "masks: expected shape (B, K, H, W), got (2, 5, 6)"),
     *[

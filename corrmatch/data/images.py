@@ -16,7 +16,7 @@ UNKNOWN = 254  # in the table of a data set: an id that should not occur
 
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # modes that convert to RGB as seen
 SPREAD = {"L;2": np.uint8(85), "L;4": np.uint8(17)}  # Pillow spreads 2 and 4 bits over 8: a factor by packing
-NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows these by name only
+NOT_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow leaves these to other programs, if there are any
 
 
 class DataError(ValueError):
@@ -24,10 +24,16 @@ class DataError(ValueError):
 
 
 @functools.cache
+def formats() -> list[str]:
+    """What Pillow decodes by itself."""
+    Image.init()
+    return [kind for kind in Image.ID if kind not in NOT_PICTURES]
+
+
+@functools.cache
 def suffixes() -> frozenset[str]:
-    """Of what Pillow opens."""
-    known = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_DECODED)
+    """Of the formats."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def is_picture(name: str) -> bool:
@@ -77,7 +83,7 @@ def unknown_ids(path: Path, ids: np.ndarray) -> DataError:
 def _decode(path: Path, kind: str) -> tuple[Image.Image, str]:
     """The first picture of a file, turned as EXIF says, and how its pixels are packed in the file."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=formats()) as file:
             packing = file.tile[0][3] if file.tile else ""
             file.load()
             turned = _orientation(file) != 1

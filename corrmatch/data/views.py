@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from corrmatch.data.datasets import IGNORE
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which backbones expect
 BLACK, GRAY = (0, 0, 0), tuple(round(255 * x) for x in MEAN)  # padding; gray is 0 after normalisation
 
+Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]
+
 normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION), v2.ToPureTensor()])
 
 
@@ -34,27 +36,35 @@ class Geometry:
     Attributes:
         scales: Of the image. Two are the ends of a range, more are a choice.
         flip: Chance of a horizontal flip.
-        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around".
+        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around"; "mirror" is as
+            "right", with the mirrored image in place of a colour.
         fill: Colour of the padding, whose label is IGNORE.
+        fit: Scales are those of the image at the largest size that fits the crop, instead of its own.
     """
 
     scales: Sequence[float] = (0.5, 2.0)
     flip: float = 0.5
     pad: str = "right"
     fill: Sequence[int] = BLACK
+    fit: bool = False
 
     def __call__(
         self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int
     ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         """Both (., crop, crop)."""
         scale, size = self._scale(), picture.shape[1:]
+        scale *= crop / max(size) if self.fit else 1
         scaled = [max(1, round(scale * side)) for side in size]
         picture, mask = tv.resize(picture, scaled), tv.resize(mask, scaled)
         missing = [max(0, crop - side) for side in scaled]
         if any(missing):
             before = [side // 2 if self.pad == "around" else 0 for side in missing]
             padding = [before[1], before[0], missing[1] - before[1], missing[0] - before[0]]
-            picture, mask = tv.pad(picture, padding, fill=list(self.fill)), tv.pad(mask, padding, fill=IGNORE)
+            if self.pad == "mirror":
+                picture = mirrored(picture, [max(crop, side) for side in scaled])
+            else:
+                picture = tv.pad(picture, padding, fill=list(self.fill))
+            mask = tv.pad(mask, padding, fill=IGNORE)
         top, left = (int(torch.randint(max(0, side - crop) + 1, ())) for side in scaled)
         picture, mask = (tv.crop(x, top, left, crop, crop) for x in (picture, mask))
         if torch.rand(()) < self.flip:
@@ -65,6 +75,15 @@ class Geometry:
         if len(self.scales) == 2:
             return float(torch.empty(()).uniform_(*self.scales))
         return self.scales[int(torch.randint(len(self.scales), ()))]
+
+
+def mirrored(picture: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
+    """The picture and its mirror images to the right and below, as many as it takes, cut to the size."""
+    for axis, (old, new) in enumerate(zip(picture.shape[1:], size, strict=True), start=1):
+        period = max(1, 2 * (old - 1))
+        back = torch.arange(new) % period
+        picture = tv_tensors.wrap(picture.index_select(axis, torch.minimum(back, period - back) % old), like=picture)
+    return picture
 
 
 @dataclass(frozen=True)
@@ -152,9 +171,9 @@ class View:
     """
 
     geometry: Geometry = Geometry()
-    weak: Colour | Distortion | None = None
+    weak: Recolour | None = None
     strong: int = 0
-    colour: Colour = Colour()
+    colour: Recolour = Colour()
     box: Box | None = None
 
     def __call__(self, picture: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from corrmatch.config import Config
 from corrmatch.methods.base import Method
@@ -12,8 +15,10 @@ from corrmatch.methods.cross_teacher import CrossTeacher
 from corrmatch.methods.dual_teacher import DualTeacher
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
+from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.methods.prcl import PRCL
 from corrmatch.methods.supervised import Supervised
 from corrmatch.methods.unimatch import UniMatch
 from corrmatch.models.factory import NetworkFactory
@@ -27,14 +32,21 @@ METHODS: dict[str, type[Method]] = {
     "fuzzy_positive": FuzzyPositive,
     "dual_teacher": DualTeacher,
     "cross_teacher": CrossTeacher,
+    "mutual_distillation": MutualDistillation,
+    "prcl": PRCL,
 }
 
 
-def build_method(config: Config, num_classes: int, *, pretrained: bool = True) -> Method:
-    """The method that a configuration names, with its networks; without `pretrained`, for weights from a checkpoint."""
+def build_method(
+    config: Config, num_classes: int, *, pretrained: bool = True, init: Mapping[str, Tensor] | None = None
+) -> Method:
+    """The method that a configuration names, with its networks.
+
+    Without `pretrained` they start at random, for weights from a checkpoint; with `init` from these weights.
+    """
     kind = METHODS[config.method]
     propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
-    build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained)
+    build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained, init)
     method = kind(build, dataclasses.replace(config, propagation=propagation))
     if config.train.ema is not None:
         method.average = Teacher(next(iter(method.evaluated.values())), config.train.ema)

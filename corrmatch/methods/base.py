@@ -117,12 +117,25 @@ class Method(nn.Module):
         """Networks by name; the first is scored, saved as the one to predict with, and shown."""
         return {"model": self.model}
 
+    @property
+    def labeller(self) -> nn.Module:
+        """The network whose pseudo-labels `eval.pseudo_labels` measures: the first of `evaluated`."""
+        return next(iter(self.evaluated.values()))
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """Confidence from which a pseudo-label counts: the key of that name, 0 in methods without one."""
+        return getattr(self.options, "threshold", 0.0)
+
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it."""
+        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it.
+
+        A group may say a `least_lr`, which the schedule keeps to.
+        """
         groups = [{"name": "backbone", "lr": train.lr}, {"name": "head", "lr": train.lr * train.lr_multi}]
         for group in groups:
             inside = group["name"] == "backbone"
@@ -130,7 +143,7 @@ class Method(nn.Module):
         return groups
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that the optimiser of this phase moves, by name."""
+        """The parameters that are not frozen, by name: those that the optimiser moves."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     # Methods in several phases, each with an optimiser and a schedule of its own.
@@ -138,6 +151,11 @@ class Method(nn.Module):
     def phases(self, epochs: int) -> Sequence[int]:
         """Epochs of each phase."""
         return (epochs,)
+
+    def trains(self, phase: int) -> list[nn.Parameter]:
+        """What a phase trains: all but teachers. The loop freezes the rest, also when a run is resumed."""
+        teachers = {id(p) for module in self.modules() if isinstance(module, Teacher) for p in module.parameters()}
+        return [p for p in self.parameters() if id(p) not in teachers]
 
     def begin(self, phase: int, run: Run) -> None:
         """Work before a phase, and before its optimiser exists; not done again when the phase is resumed."""

@@ -22,8 +22,9 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
+from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction, evaluating
+from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
 from corrmatch.nn import DynamicThreshold
 
@@ -35,7 +36,8 @@ SAMPLED_MASKS = 16  # whose area is logged: their positions are drawn at random,
 class Targets(NamedTuple):
     """What the logits of a step are held against."""
 
-    weak: PseudoLabels  # of the weak views, at the threshold:
+    logits: Tensor  # (B, C, h, w) of the weak views
+    weak: PseudoLabels  # what they say, and where it reaches the threshold:
     weak_reliable: Tensor
     labels: Tensor  # (B, H, W), of the strong views: cut and mixed, then propagated in regions
     reliable: Tensor  # after region propagation
@@ -48,10 +50,13 @@ class CorrMatch(Method):
 
     @dataclass
     class Options:
-        """The dynamic threshold."""
+        """The dynamic threshold, and who labels."""
 
         threshold: float = key(0.85, "confidence from which a label is reliable, before the first step", low=0, high=1)
         momentum: float = key(0.999, "of the threshold; 1 keeps it where it is", low=0, high=1)
+        teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
+                                  choices=(None, *MODES))  # fmt: skip
+        decay: float = key(0.996, "of the averaged network", low=0, high=1)
 
     renamed: ClassVar[Mapping[str, str]] = {
         "corrmatch.num_masks": "propagation.num_masks",
@@ -63,6 +68,10 @@ class CorrMatch(Method):
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
         self.theta = StepThreshold(build.num_classes, self.options.threshold, self.options.momentum)
+        self.teacher = None
+        if self.options.teacher is not None:
+            mode = self.options.teacher
+            self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled, and what CutMix pastes."""
@@ -73,14 +82,16 @@ class CorrMatch(Method):
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        with evaluating(self.model), torch.no_grad():
-            pasted = PseudoLabels.of(self.model(mix["weak"]).logits, mix["ignore"])
+        pasted = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
         both = torch.cat([labeled["image"], unlabeled["weak"]])
         weak = self.model(both, perturb=True, correlate=part.head)
+        labelling = weak.split(count)[1]
+        if self.teacher is not None:
+            labelling = self.teacher(unlabeled["weak"], correlate=part.regions)
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
-        masks = part.masks(weak, size, progress.generator, slice(count, None))
-        targets = make_targets(weak.logits[count:], pasted, unlabeled["ignore"], box, masks, self.theta, part)
+        masks = part.masks(labelling, size, progress.generator)
+        targets = make_targets(labelling.logits, pasted, unlabeled["ignore"], box, masks, self.theta, part)
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
         parts = terms(weak, strong, propagated, targets, truth, hard_pixels=self.hard_pixels)
         loss = total(parts)
@@ -96,8 +107,21 @@ class CorrMatch(Method):
         return Step.of(loss, scalars)
 
     def after_step(self, progress: Progress) -> None:
-        """The next batch moves the threshold on."""
+        """The next batch moves the threshold on; the averaged network follows."""
         self.theta.finish_step()
+        if self.teacher is not None:
+            self.teacher.follow(self.model, progress.step)
+
+    @property
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The averaged network before the trained one."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.network}
+        return teacher | {"model": self.model}
+
+    @property
+    def threshold(self) -> Tensor:
+        """Where the dynamic threshold stands."""
+        return self.theta.threshold
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""
@@ -144,7 +168,7 @@ def terms(
     parts = {
         "x": losses.supervised(weak.logits[:count], truth, hard_pixels=hard_pixels),
         "s": losses.pseudo_supervised(strong.logits, *strong_target),
-        "kl": losses.consistency(strong.logits, weak.logits[count:].detach(), t.reliable_before, t.counted),
+        "kl": losses.consistency(strong.logits, t.logits, t.reliable_before, t.counted),
         "fp": losses.pseudo_supervised(weak.perturbed[count:], *weak_target),  # type: ignore[index]
     }
     if propagated is not None:
@@ -180,4 +204,12 @@ def make_targets(
     mixed = weak.paste(pasted, box)
     threshold = theta.update(class_peak)
     after_labels, after = propagation.targets(mixed, threshold, masks, ~box & mixed.counted, weak_logits.shape[1])
-    return Targets(weak, weak.reliable(threshold), after_labels, after, mixed.reliable(threshold), mixed.counted)
+    return Targets(
+        weak_logits.detach(),
+        weak,
+        weak.reliable(threshold),
+        after_labels,
+        after,
+        mixed.reliable(threshold),
+        mixed.counted,
+    )

@@ -19,15 +19,14 @@ from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import Prediction, evaluating
+from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.models.factory import NetworkFactory
 
 
 class FixMatch(Method):
     """FixMatch. As first published the network labels its own weak views, and images of a further stream are pasted.
 
-    The second form (2024) is `teacher=true partner=batch`: an averaged network labels, and images of the same batch, in
+    The second form (2024) is `teacher=eval partner=batch`: an averaged network labels, and images of the same batch, in
     reverse order, are pasted.
     """
 
@@ -38,7 +37,8 @@ class FixMatch(Method):
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
         partner: str = key("stream", "what CutMix pastes: another stream, or the reversed batch",
                            choices=("stream", "batch"))  # fmt: skip
-        teacher: bool = key(False, "label with an averaged network, which is then evaluated")
+        teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
+                                  choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
 
     bar = ("reliable",)
@@ -46,8 +46,9 @@ class FixMatch(Method):
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
         self.teacher = None
-        if self.options.teacher:
-            self.teacher = Teacher(self.model, self.options.decay, ramp=True, buffers="average")
+        if self.options.teacher is not None:
+            mode = self.options.teacher
+            self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled, and where it is another stream what CutMix pastes."""
@@ -59,11 +60,10 @@ class FixMatch(Method):
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, box, strong = labeled["label"], unlabeled["box"][:, 0], unlabeled["strong"][:, 0]
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        if "mix" in batch:
-            other = PseudoLabels.of(self.label(batch["mix"]["weak"]).logits, batch["mix"]["ignore"])
-            strong = paste(strong, batch["mix"]["strong"][:, 0], box)
-        else:
-            strong = paste(strong, strong.flip(0), box)
+        mix, other = batch.get("mix"), None
+        if mix is not None:
+            other = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
+        strong = paste(strong, strong.flip(0) if mix is None else mix["strong"][:, 0], box)
         if self.teacher is not None:
             weak = self.teacher(unlabeled["weak"], correlate=part.regions)
             both = self.model(torch.cat([labeled["image"], strong]), correlate=part.head)
@@ -73,7 +73,7 @@ class FixMatch(Method):
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
         pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
-        target = pseudo.paste(other if "mix" in batch else pseudo.reversed(), box)
+        target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress.generator)
         labels, reliable = part.targets(
             target, self.options.threshold, masks, ~box & target.counted, weak.logits.shape[1]
@@ -89,13 +89,6 @@ class FixMatch(Method):
             loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
         scalars["reliable"] = pseudo.reliable(self.options.threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
-
-    def label(self, images: torch.Tensor) -> Prediction:
-        """Logits of weak views in evaluation mode, without gradient."""
-        if self.teacher is not None:
-            return self.teacher(images)
-        with evaluating(self.model), torch.no_grad():
-            return self.model(images)
 
     def after_step(self, progress: Progress) -> None:
         """The averaged network follows."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from corrmatch.nn import CorrelationHead
 
-LOW_LEVEL_STRIDE = 4
+LOW_LEVEL_STRIDE, LOW_LEVEL_WIDTH = 4, 48
 
 
 class Prediction(NamedTuple):
@@ -25,6 +25,7 @@ class Prediction(NamedTuple):
     query: Tensor | None = None  # (B, D, h', w') of the correlation map, of the stride of the last features
     key: Tensor | None = None  # as query
     features: Tensor | None = None  # (B, channels, h, w) that the classifier takes
+    fused: Tensor | None = None  # (B, channels + 48, h, w) that the decoder takes
 
     def split(self, count: int) -> tuple[Prediction, Prediction]:
         """The first `count` images of the batch, and the others."""
@@ -65,9 +66,9 @@ class DeepLabV3Plus(nn.Module):
             raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
         self.pyramid = AtrousPyramid(widths[-1], channels, atrous_rates)
-        self.reduce = conv_block(widths[self.low_level], 48, 1)
+        self.reduce = conv_block(widths[self.low_level], LOW_LEVEL_WIDTH, 1)
         self.decode = nn.Sequential(
-            conv_block(channels + 48, channels, 3),
+            conv_block(channels + LOW_LEVEL_WIDTH, channels, 3),
             conv_block(channels, channels, 3),
             nn.Conv2d(channels, num_classes, 1),
         )
@@ -75,8 +76,9 @@ class DeepLabV3Plus(nn.Module):
         self.correlation = CorrelationHead(widths[-1], num_classes) if correlation else None
 
     def forward(
-        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False
-    ) -> Prediction:
+        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False,
+        fused: bool = False,
+    ) -> Prediction:  # fmt: skip
         """Segments images.
 
         Args:
@@ -84,17 +86,19 @@ class DeepLabV3Plus(nn.Module):
             perturb: Decode Dropout2d(0.5) of the features too, in one batch with the clean ones.
             correlate: Return query and key of the correlation head, too.
             features: Return the decoder's features, too.
+            fused: Return what the decoder makes them of, too: pyramid and features of stride 4.
         """
         low, high = both = self.features(images)
         if perturb:
             both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
-        decoded = self.decoded(*both)
+        taken = self.fused(*both)
+        decoded = self.decode[:-1](taken)
         logits, *perturbed = self.classifier(decoded).split(images.shape[0])
         query = key = None
         if correlate and self.correlation is not None:
             query, key = self.correlation.query_key(high)
-        kept = decoded[: images.shape[0]] if features else None
-        return Prediction(logits, perturbed[0] if perturbed else None, query, key, kept)
+        kept = [x[: images.shape[0]] if wanted else None for x, wanted in ((decoded, features), (taken, fused))]
+        return Prediction(logits, perturbed[0] if perturbed else None, query, key, *kept)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of stride 4 and the last ones."""
@@ -106,10 +110,14 @@ class DeepLabV3Plus(nn.Module):
         """The last layer: a 1 x 1 convolution from features to logits."""
         return self.decode[-1]  # type: ignore[return-value]
 
+    def fused(self, low: Tensor, high: Tensor) -> Tensor:
+        """What the decoder takes, of stride 4: the enlarged pyramid, and the features of stride 4 reduced."""
+        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return torch.cat([high, self.reduce(low)], 1)
+
     def decoded(self, low: Tensor, high: Tensor) -> Tensor:
         """The features that the classifier takes, of stride 4."""
-        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
-        return self.decode[:-1](torch.cat([high, self.reduce(low)], 1))
+        return self.decode[:-1](self.fused(low, high))
 
     def segment(self, low: Tensor, high: Tensor) -> Tensor:
         """Logits of stride 4."""

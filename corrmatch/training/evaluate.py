@@ -27,13 +27,15 @@ class Scores:
     iou: list[float]
     accuracy: float
     pictures: int
+    confusion: list[list[int]]  # pixels: truth in rows, prediction in columns
 
     @classmethod
     def of(cls, confusion: Tensor, classes: list[str], pictures: int) -> Scores:
         """From a confusion matrix, truth in rows."""
-        confusion = confusion.double().cpu()
-        hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-        return cls(classes, (hits / union).tolist(), float(hits.sum() / confusion.sum()), pictures)
+        confusion = confusion.cpu()
+        pixels = confusion.double()
+        hits, union = pixels.diag(), pixels.sum(0) + pixels.sum(1) - pixels.diag()
+        return cls(classes, (hits / union).tolist(), float(hits.sum() / pixels.sum()), pictures, confusion.tolist())
 
     @property
     def miou(self) -> float:

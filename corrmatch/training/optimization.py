@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.op
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps: int) -> LambdaLR:
-    """The rates of `steps` steps: a linear rise over `warmup` steps, times the decay."""
+    """The rates of `steps` steps: a linear rise over `warmup` steps, times the decay.
+
+    A group with a `least_lr` does not fall below it.
+    """
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / (train.warmup + 1))
@@ -30,7 +34,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps: i
             return rise
         return rise * (1 - step / steps) ** train.power if step < steps else 0.0
 
-    return LambdaLR(optimizer, factor)
+    def bounded(group: dict[str, Any]) -> Callable[[int], float]:
+        least = group.get("least_lr", 0.0) / group["lr"] if group["lr"] > 0 else 0.0
+        return lambda step: max(factor(step), least)
+
+    return LambdaLR(optimizer, [bounded(group) for group in optimizer.param_groups])
 
 
 def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from corrmatch.config import Config, ConfigError, to_yaml
+from corrmatch.data import classes
 from corrmatch.data.datasets import check_files, find_data
 from corrmatch.data.streams import Streams, batches
 from corrmatch.methods import build_method
 from corrmatch.methods.base import Batch, Method, Progress, Run
 from corrmatch.models.deeplab import DeepLabV3Plus
-from corrmatch.training import checkpoint
+from corrmatch.paths import expand, make_folder
+from corrmatch.training import checkpoint, diagnostics
 from corrmatch.training.evaluate import Scores, evaluate
 from corrmatch.training.log import Log
 from corrmatch.training.optimization import make_optimizer, make_schedule, rates
+from corrmatch.training.predict import load_model
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -38,24 +42,39 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False):
         train = config.train
-        self.config, self.folder = config, Path(config.work_dir)
+        self.config, self.folder = config, expand(config.work_dir)
         self.accelerator = Accelerator(
             cpu=train.cpu, mixed_precision=train.precision, gradient_accumulation_steps=train.accumulate
         )
         self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.data = find_data(config.data)
-        if config.data.check and self.accelerator.is_main_process:
-            check_files(self.data)
+        self.withheld = diagnostics.choose(self.data) if config.eval.pseudo_labels else []
+        saved = self._open_folder(resume)
+        if self.accelerator.is_main_process:
+            self._check_data()
         set_seed(train.seed)
-        self.method = self._dress(build_method(config, len(self.data.classes)))
+        self.method = self._dress(build_method(config, len(self.data.classes), init=self._initial_weights()))
         self._check_streams()
         self.epoch_steps = self._epoch_steps()
         self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]
-        self.steps, self.step, self.phase, self.best = self.ends[-1], 0, 0, -1.0
+        self.steps, self.step, self.phase, self.best = self.ends[-1], 0, 0, -math.inf
         self.rates: dict[str, float] = {}
         set_seed(train.seed + 1, device_specific=True)
-        self._open_folder(resume)
+        if saved is None:
+            self.start_phase(0)
+        else:
+            self.restore(saved)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (self.folder / "config.yaml").write_text(to_yaml(self.config))
         self.log = Log(self.folder, self.step) if self.accelerator.is_main_process else None
+
+    def _initial_weights(self) -> dict[str, Tensor] | None:
+        if self.config.model.init is None:
+            return None
+        network, _, classes = load_model(expand(self.config.model.init))
+        checkpoint.check_classes(classes, self.data.classes)
+        return network.state_dict()
 
     def _dress(self, method: Method) -> Method:
         if self.config.train.channels_last:
@@ -82,19 +101,34 @@ class Trainer:
         batches = max(passes.values()) if train.epoch == "longest" else passes[train.epoch]
         return max(1, math.ceil(batches / (train.accumulate * self.processes)))
 
-    def _open_folder(self, resume: bool) -> None:
+    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
+        """What a run to be resumed has saved. Whatever is wrong with the folder shows before the files are read."""
+        saved = None
         if resume:
-            self.restore(checkpoint.load(self.folder / LAST))
+            saved = checkpoint.load(self.folder / LAST)
+            checkpoint.check_same(self.config, saved, self.processes)
+            checkpoint.check_classes(saved["classes"], self.data.classes)
         elif (self.folder / LAST).exists():
             raise ConfigError(
                 f"work_dir: {self.folder} holds a run; add --resume to go on with it, or name another one"
             )
-        else:
-            self.start_phase(0)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        try:
+            make_folder(self.folder)
+        except ValueError as error:
+            raise ConfigError(f"work_dir: {error}") from error
+        return saved
+
+    def _check_data(self) -> None:
+        """Reads every file, and says what there is to learn from."""
+        for note in self.data.notes:
+            tqdm.write(note, file=sys.stderr)
+        if self.config.data.check:
+            pixels = check_files(self.data)
+            tqdm.write(classes.table(self.data, pixels), file=sys.stderr)
+            if not self.config.data.allow_absent:
+                classes.require_labels(self.data, pixels)
+            classes.require_truth(self.data, pixels)
+            check_files(replace(self.data, labeled=[], unlabeled=[], val=self.withheld))
 
     def start_phase(self, phase: int, *, begin: bool = True) -> None:
         """Sets out on a phase: the work before it, then an optimiser and a schedule of its own."""
@@ -102,6 +136,9 @@ class Trainer:
         if begin:
             device = self.accelerator.device
             self.method.begin(phase, Run(self.data, self.config, self.folder, device, self.process, self.processes))
+        trained = {id(p) for p in self.method.trains(phase)}
+        for p in self.method.parameters():
+            p.requires_grad_(id(p) in trained)
         start = self.ends[phase - 1] if phase > 0 else 0
         self.optimizer = make_optimizer(self.method.parameter_groups(self.config.train), self.config.train)
         self.schedule = make_schedule(self.optimizer, self.config.train, self.ends[phase] - start)
@@ -166,13 +203,26 @@ class Trainer:
                 for name, network in (networks if self.method.score_all else networks[:1])
             }
             if self.log is not None:
-                self.log.scores(self.step, scores)
-                self.log.panels(self.step, self.method, networks[0][1], self.data, config, device)
+                self.log.evaluation(self.step, scores, self.method, networks[0][1], self.data, config, device)
+        self._measure_pseudo_labels()
         first = scores[networks[0][0]]
         better = first.miou > self.best
         self.best = max(self.best, first.miou)
         self.save([LAST, BEST] if better else [LAST])
         return first
+
+    def _measure_pseudo_labels(self) -> None:
+        """Holds pseudo-labels against masks that training never sees, and writes what they are worth."""
+        if not self.withheld:
+            return
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            sums = diagnostics.count(
+                self.method, self.withheld, self.data, self.config, device, self.process, self.processes
+            )
+        sums = self.accelerator.reduce(sums, "sum")
+        if self.log is not None:
+            self.log.pseudo_labels(self.step, diagnostics.rates(sums, self.data.classes))
 
     def save(self, names: list[str]) -> None:
         """Writes checkpoints."""
@@ -185,7 +235,6 @@ class Trainer:
 
     def restore(self, content: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was written."""
-        checkpoint.check_same(self.config, content, self.processes)
         self.method.load_state_dict(content["method"])
         self.start_phase(content["phase"], begin=False)
         self.optimizer.load_state_dict(content["optimizer"])

@@ -35,7 +35,7 @@ def test_recorded_steps_of_the_second_form(path, step):
     at = load(path, step)
     leaf = at["logits_xs"].requires_grad_()
     network = Recorded(leaf)
-    method = method_of("fixmatch", 5, network, teacher=True, partner="batch")
+    method = method_of("fixmatch", 5, network, teacher="eval", partner="batch")
     method.teacher.network = Recorded(at["logits_w"])
     batch = weak_to_strong(at, 1)
     assert method.streams().keys() == {"labeled", "unlabeled"}
@@ -54,7 +54,7 @@ def test_recorded_steps_of_the_second_form(path, step):
 
 def test_the_averaged_network_follows_from_a_copy():
     network = torch.nn.Conv2d(1, 1, 1)
-    method = method_of("fixmatch", 2, network, teacher=True, decay=0.9)
+    method = method_of("fixmatch", 2, network, teacher="eval", decay=0.9)
     averaged = method.evaluated["teacher"]
     history = []
     for step in range(3):

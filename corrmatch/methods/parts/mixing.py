@@ -22,3 +22,8 @@ def class_mix(labels: Tensor, num_classes: int, generator: torch.Generator) -> T
     rank = lot.argsort(1, descending=True).argsort(1)
     chosen = rank < present.sum(1, keepdim=True) // 2
     return chosen.gather(1, flat).view_as(labels)
+
+
+def with_next(x: Tensor, mask: Tensor) -> Tensor:
+    """Inside the mask (B, H, W) each image (B, C, H, W) or map (B, H, W) itself, outside the next one of the batch."""
+    return torch.where(mask.unsqueeze(1) if x.dim() > mask.dim() else mask, x, x.roll(-1, 0))

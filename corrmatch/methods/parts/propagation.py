@@ -32,15 +32,13 @@ class Propagation:
         query, key = _query_key(out)
         return nn.propagate_logits(query, key, out.logits)
 
-    def masks(
-        self, out: Prediction, size: tuple[int, int], generator: torch.Generator, images: slice = slice(None)
-    ) -> RegionMasks | None:
-        """Region masks of some of the images; None without `regions`."""
+    def masks(self, out: Prediction, size: tuple[int, int], generator: torch.Generator) -> RegionMasks | None:
+        """Region masks of the images; None without `regions`."""
         if not self.regions:
             return None
         query, key = _query_key(out)
         return nn.sample_region_masks(
-            query[images], key[images], self.config.num_masks, size, threshold=self.config.mask_threshold,
+            query, key, self.config.num_masks, size, threshold=self.config.mask_threshold,
             connected=self.config.connected, generator=generator,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,3 +49,11 @@ class PseudoLabels(NamedTuple):
 def paste(base: Tensor, other: Tensor, box: Tensor) -> Tensor:
     """CutMix of images (B, 3, H, W): inside the box (B, H, W) the other's."""
     return torch.where(box.unsqueeze(1), other, base)
+
+
+def nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels or masks (B, H, W) on a grid (h, w): position i takes that of floor(i H / h), exactly."""
+    rows, columns = (
+        torch.arange(new, device=maps.device) * old // new for old, new in zip(maps.shape[1:], size, strict=True)
+    )
+    return maps[:, rows[:, None], columns]
