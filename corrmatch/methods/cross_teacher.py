@@ -29,6 +29,7 @@ from corrmatch.methods.base import Batch, Method, Progress, Run, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.mixing import class_mix
 from corrmatch.methods.parts.photometric import recolour
+from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.deeplab import Prediction
@@ -293,7 +294,7 @@ def _by_rows(
         pixels = torch.zeros(classes, device=bank.device).index_put_((y,), counted.float(), accumulate=True)
         share = counted / (pixels.clamp(min=1) * pixels.count_nonzero().clamp(min=1))[y]
         entries = F.normalize(bank, dim=2, eps=TINY).flatten(0, 1)
-        total = features.new_zeros((), dtype=torch.float32)
+        loss = features.new_zeros((), dtype=torch.float32)
         for start in range(0, y.numel(), ROWS):
             block = slice(start, start + ROWS)
             near = None if other is None else other[block]
@@ -301,8 +302,8 @@ def _by_rows(
                 _pixels, cast(Tensor, x)[block], near, y[block], entries, classes, temperature,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
-            total = total + (share[block] * pulled).sum()
-    return total
+            loss = loss + (share[block] * pulled).sum()
+    return loss
 
 
 def _pixels(x: Tensor, near: Tensor | None, y: Tensor, entries: Tensor, classes: int, temperature: float) -> Tensor:
@@ -334,8 +335,7 @@ def everywhere(x: Tensor) -> Tensor:
         return x
     parts = x.new_zeros(dist.get_world_size(), *x.shape)
     parts[dist.get_rank()] = x
-    dist.all_reduce(parts)
-    return parts.movedim(0, 1).flatten(1, 2)
+    return total(parts).movedim(0, 1).flatten(1, 2)
 
 
 def _sum(terms: Any) -> Tensor:
