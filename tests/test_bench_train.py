@@ -11,6 +11,8 @@ import planted
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--crop", "33", "--budget", "0.1", "--device", "cpu", "--backbone", "test_resnet"]
 
 

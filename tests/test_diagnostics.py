@@ -27,6 +27,8 @@ from corrmatch.training.diagnostics import Labels
 from corrmatch.training.pseudo_labels import reading
 from corrmatch.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SOME = 7  # labelled pictures of the drawn sample that are listed as unlabelled here
 
 

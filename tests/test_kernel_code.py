@@ -10,6 +10,8 @@ import sys
 import pytest
 from child import FOLDER
 
+pytestmark = pytest.mark.slow
+
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 LINE = re.compile(
     r"^(?P<kernel>.+?) +sm_(?P<arch>\d+) +(?P<dtype>\w+) +\S+ \d warps +(?P<registers>\d+) +(?P<spilled>\d+) +[\d.]+"

@@ -14,6 +14,8 @@ from corrmatch.kernels.language import float32_precision
 from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
 from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = [table for family in FAMILIES.values() for table in family]
 SHIPPED = {config for table in TABLES for of_class in table.values() for config in of_class}

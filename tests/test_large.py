@@ -11,6 +11,8 @@ from samples import SAMPLES, results
 from corrmatch import _C, ops
 from corrmatch.kernels import packing, pixel_propagate, pixel_propagate_backward, pseudo_label
 
+pytestmark = pytest.mark.slow
+
 BEYOND = 2**31
 
 

@@ -9,6 +9,8 @@ import torch
 from child import run_python
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 
+pytestmark = pytest.mark.slow
+
 # Large enough for many groups of row blocks, strips and chunks.
 LARGE = {"pixel_propagate": (23, 19), "region_masks": (19, 23), "connected_components": (130, 150)}
 

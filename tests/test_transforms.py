@@ -13,6 +13,8 @@ from torch.library import opcheck
 import corrmatch
 from corrmatch import RegionMasks, ops
 
+pytestmark = pytest.mark.slow
+
 TRITON = corrmatch.backends()["triton"]
 
 REGISTERED = torch.ops.corrmatch

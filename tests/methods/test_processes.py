@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from corrmatch.methods.mutual_distillation import ClassVariances
 from corrmatch.methods.parts.processes import total
 from corrmatch.methods.prcl import Pixels, prototype_sums, prototypes
+
+pytestmark = pytest.mark.slow
 
 
 def pixels():
