@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from child import in_two_processes
 from training import (
     assert_same,
     build_without_batch_effects,
@@ -193,14 +191,8 @@ def train_without_batch_effects(data, folder, batch):
 
 def test_two_processes_are_one_with_the_doubled_batch(sample, tmp_path):
     """Where no layer looks at the batch as a whole; the three validation images are not divisible by two."""
-    script = tmp_path / "two.py"
     call = f"train_without_batch_effects({str(sample)!r}, Path({str(tmp_path / 'two')!r}), 2)"
-    script.write_text(f"from pathlib import Path\nfrom test_contract import *\n{call}\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent))), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(__file__, call, tmp_path)
     train_without_batch_effects(sample, tmp_path / "one", 4)
     for case in (case.id for case in cases(skipped=BATCH_WIDE)):
         one, two = (tmp_path / name / case for name in ("one", "two"))

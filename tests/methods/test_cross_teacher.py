@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from child import in_two_processes
 from recordings import Recorded, load, method_of, progress, recorded, relative
 from torch import nn
 
@@ -146,15 +147,16 @@ def fill_banks(folder, processes):
     torch.save(bank.state_dict(), folder / f"{processes}_{rank}.pt")
 
 
-def run_process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def run_process(folder):
+    dist.init_process_group("gloo")
     fill_banks(folder, 2)
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_banks_of_two_processes_are_that_of_one(tmp_path):
     fill_banks(tmp_path, 1)
-    torch.multiprocessing.spawn(run_process, (tmp_path,), nprocs=2)
+    in_two_processes(__file__, f"run_process(Path({str(tmp_path)!r}))", tmp_path)
     one, *two = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
     assert (one["count"] == 6).all()
     for state in two:

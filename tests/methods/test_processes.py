@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from child import in_two_processes
 
 from corrmatch.methods.mutual_distillation import ClassVariances
 from corrmatch.methods.parts.processes import total
@@ -54,13 +52,7 @@ def half(folder):
 
 
 def test_sums_statistics_and_prototypes_agree(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(f"from test_processes import *\nhalf({str(tmp_path)!r})\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))}
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(__file__, f"half({str(tmp_path)!r})", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     features, labels = pixels()
     expected = updated(features, labels) | classes(features, labels) | {"sum": torch.tensor([1.0, 3.0, 5.0])}
