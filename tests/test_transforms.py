@@ -55,7 +55,7 @@ def opcheck_calls():
     saved = [x.detach() for x in REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, True, "cpu")[1:]]
     for needs in ([True, True, True], [False, True, False], [True, False, True]):
         plain = [x.detach() for x in maps]
-        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, False, 0.5, needs)
+        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, 0.5, needs)
 
     index = torch.randint(20, (2, 6))
     query, key = maps[0].detach(), maps[1].detach()
@@ -105,8 +105,8 @@ def test_opcheck(call):
             continue  # that oracle is not an op of its own
         arguments = [on(case.device, x) if isinstance(x, torch.Tensor) else x for x in arguments]
         if CALLS[call] == "pixel_propagate_backward":
-            *_, saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
-            arguments[5] = saved.detach()
+            _, *saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
+            arguments[4:7] = [x.detach() for x in saved]
         assert set(opcheck(op, (*arguments, case.name)).values()) == {"SUCCESS"}, case
 
 
