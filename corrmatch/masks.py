@@ -65,8 +65,6 @@ class RegionMasks:
     @classmethod
     def from_bool(cls, masks: Tensor) -> RegionMasks:
         """Packs a bool tensor (B, K, H, W)."""
-        if masks.layout is not torch.strided:
-            raise TypeError(f"masks: expected a dense tensor (torch.strided), got layout {masks.layout}")
         if masks.dtype != torch.bool:
             raise TypeError(f"masks: expected a bool tensor, got {masks.dtype}")
         dense("masks", masks)
