@@ -39,7 +39,9 @@ class RegionMasks:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", _plain(self.size))
+        size = self.size
+        if type(size) is not tuple or len(size) != 2 or type(size[0]) is not int or type(size[1]) is not int:
+            object.__setattr__(self, "size", _plain(size))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RegionMasks):
