@@ -9,7 +9,7 @@ extension is built into a folder of its own, so an installed corrmatch stays as 
     *.png          time and memory of pixel_propagate against N, a figure for each dtype
     logs/          what every step printed
     runs/          what every benchmark wrote, with the seconds of every round
-results.json, report.md and, where `--archive FILE` asks for it, FILE (all of OUTDIR as .tar.gz) are written after every
+results.json, report.md and, where `--archive FILE` asks for one, FILE (OUTDIR as .tar.gz) are written after every
 step: a run that is ended at any moment leaves what it had. The last table says what passed. The exit code is 0 where
 all did, 1 where not.
 

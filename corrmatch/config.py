@@ -120,7 +120,8 @@ class EvalConfig:
                     choices=("original", "center_crop", "sliding"))  # fmt: skip
     window: int = key(801, "side of a sliding window, pixels", low=33)
     stride: int = key(534, "of the sliding window, pixels", low=1)
-    panels: int = key(4, "validation pictures shown in TensorBoard", low=0)
+    panels: int = key(4, "validation pictures shown in TensorBoard and on the page of `corrmatch compare`", low=0)
+    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled pictures, where there are some")
 
 
 @dataclass

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from corrmatch.dtypes import dense
+
 WORD = 32
 
 
@@ -63,24 +65,28 @@ class RegionMasks:
     @classmethod
     def from_bool(cls, masks: Tensor) -> RegionMasks:
         """Packs a bool tensor (B, K, H, W)."""
+        if masks.layout is not torch.strided:
+            raise TypeError(f"masks: expected a dense tensor (torch.strided), got layout {masks.layout}")
         if masks.dtype != torch.bool:
             raise TypeError(f"masks: expected a bool tensor, got {masks.dtype}")
+        dense("masks", masks)
         if masks.dim() != 4:
             raise ValueError(f"masks: expected shape (B, K, H, W), got {tuple(masks.shape)}")
         batch, count, height, width = masks.shape
         words = cls.words((height, width))
         padding = words * WORD - height * width
-        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, 4 * words, 8)
+        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, words, 4, 8)
         # Eight bits make a byte here and four bytes a word by reinterpretation: the low byte comes first in memory.
         octets = (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(-1, dtype=torch.uint8)
-        return cls(octets.view(torch.int32), (height, width))
+        return cls(octets.view(torch.int32).squeeze(-1), (height, width))
 
     def to_bool(self) -> Tensor:
         """The masks as a bool tensor (B, K, H, W)."""
         height, width = self.size
+        batch, count = self.packed.shape[:2]
         octets = self._octets().unsqueeze(-1)
         bits = (octets >> torch.arange(8, dtype=torch.uint8, device=octets.device)) & 1
-        return bits.flatten(2)[..., : height * width].unflatten(-1, self.size).to(torch.bool)
+        return bits.flatten(2)[..., : height * width].reshape(batch, count, height, width).to(torch.bool)
 
     def area(self) -> Tensor:
         """Number of pixels in each mask: int64 (B, K)."""
@@ -89,12 +95,12 @@ class RegionMasks:
         octets = octets - ((octets >> 1) & 0x55)
         octets = (octets & 0x33) + ((octets >> 2) & 0x33)
         octets = (octets + (octets >> 4)) & 0x0F
-        return ((octets.view(torch.int32) * 0x01010101) >> 24).sum(-1, dtype=torch.int64)
+        return ((octets.view(torch.int32) * 0x01010101) >> 24).sum((-2, -1), dtype=torch.int64)
 
     def _octets(self) -> Tensor:
-        """The words as uint8 (B, K, 4 * words), low byte first."""
+        """The words as uint8 (B, K, words, 4), low byte first."""
         # Not contiguous(): a last dimension of one word counts as that with any stride.
-        return self.packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        return self.packed.clone(memory_format=torch.contiguous_format).unsqueeze(-1).view(torch.uint8)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False) -> RegionMasks:
         """The same masks on another device, as `Tensor.to` moves a tensor."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from corrmatch import ops
 from corrmatch.masks import RegionMasks
@@ -18,6 +20,10 @@ class CorrelationOutput(NamedTuple):
 
     propagated: Tensor
     masks: RegionMasks | None
+
+
+# torch.export writes programs that return one.
+pytree._register_namedtuple(CorrelationOutput, serialized_type_name="corrmatch.nn.CorrelationOutput")
 
 
 class CorrelationHead(nn.Module):
@@ -127,8 +133,10 @@ class DynamicThreshold(nn.Module):
 
     .. math:: \theta \leftarrow m \theta + (1 - m) \operatorname{mean}_{c\ \mathrm{present}} \mathrm{class\_peak}_c
 
-    The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. Under torch.distributed
-    the peaks of all processes combine by their maximum, so every process holds the same threshold.
+    The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. It stays float32 when the
+    module is cast, by half() or to(torch.bfloat16), and whatever is loaded: rounded to bfloat16, it would never move
+    with a momentum of 0.999. Under torch.distributed the peaks of all processes combine by their maximum, so every
+    process holds the same threshold.
 
     Args:
         initial: theta before the first update.
@@ -142,22 +150,36 @@ class DynamicThreshold(nn.Module):
     def __init__(self, initial: float = 0.85, momentum: float = 0.999):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("threshold", torch.tensor(float(initial)))
+        self.register_buffer("threshold", torch.tensor(float(initial), dtype=torch.float32))
 
     @torch.no_grad()
     def update(self, class_peak: Tensor) -> Tensor:
         """Moves the threshold by the (C,) peaks that `ops.pseudo_label` returns; absent classes have peak 0.
 
-        Without any present class the threshold stays. Returns the buffer.
+        A class whose peak is NaN or infinite counts as absent, so that one bad batch does not make the threshold NaN
+        for good. Without any present class the threshold stays. Returns the buffer.
         """
+        class_peak = torch.where(class_peak.isfinite(), class_peak, 0).to(torch.float32).clamp(min=0)
         if dist.is_available() and dist.is_initialized():
-            class_peak = class_peak.clone()
             dist.all_reduce(class_peak, dist.ReduceOp.MAX)
         present = class_peak > 0
         mean = class_peak.sum() / present.sum().clamp(min=1)
         moved = self.momentum * self.threshold + (1 - self.momentum) * mean
         self.threshold.copy_(torch.where(present.any(), moved, self.threshold))
         return self.threshold
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicThreshold:
+        """What moves or casts a module goes through here; the state moves along, but is not cast."""
+        before = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            self.threshold = before.to(self.threshold.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """With assign=True the state would be what is loaded, in the dtype that it comes in."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.threshold = self.threshold.to(torch.float32)
 
     def forward(
         self, logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None

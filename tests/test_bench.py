@@ -19,6 +19,8 @@ import pytest
 import report
 import torch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(bench_corr.__file__)
 TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1", "--device", "cpu"]
 LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}

@@ -25,6 +25,8 @@ from corrmatch.training.page import page
 from corrmatch.training.snapshot import Panel, Snapshot
 from corrmatch.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 THREE = ("train.epochs=3", "train.eval_every=1")
 CLASSES = ["sky", "a <b> & c"]
 
@@ -71,8 +73,14 @@ def trained(tmp_path_factory):
     """Real runs: two seeds of one method, one of another."""
     folder = tmp_path_factory.mktemp("trained")
     draw_sample(folder / "sample")
-    shorten(folder / "sample", labeled=5, unlabeled=8, val=3)
-    runs = {"s0": ("method=supervised",), "s1": ("method=supervised", "train.seed=1"), "c0": ()}
+    shorten(folder / "sample", labeled=5, unlabeled=7, val=3)
+    with (folder / "sample/splits/unlabeled.txt").open("a") as file:
+        file.write("labeled_007\n")  # has a mask
+    runs = {
+        "s0": ("method=supervised",),
+        "s1": ("method=supervised", "train.seed=1"),
+        "c0": ("eval.pseudo_labels=true",),
+    }
     for name, overrides in runs.items():
         AcceleratorState._reset_state(reset_partial_state=True)
         Trainer(small_config(folder / "sample", folder / name, *THREE, *overrides)).run()
@@ -333,6 +341,7 @@ def test_in_a_browser(chromium, trained, tmp_path, width):
     assert found["width"] == width
     assert found["content"] <= width  # nothing to scroll sideways
     assert found["images"]
+    assert "<h2>Pseudo-labels</h2>" in found["text"]
     assert found["texts"] > 100
     assert found["smallest"] >= 8.5  # pixels
     seen, written_down = Page(found["text"]), Page(out.read_text(encoding="utf-8"))

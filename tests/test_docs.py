@@ -16,6 +16,8 @@ from sphinx.cmd.build import main as sphinx_build
 
 from corrmatch import ops
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     "README.md",

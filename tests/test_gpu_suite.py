@@ -19,6 +19,8 @@ import suite_report
 import suite_results
 import suite_steps
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(gpu_suite.__file__).with_name("gpu_suite.sh")
 OPS = ["ops-bfloat16"]
 REGIONS = ["regions-masks", "regions-components"]

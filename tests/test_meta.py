@@ -102,16 +102,6 @@ def test_autocast_of_another_device_changes_nothing(sample):
         assert described(results(call(*arguments))) == expected
 
 
-def test_default_device(backend, sample):
-    """Where torch makes new tensors by default has no say: everything goes where the arguments are."""
-    call, arguments = SAMPLES[sample][1]((5, 6), device=backend.device, backend=backend.name)
-    expected = results(call(*arguments))
-    with torch.device("meta"):
-        found = results(call(*arguments))
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_modules():
     head = nn.CorrelationHead(8, 4, hidden_channels=8).to("meta")
     theta = nn.DynamicThreshold().to("meta")

@@ -70,3 +70,21 @@ def test_schedules(keys, expected):
         schedule.step()
     assert found == pytest.approx(expected)
     assert rates(optimizer)["lr_head"] == (0.1 if train.schedule == "constant" else 0)
+
+
+def test_a_group_keeps_to_its_least_rate():
+    network = nn.Conv2d(2, 2, 1)
+    parts = [
+        {"name": "kernel", "lr": 0.1, "params": [network.weight]},
+        {"name": "bias", "lr": 0.2, "params": [network.bias], "least_lr": 0.11},
+    ]
+    train = TrainConfig(power=1.0)
+    optimizer = make_optimizer(parts, train)
+    schedule = make_schedule(optimizer, train, 4)
+    found = []
+    for _ in range(5):
+        found.append(rates(optimizer))
+        optimizer.step()
+        schedule.step()
+    assert [x["lr_kernel"] for x in found] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
+    assert [x["lr_bias"] for x in found] == pytest.approx([0.2, 0.15, 0.11, 0.11, 0.11])

@@ -21,6 +21,8 @@ from corrmatch.models.deeplab import Prediction
 from corrmatch.training import pictures
 from corrmatch.training.predict import KINDS, load_model, predict
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

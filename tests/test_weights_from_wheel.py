@@ -12,6 +12,8 @@ import weights_from_wheel
 
 from corrmatch.models.deeplab import DeepLabV3Plus
 
+pytestmark = pytest.mark.slow
+
 
 def write_wheel(path, state):
     torch.save(state, path.with_suffix(".pth"))

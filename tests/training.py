@@ -61,9 +61,9 @@ def die_in_step(run, step, monkeypatch):
         scramble(12345)
 
 
-def build_without_batch_effects(config, num_classes):
+def build_without_batch_effects(config, num_classes, **options):
     """The method with batch norms and dropouts that leave the values as they are."""
-    method = build_method(config, num_classes)
+    method = build_method(config, num_classes, **options)
     for module in list(method.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d | nn.Dropout2d):

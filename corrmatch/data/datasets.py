@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,9 @@ class Data:
     classes: list[str]
     table: torch.Tensor  # (256,) uint8: the class of each id in a mask file, IGNORE, or UNKNOWN
     notes: tuple[str, ...] = ()  # what the user should know, a line each
+    withheld: tuple[
+        Item, ...
+    ] = ()  # unlabelled pictures whose masks are at hand, with them: `eval.pseudo_labels` alone
 
 
 def find_data(config: DataConfig) -> Data:
@@ -69,15 +72,17 @@ def find_data(config: DataConfig) -> Data:
         raise DataError("data.labeled: every picture with a mask is in data.val")
     taken = held_out | {item.picture for item in labeled}
     unlabeled = lists.get("unlabeled") or [
-        Item(name, path, None) for name, path in sorted(pictures.files.items()) if path not in taken
+        Item(name, path, masks.files.get(name)) for name, path in sorted(pictures.files.items()) if path not in taken
     ]
     both = [item.name for item in unlabeled if item.picture in held_out]
     if both and "val" in lists:
         notes.append(f"data.unlabeled: {len(both)} pictures are in data.val as well: {shorten(both)}")
     elif both:
         unlabeled = [item for item in unlabeled if item.picture not in held_out]
+    withheld = tuple(item for item in unlabeled if item.mask is not None and item.picture not in taken)
+    unlabeled = [replace(item, mask=None) for item in unlabeled]
     classes = _read_classes(config, root)
-    return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)), tuple(notes))
+    return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)), tuple(notes), withheld)
 
 
 def _with_masks(root: Path, pictures: Found, masks: Found) -> list[Item]:

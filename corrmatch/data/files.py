@@ -86,7 +86,7 @@ def _id(file: str, start: str, end: str) -> str | None:
 
 
 def read_list(key: str, root: Path, name: str, pictures: Found, masks: Found, need_mask: bool) -> list[Item]:
-    """The pictures of a list, with their masks where they are needed.
+    """The pictures of a list, with their masks: all of them where they are needed, else those that are there.
 
     A line is an id, a picture where no mask is needed, or a picture and a mask, with a tab or blanks between; quotes
     hold together what contains blanks. What is missing, and what is there more than once, is named at once.
@@ -102,15 +102,15 @@ def read_list(key: str, root: Path, name: str, pictures: Found, masks: Found, ne
         entry, *beside = fields
         picture = pictures.files.get(entry) if not beside else None
         picture = picture or _place(root, entry)
-        mask = None
-        if need_mask:
-            mask = _place(root, beside[0]) if beside else masks.files.get(entry)
-            if mask is None and os.path.isfile(picture) and entry not in pictures.files:
-                raise DataError(
-                    f"{key}: {path}: {entry} is a picture without its mask; expected an id, or a picture and a mask"
-                )
+        mask = _place(root, beside[0]) if beside else masks.files.get(entry)
+        if need_mask and mask is None and os.path.isfile(picture) and entry not in pictures.files:
+            raise DataError(
+                f"{key}: {path}: {entry} is a picture without its mask; expected an id, or a picture and a mask"
+            )
         missing += [f"picture of {entry}"] if not os.path.isfile(picture) else []
-        missing += [f"mask of {entry}"] if need_mask and (mask is None or not os.path.isfile(mask)) else []
+        if mask is None or not os.path.isfile(mask):
+            missing += [f"mask of {entry}"] if need_mask else []
+            mask = None
         items.append(Item(entry, picture, mask))
     if missing:
         raise DataError(f"{key}: {path}: not found: {shorten(missing)}")

@@ -11,6 +11,7 @@ from corrmatch.config import Config
 from corrmatch.methods.base import Method
 from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
+from corrmatch.methods.cross_teacher import CrossTeacher
 from corrmatch.methods.dual_teacher import DualTeacher
 from corrmatch.methods.fixmatch import FixMatch
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "dual_teacher": DualTeacher,
     "mutual_distillation": MutualDistillation,
     "prcl": PRCL,
+    "cross_teacher": CrossTeacher,
 }
 
 

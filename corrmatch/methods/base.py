@@ -117,6 +117,16 @@ class Method(nn.Module):
         """Networks by name; the first is scored, saved as the one to predict with, and shown."""
         return {"model": self.model}
 
+    @property
+    def labeller(self) -> nn.Module:
+        """The network whose pseudo-labels `eval.pseudo_labels` measures: the first of `evaluated`."""
+        return next(iter(self.evaluated.values()))
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """Confidence from which a pseudo-label counts: the key of that name, 0 in methods without one."""
+        return getattr(self.options, "threshold", 0.0)
+
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}

@@ -22,9 +22,9 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import MODES, Teacher
+from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction, evaluating
+from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
 from corrmatch.nn import DynamicThreshold
 
@@ -82,7 +82,7 @@ class CorrMatch(Method):
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        pasted = PseudoLabels.of(self.label(mix["weak"]).logits, mix["ignore"])
+        pasted = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
         both = torch.cat([labeled["image"], unlabeled["weak"]])
         weak = self.model(both, perturb=True, correlate=part.head)
         labelling = weak.split(count)[1]
@@ -106,13 +106,6 @@ class CorrMatch(Method):
             scalars["mask_area"] = some.area().float().mean() / box[0].numel()
         return Step.of(loss, scalars)
 
-    def label(self, images: Tensor) -> Prediction:
-        """Logits of weak views in evaluation mode, without gradient; in the teacher's mode where there is one."""
-        if self.teacher is not None:
-            return self.teacher(images)
-        with evaluating(self.model), torch.no_grad():
-            return self.model(images)
-
     def after_step(self, progress: Progress) -> None:
         """The next batch moves the threshold on; the averaged network follows."""
         self.theta.finish_step()
@@ -124,6 +117,11 @@ class CorrMatch(Method):
         """The averaged network before the trained one."""
         teacher = {} if self.teacher is None else {"teacher": self.teacher.network}
         return teacher | {"model": self.model}
+
+    @property
+    def threshold(self) -> Tensor:
+        """Where the dynamic threshold stands."""
+        return self.theta.threshold
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""

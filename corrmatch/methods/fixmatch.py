@@ -19,8 +19,7 @@ from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import MODES, Teacher
-from corrmatch.models.deeplab import Prediction, evaluating
+from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.models.factory import NetworkFactory
 
 
@@ -61,11 +60,10 @@ class FixMatch(Method):
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, box, strong = labeled["label"], unlabeled["box"][:, 0], unlabeled["strong"][:, 0]
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        if "mix" in batch:
-            other = PseudoLabels.of(self.label(batch["mix"]["weak"]).logits, batch["mix"]["ignore"])
-            strong = paste(strong, batch["mix"]["strong"][:, 0], box)
-        else:
-            strong = paste(strong, strong.flip(0), box)
+        mix, other = batch.get("mix"), None
+        if mix is not None:
+            other = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
+        strong = paste(strong, strong.flip(0) if mix is None else mix["strong"][:, 0], box)
         if self.teacher is not None:
             weak = self.teacher(unlabeled["weak"], correlate=part.regions)
             both = self.model(torch.cat([labeled["image"], strong]), correlate=part.head)
@@ -75,7 +73,7 @@ class FixMatch(Method):
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
         pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
-        target = pseudo.paste(other if "mix" in batch else pseudo.reversed(), box)
+        target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress.generator)
         labels, reliable = part.targets(
             target, self.options.threshold, masks, ~box & target.counted, weak.logits.shape[1]
@@ -91,13 +89,6 @@ class FixMatch(Method):
             loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
         scalars["reliable"] = pseudo.reliable(self.options.threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
-
-    def label(self, images: torch.Tensor) -> Prediction:
-        """Logits of weak views in evaluation mode, without gradient."""
-        if self.teacher is not None:
-            return self.teacher(images)
-        with evaluating(self.model), torch.no_grad():
-            return self.model(images)
 
     def after_step(self, progress: Progress) -> None:
         """The averaged network follows."""

@@ -116,6 +116,11 @@ class FuzzyPositive(Method):
             self.theta.finish_step()
 
     @property
+    def threshold(self) -> float | Tensor:
+        """That of the regions; without them all pixels count."""
+        return 0.0 if self.theta is None else self.theta.threshold
+
+    @property
     def evaluated(self) -> dict[str, nn.Module]:
         """Both networks."""
         return {"first": self.model, "second": self.peer}

@@ -225,24 +225,19 @@ class ClassVariances(nn.Module):
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Counts the pixels of features (B, A, h, w) that have a label (B, h, w).
 
-        The sums are of differences from the running mean, the same in all processes: squares of the features
-        themselves would round away a small variance.
+        The sums are float64: a small variance is the difference of large squares. Autocast leaves them alone.
         """
-        classes = self.amount.shape[0]
         counted = (labels != IGNORE).flatten()
-        rows = features.float().movedim(1, -1).flatten(0, -2)
+        rows = features.double().movedim(1, -1).flatten(0, -2)
         index = torch.where(counted, labels.flatten(), 0)
-        apart = rows - self.mean[index]
-        with torch.autocast(features.device.type, enabled=False):
-            of_class = F.one_hot(index, classes).float().mT * counted
-            sums = torch.cat([of_class @ apart, of_class @ apart.square(), of_class.sum(1, keepdim=True)], 1)
-        first, second, count = total(sums).split([rows.shape[1], rows.shape[1], 1], 1)
-        present = count.clamp(min=1)
-        offset = first / present
-        variance = (second / present - offset.square()).clamp(min=0)
+        of_class = F.one_hot(index, self.amount.shape[0]).double().mT * counted
+        sums = total(torch.cat([of_class @ rows, of_class @ rows.square(), of_class.sum(1, keepdim=True)], 1))
+        first, second, count = sums.split([rows.shape[1], rows.shape[1], 1], 1)
+        mean, square = (x / count.clamp(min=1) for x in (first, second))
+        variance, offset = (square - mean.square()).clamp(min=0), mean - self.mean
         share = count / (count + self.amount.unsqueeze(1)).clamp(min=1)
         self.covariance.copy_((1 - share) * (self.covariance + share * offset.square()) + share * variance)
-        self.mean.add_(share * offset)
+        self.mean.copy_(self.mean + share * offset)
         self.amount.add_(count[:, 0])
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from corrmatch.data.views import WEAK_STRONG_STRONG
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.models.deeplab import evaluating
+from corrmatch.methods.parts.teacher import answer
 
 
 class UniMatch(Method):
@@ -44,8 +44,7 @@ class UniMatch(Method):
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        with evaluating(self.model), torch.no_grad():
-            other = PseudoLabels.of(self.model(mix["weak"]).logits, mix["ignore"])
+        other = PseudoLabels.of(answer(self.model, None, mix["weak"]).logits, mix["ignore"])
         plain = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), perturb=True, correlate=part.head)
         labelled, weak = plain.split(count)
         pairs = zip(unlabeled["strong"].unbind(1), mix["strong"].unbind(1), boxes, strict=True)

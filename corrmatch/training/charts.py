@@ -68,11 +68,9 @@ def lines(title: str, curves: Sequence[Curve], *, percent: bool = False) -> str:
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         text = number(100 * tick if percent else tick, y_ticks[1] - y_ticks[0], percent)
         parts.append(f'<text class="tick" x="{left - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for tick in x_ticks:
-        if start <= tick <= end:
-            text = number(tick, x_ticks[1] - x_ticks[0])
-            parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{text}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH}" y="{height - 8}" text-anchor="end">step</text>')
+    for i, tick in enumerate(tick for tick in x_ticks if start <= tick <= end):
+        text = ("step " if i == 0 else "") + number(tick, x_ticks[1] - x_ticks[0])
+        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{text}</text>')
     for curve in curves:
         parts += _curve(curve, x, y)
     places = spread([y(curve.mean[-1]) for curve in curves], top + 4, height - bottom)

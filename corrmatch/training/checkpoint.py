@@ -17,7 +17,10 @@ from omegaconf import OmegaConf
 from corrmatch.config import Config, ConfigError, from_arguments, keys, parse, to_yaml
 
 VERSION = 2  # of what a checkpoint holds
-FREE = ("train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir")
+FREE = (
+    "train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir",
+    "eval.pseudo_labels",
+)  # fmt: skip
 
 
 def random_state() -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Log:
         draft = self.path.with_suffix(".partial")
         draft.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
         os.replace(draft, self.path)
-        last = snapshot.read(folder)
-        if last is not None and last.step > step:
+        kept = snapshot.read(folder) if step > 0 else None
+        if kept is None or kept.step > step:
             snapshot.discard(folder)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
@@ -79,6 +79,10 @@ class Log:
         self.board.flush()
         counts = (len(data.labeled), len(data.unlabeled))
         snapshot.write(self.folder, Snapshot(step, *counts, data.classes, first[1].confusion, panels))
+
+    def pseudo_labels(self, step: int, values: dict[str, float]) -> None:
+        """Writes what pseudo-labels are worth."""
+        self._put(step, "pseudo", values)
 
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -7,10 +7,15 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+
 from corrmatch.training import charts
+from corrmatch.training.charts import Curve
 from corrmatch.training.compare import Row, Spread, short
 from corrmatch.training.pictures import palette
 from corrmatch.training.snapshot import media_type
+
+POINTS = 120  # of a curve; where the log has more, means of neighbours are drawn
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -49,6 +54,33 @@ def chart_grid(figures: Sequence[str]) -> str:
 def picture_grid(figures: Sequence[str]) -> str:
     """Pictures, as many side by side as fit."""
     return '<div class="pictures">\n' + "\n".join(figures) + "\n</div>"
+
+
+def figure(name: str, rows: Sequence[Row], kind: str, *, percent: bool = False, title: str = "") -> str:
+    """A scalar of the log over steps; nothing where no row has it."""
+    curves = [curve for row in rows if (curve := _curve(row, kind, name)) is not None]
+    if not curves:
+        return ""
+    title = title or _title(name)
+    chart = charts.lines(f"{title} over steps", curves, percent=percent)
+    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
+
+
+def _title(name: str) -> str:
+    first, *more = name.split("_")
+    return " ".join(["mean IoU" if first == "miou" else first, *more])
+
+
+def _curve(row: Row, kind: str, name: str) -> Curve | None:
+    over = row.over_steps(kind, name)
+    if not over:
+        return None
+    steps, values = np.array(list(over)), np.array(list(over.values()))
+    size = math.ceil(len(steps) / POINTS)
+    starts = np.arange(0, len(steps), size)
+    lengths = np.diff([*starts, len(steps)])
+    steps, values = np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths[:, None]
+    return Curve(row.index, row.letter, *(x.tolist() for x in (steps, values.mean(1), values.min(1), values.max(1))))
 
 
 def image(caption: str, encoded: bytes) -> str:

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from corrmatch.training import charts
-from corrmatch.training.charts import Bar, Curve
+from corrmatch.training.charts import Bar
 from corrmatch.training.compare import Row, differing, read_rows
 from corrmatch.training.markup import (
+    POINTS,
     chart_grid,
     color_legend,
     counted,
     difference,
+    figure,
     image,
     legend,
     named,
@@ -29,9 +31,9 @@ from corrmatch.training.markup import (
     setting,
     table,
 )
+from corrmatch.training.pseudo_labels import pseudo_labels
 from corrmatch.training.snapshot import Views
 
-POINTS = 120  # of a curve; where the log has more, means of neighbours are drawn
 LARGEST_MATRIX = 40  # classes; beyond it a cell is too small to see
 CONFUSIONS = 6  # listed below a matrix
 FIRST = ("picture", "truth", "prediction")  # views that runs have in common
@@ -51,7 +53,7 @@ def page(rows: Sequence[Row]) -> str:
     style = importlib.resources.files("corrmatch.training").joinpath("page.css").read_text(encoding="utf-8")
     runs = sum(len(row.runs) for row in rows)
     title = f"{counted(runs, 'run')} in {counted(len(rows), 'row')}"
-    sections = [results, validation, classes, confusions, pictures, training, settings, all_runs]
+    sections = [results, validation, classes, confusions, pseudo_labels, pictures, training, settings, all_runs]
     body = "\n".join(section(rows) for section in sections)
     return f"""<!doctype html>
 <html lang="en">
@@ -105,7 +107,7 @@ def results(rows: Sequence[Row]) -> str:
 def validation(rows: Sequence[Row]) -> str:
     """Mean IoU and accuracy, and those of further networks, over steps."""
     names = dict.fromkeys(name for row in rows for name in row.names("val") if not name.startswith("iou_"))
-    figures = [_figure(name, rows, "val", percent=True) for name in names]
+    figures = [figure(name, rows, "val", percent=True) for name in names]
     note = '<p class="note">In percent. Bands reach from the lowest to the highest run of a row.</p>'
     return section("Validation over training", legend(rows) + note + chart_grid(figures))
 
@@ -184,7 +186,7 @@ def training(rows: Sequence[Row]) -> str:
     """All scalars of the training log; learning rates last."""
     names = dict.fromkeys(name for row in rows for name in row.names("train"))
     ordered = sorted(names, key=lambda name: name.startswith("lr_"))
-    figures = [_figure(name, rows, "train") for name in ordered]
+    figures = [figure(name, rows, "train") for name in ordered]
     note = f'<p class="note">As logged in training; means of neighbours where there are more than {POINTS} values.</p>'
     return section("Training", legend(rows) + note + chart_grid(figures))
 
@@ -225,32 +227,6 @@ def all_runs(rows: Sequence[Row]) -> str:
             }
             body.append((f'<span class="row"><b>{row.letter}</b><code>{escape(str(run.folder))}</code></span>', cells))
     return section("Runs", table("run", body))
-
-
-def _figure(name: str, rows: Sequence[Row], kind: str, *, percent: bool = False) -> str:
-    curves = [curve for row in rows if (curve := _curve(row, kind, name)) is not None]
-    if not curves:
-        return ""
-    title = _title(name)
-    chart = charts.lines(f"{title} over steps", curves, percent=percent)
-    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
-
-
-def _title(name: str) -> str:
-    first, *more = name.split("_")
-    return " ".join(["mean IoU" if first == "miou" else first, *more])
-
-
-def _curve(row: Row, kind: str, name: str) -> Curve | None:
-    over = row.over_steps(kind, name)
-    if not over:
-        return None
-    steps, values = np.array(list(over)), np.array(list(over.values()))
-    size = math.ceil(len(steps) / POINTS)
-    starts = np.arange(0, len(steps), size)
-    lengths = np.diff([*starts, len(steps)])
-    steps, values = np.add.reduceat(steps, starts) / lengths, np.add.reduceat(values, starts) / lengths[:, None]
-    return Curve(row.index, row.letter, *(x.tolist() for x in (steps, values.mean(1), values.min(1), values.max(1))))
 
 
 def _pixel_shares(rows: Sequence[Row]) -> dict[str, float]:

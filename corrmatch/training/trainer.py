@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +23,7 @@ from corrmatch.methods import build_method
 from corrmatch.methods.base import Batch, Method, Progress, Run
 from corrmatch.models.deeplab import DeepLabV3Plus
 from corrmatch.paths import expand, make_folder
-from corrmatch.training import checkpoint
+from corrmatch.training import checkpoint, diagnostics
 from corrmatch.training.evaluate import Scores, evaluate
 from corrmatch.training.log import Log
 from corrmatch.training.optimization import make_optimizer, make_schedule, rates
@@ -47,6 +48,7 @@ class Trainer:
         )
         self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.data = find_data(config.data)
+        self.withheld = diagnostics.choose(self.data) if config.eval.pseudo_labels else []
         saved = self._open_folder(resume)
         if self.accelerator.is_main_process:
             self._check_data()
@@ -126,6 +128,7 @@ class Trainer:
             if not self.config.data.allow_absent:
                 classes.require_labels(self.data, pixels)
             classes.require_truth(self.data, pixels)
+            check_files(replace(self.data, labeled=[], unlabeled=[], val=self.withheld))
 
     def start_phase(self, phase: int, *, begin: bool = True) -> None:
         """Sets out on a phase: the work before it, then an optimiser and a schedule of its own."""
@@ -201,11 +204,25 @@ class Trainer:
             }
             if self.log is not None:
                 self.log.evaluation(self.step, scores, self.method, networks[0][1], self.data, config, device)
+        self._measure_pseudo_labels()
         first = scores[networks[0][0]]
         better = first.miou > self.best
         self.best = max(self.best, first.miou)
         self.save([LAST, BEST] if better else [LAST])
         return first
+
+    def _measure_pseudo_labels(self) -> None:
+        """Holds pseudo-labels against masks that training never sees, and writes what they are worth."""
+        if not self.withheld:
+            return
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            sums = diagnostics.count(
+                self.method, self.withheld, self.data, self.config, device, self.process, self.processes
+            )
+        sums = self.accelerator.reduce(sums, "sum")
+        if self.log is not None:
+            self.log.pseudo_labels(self.step, diagnostics.rates(sums, self.data.classes))
 
     def save(self, names: list[str]) -> None:
         """Writes checkpoints."""

@@ -163,7 +163,8 @@ def test_recorded_boxes(path):
 
 
 def test_statistics_of_many_updates_are_those_of_all_pixels():
-    features, labels = 3 + torch.randn(6, 3, 7, 9), torch.randint(4, (6, 7, 9))
+    """Far from zero, where float32's squares would lose the variance."""
+    features, labels = 100 + 0.1 * torch.randn(6, 3, 7, 9), torch.randint(4, (6, 7, 9))
     labels[torch.rand(labels.shape) < 0.2] = IGNORE
     labels[labels == 2] = 1
     statistics = ClassVariances(4, 3)
@@ -174,7 +175,7 @@ def test_statistics_of_many_updates_are_those_of_all_pixels():
         assert statistics.amount[c] == len(rows)
         if len(rows):
             torch.testing.assert_close(statistics.mean[c], rows.mean(0).float())
-            torch.testing.assert_close(statistics.covariance[c], rows.var(0, correction=0).float(), rtol=1e-4, atol=0)
+            torch.testing.assert_close(statistics.covariance[c], rows.var(0, correction=0).float(), rtol=1e-3, atol=0)
         else:
             assert not statistics.mean[c].any()
             assert not statistics.covariance[c].any()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from child import in_two_processes
 
 from corrmatch.methods.mutual_distillation import ClassVariances
 from corrmatch.methods.parts.processes import total
+from corrmatch.methods.prcl import Pixels, prototype_sums, prototypes
+
+pytestmark = pytest.mark.slow
 
 
 def pixels():
@@ -19,6 +21,14 @@ def pixels():
     labels = torch.randint(4, (4, 5, 6), generator=generator)
     labels[:2][labels[:2] == 3] = 255  # a class that one process has not
     return torch.randn(4, 3, 5, 6, generator=generator), labels
+
+
+def classes(features, labels):
+    """PRCL's prototypes."""
+    rows = features.movedim(1, -1).flatten(0, 2)
+    pixels = Pixels(rows, rows.sigmoid(), labels.flatten(), labels.flatten())
+    means = prototypes(total(prototype_sums(pixels, 4)))
+    return {"mu": means.mu, "variance": means.variance}
 
 
 def updated(features, labels):
@@ -36,22 +46,16 @@ def half(folder):
     before = torch.arange(3.0) + dist.get_rank()
     after = total(before)
     assert torch.equal(before, torch.arange(3.0) + dist.get_rank())
-    states = updated(*(x[mine] for x in pixels())) | {"sum": after}
+    states = updated(*(x[mine] for x in pixels())) | classes(*(x[mine] for x in pixels())) | {"sum": after}
     torch.save(states, Path(folder) / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
-def test_sums_and_statistics_agree(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(f"from test_processes import *\nhalf({str(tmp_path)!r})\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parents[1])))}
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_sums_statistics_and_prototypes_agree(tmp_path):
+    in_two_processes(__file__, f"half({str(tmp_path)!r})", tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     features, labels = pixels()
-    expected = updated(features, labels) | {"sum": torch.tensor([1.0, 3.0, 5.0])}
+    expected = updated(features, labels) | classes(features, labels) | {"sum": torch.tensor([1.0, 3.0, 5.0])}
     for name, value in expected.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value)

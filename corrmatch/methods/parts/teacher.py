@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrmatch.models.deeplab import Prediction, evaluating
+
 MODES = ("eval", "train")
 BUFFERS = ("copy", "average", "own")
 
@@ -65,6 +67,14 @@ class Teacher(nn.Module):
     def copy_from(self, student: nn.Module) -> None:
         """Becomes the student, buffers included."""
         self.network.load_state_dict(student.state_dict())
+
+
+def answer(student: nn.Module, teacher: Teacher | None, images: Tensor) -> Prediction:
+    """What a teacher says of images; without one, what the student says in evaluation mode. No gradient."""
+    if teacher is not None:
+        return teacher(images)
+    with evaluating(student), torch.no_grad():
+        return student(images)
 
 
 def _move(mine: list[Tensor], theirs: list[Tensor], decay: float) -> None:
