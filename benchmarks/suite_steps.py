@@ -109,7 +109,6 @@ class Plan:
         command += ["-o", "addopts=--import-mode=importlib", f"--junitxml={self.file(name, '.xml')}"]
         if workers > 1 and not self.dry and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(workers)]
-        variables = {"CORRMATCH_TEST_SEED": "2024"} | variables  # as CI: rounding decides one in thousands
         return Step(name, command, ROOT / "tests", variables, ("pytest", "hypothesis"), tool[0] if tool else None)
 
     def corr(self, name: str, *arguments: str) -> Step:

@@ -7,10 +7,10 @@
 #include <optional>
 
 #ifndef CORRMATCH_EMULATOR
-#include "cpu/kernels.hpp"
+#include "cpu/table.hpp"
 #endif
 #ifdef CORRMATCH_CUDA
-#include "cuda/kernels.hpp"
+#include "cuda/ops.hpp"
 #endif
 
 namespace py = pybind11;

@@ -36,6 +36,13 @@ struct OptionalTensor : Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Positions of a map (batch, channels, height, width).
+inline int64_t positions(const Tensor& map) { return map.size[2] * map.size[3]; }
+
+// What is kept of a region mask: all of it, or the component of its peak or of the sampled pixel. Python passes these
+// numbers.
+enum Connected { kWhole = 0, kPeak = 1, kSeed = 2 };
+
 // Calls f with a value of the C++ type that `dtype` names; f is a generic lambda over the floating types.
 template <class F>
 decltype(auto) visit_floating(DType dtype, F&& f) {

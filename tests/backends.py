@@ -19,7 +19,7 @@ from corrmatch import _C
 from corrmatch.ops.backend import use_emulator
 
 if not torch.cuda.is_available():
-    use_emulator(build.kernels().cuda)
+    use_emulator(build.Kernels())
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,6 +41,11 @@ class Case:
     def __str__(self) -> str:
         shared = self.device if self.name == "torch" else None  # the one implementation of several devices
         return "-".join(part for part in (self.name, shared, self.isa) if part is not None)
+
+    @property
+    def fast(self) -> bool:
+        """Whether `pytest --fast` has it: the oracle, and what users get here when they name no backend."""
+        return not self.interpreted and self.isa in (None, _C.cpu.isas()[-1])
 
     @property
     def exact(self) -> bool:

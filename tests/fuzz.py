@@ -21,6 +21,7 @@ import agreement
 import backends
 import problems
 import torch
+from emulator import build
 from problems import Problem
 
 from corrmatch import _C, ops
@@ -119,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=ops.__all__, default=ops.__all__)
     parser.add_argument("--backends", nargs="+", default=[], help="cpu-avx2, triton and so on (default: all)")
     options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        build.kernels()  # here, not while a call's time is running
     cases = list(range(options.cases)) if options.only is None else [options.only]
     return int(fuzz(options.seed, cases, options.ops, options.backends) > 0)
 

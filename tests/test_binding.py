@@ -1,6 +1,6 @@
 """Sizes that lie do not reach the binding: whatever the arguments, an op refuses them or its kernel's contract holds.
 
-The kernels take addresses, sizes and strides on trust (csrc/cpu/kernels.hpp). Here their place is taken by checks of
+The kernels take addresses, sizes and strides on trust (csrc/cpu/table.hpp). Here their place is taken by checks of
 that contract, and calls with one or two arguments changed at random go through the public functions.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from child import FOLDER, run_python
 from corrmatch import ops
 
 
-def test_a_share():
-    """Other cases every time; whatever goes wrong prints the line that repeats it."""
-    command = [sys.executable, "fuzz.py", "--cases", "100", "--seed", os.environ["CORRMATCH_TEST_SEED"]]
+def test_a_share(pytestconfig):
+    """Whatever goes wrong prints the line that repeats it."""
+    command = [sys.executable, "fuzz.py", "--cases", "100", "--seed", str(pytestconfig.option.seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 findings" in done.stdout

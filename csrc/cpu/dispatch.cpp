@@ -2,7 +2,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "kernels.hpp"
+#include "table.hpp"
 
 namespace corrmatch {
 

@@ -1,4 +1,4 @@
-// Declarations of the operators of one instruction set; kernels.hpp says what they compute.
+// Declarations of the operators of one instruction set; table.hpp says what they compute.
 #pragma once
 
 #include "../tensor.hpp"

@@ -1,4 +1,4 @@
-// What the forward and the backward of pixel propagation share: packing and the partition of the work.
+// What the forward and the backward of pixel propagation share: the partition of the work.
 //
 // Rows (query positions) with an open gate are cut into groups that depend on their number alone; each group adds into
 // its own partial result, and the partials are added in order. So the result does not depend on the number of threads,
@@ -15,20 +15,9 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// Channels of one picture as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
-// plane.
-template <class T>
-void pack_channel(const Tensor& t, int64_t b, int64_t c, int64_t channels, T* tiles, T* scratch) {
-  const int64_t columns = t.size[2] * t.size[3], padded = tile_count<T>(columns) * kWidth<T>;
-  read_plane(t, b, c, scratch);
-  std::fill(scratch + columns, scratch + padded, T(0));
-  for (int64_t j = 0; j < padded; j += kWidth<T>)
-    std::copy_n(scratch + j, kWidth<T>, tiles + j * channels + c * kWidth<T>);
-}
-
-inline int64_t positions(const Tensor& map) { return map.size[2] * map.size[3]; }
-
-// How the rows of a picture are shared out.
+// How the rows of a picture are shared out: into a power of two of groups, as long as each has four blocks to sweep, so
+// that clearing and adding a partial result stays a small share of the work. At most 16: each costs a partial result of
+// memory.
 struct Groups {
   explicit Groups(int64_t rows) {
     const int64_t blocks = (rows + kBlock - 1) / kBlock;

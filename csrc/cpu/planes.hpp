@@ -2,18 +2,27 @@
 #pragma once
 
 #include <bit>
+#include <limits>
 
 #include "../tensor.hpp"
 #include "simd.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 
+// Bit patterns of magnitudes, as a half and as a float.
+inline constexpr uint32_t kHalfInfinity = 0x7c00, kHalfQuietNan = 0x7e00, kHalfMantissa = 0x3ff;
+inline constexpr uint32_t kInfinity = std::bit_cast<uint32_t>(std::numeric_limits<float>::infinity());
+inline constexpr uint32_t kBeyondHalf = std::bit_cast<uint32_t>(65536.0f);
+inline constexpr uint32_t kLeastNormalHalf = std::bit_cast<uint32_t>(0x1p-14f);
+inline constexpr uint32_t kBiasDifference = (127 - 15) << 23;  // of the exponents of a float and a half
+inline constexpr uint32_t kOneHalf = std::bit_cast<uint32_t>(0.5f);
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 inline float widen(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  if (magnitude >= kHalfInfinity) return std::bit_cast<float>(sign | kInfinity | (magnitude & kHalfMantissa) << 13);
   // The exponent bias moves from 15 to 127 by a multiplication, which also normalises subnormal halves.
   const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
@@ -26,19 +35,19 @@ inline void narrow(float x, float& out) { out = x; }
 inline void narrow(float x, double& out) { out = x; }
 inline void narrow(float x, BFloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  const bool nan = (bits & 0x7fffffff) > kInfinity;
   out.bits = nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 inline void narrow(float x, Half& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  if (magnitude >= 0x47800000) {  // 65536 and beyond, inf, NaN
-    out.bits = uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
-  } else if (magnitude < 0x38800000) {  // a subnormal half: float addition at 1/2 rounds at its last place
+  if (magnitude >= kBeyondHalf) {  // inf and NaN as well
+    out.bits = uint16_t(sign | (magnitude > kInfinity ? kHalfQuietNan : kHalfInfinity));
+  } else if (magnitude < kLeastNormalHalf) {  // a subnormal half: float addition at 1/2 rounds at its last place
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    out.bits = uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
+    out.bits = uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - kOneHalf));
   } else {
-    out.bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+    out.bits = uint16_t(sign | (magnitude - kBiasDifference + 0xfff + (magnitude >> 13 & 1)) >> 13);
   }
 }
 template <class S>

@@ -9,18 +9,18 @@
 #include <vector>
 
 #include "bits.hpp"
+#include "buffer.hpp"
 #include "checks.hpp"
 #include "enlarger.hpp"
 #include "ops.hpp"
-#include "pixel_propagate.hpp"
+#include "parallel.hpp"
 #include "runs.hpp"
+#include "tiles.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
 inline constexpr int kQueriesAtOnce = 4;
-
-enum Connected { kWhole = 0, kPeak = 1, kSeed = 2 };
 
 // Masks of one thread.
 template <class T>

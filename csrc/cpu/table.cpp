@@ -1,5 +1,6 @@
 // Compiled once for each instruction set: the table of this one.
-#include "kernels.hpp"
+#include "table.hpp"
+
 #include "ops.hpp"
 
 #define CORRMATCH_STRING_(x) #x

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "planes.hpp"
 #include "simd.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
@@ -26,6 +27,17 @@ static_assert(kBlock % kRows == 0 && kRows % kDotRows == 0);
 template <class T>
 constexpr int64_t tile_count(int64_t columns) {
   return (columns + kWidth<T> - 1) / kWidth<T>;
+}
+
+// Channels of one picture as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
+// plane.
+template <class T>
+void pack_channel(const Tensor& t, int64_t b, int64_t c, int64_t channels, T* tiles, T* scratch) {
+  const int64_t columns = positions(t), padded = tile_count<T>(columns) * kWidth<T>;
+  read_plane(t, b, c, scratch);
+  std::fill(scratch + columns, scratch + padded, T(0));
+  for (int64_t j = 0; j < padded; j += kWidth<T>)
+    std::copy_n(scratch + j, kWidth<T>, tiles + j * channels + c * kWidth<T>);
 }
 
 // acc[m] += sum_k a[k * a_step + m] * b[k], where b[k] is a row of a tile.

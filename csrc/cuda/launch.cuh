@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.hpp"
+#include "ops.hpp"
 
 namespace corrmatch::cuda {
 

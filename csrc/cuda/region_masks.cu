@@ -17,8 +17,6 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kBlocksInScratch = 4;  // of a multiprocessor, where rows lie in global memory
 
-enum Connected { kWhole = 0, kPeak = 1, kSeed = 2 };
-
 // A map of some floating dtype, (batch, channels, height, width).
 template <class T>
 struct Map {

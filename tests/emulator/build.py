@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pybind11
 
@@ -41,6 +42,13 @@ def kernels() -> ModuleType:
     """The module corrmatch_emulated: `.cuda` holds what a CUDA build of corrmatch._C holds there."""
     flags = ["-DCORRMATCH_CUDA=1", '-DCORRMATCH_CUDA_STATUS="emulated on the CPU"']
     return load("corrmatch_emulated", CSRC / "binding.cpp", sorted((CSRC / "cuda").glob("*.cu")), flags)
+
+
+class Kernels:
+    """The kernels, built when the first of them is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(kernels().cuda, name)
 
 
 def load(name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:

@@ -1,4 +1,4 @@
-// The CUDA operators. Shapes, dtypes and conventions are those of cpu/kernels.hpp; in addition:
+// The CUDA operators. Shapes, dtypes and conventions are those of cpu/table.hpp; in addition:
 // - every tensor is on the current device, work goes to `stream`, and nothing waits for it;
 // - `scratch` is memory of as many bytes as the function `<op>_scratch` says, which need not be initialised;
 // - a bad value (an index, a label) is not noticed, but never reads or writes out of bounds;
