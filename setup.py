@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,8 +53,8 @@ class Cuda:
     libraries: list[str] = field(default_factory=list)  # linker flags
 
     @classmethod
-    def detect(cls) -> Cuda:
-        """Follows CORRMATCH_BUILD_CUDA, CUDA_HOME and PATH."""
+    def detect(cls, host: Sequence[str] = ()) -> Cuda:
+        """Follows CORRMATCH_BUILD_CUDA, CUDA_HOME and PATH; `host` are nvcc's flags for the host compiler."""
         wanted = os.environ.get("CORRMATCH_BUILD_CUDA", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"CORRMATCH_BUILD_CUDA must be 0 or 1, got {wanted!r}")
@@ -73,6 +74,11 @@ class Cuda:
             return cls(f"not built: the toolkit of {nvcc} had no libcudart_static.a when it was installed")
         archs = os.environ.get("CORRMATCH_CUDA_ARCHS") or cls.known(nvcc, CUDA_ARCHS)
         flags = [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        if not cls.compiles(nvcc, host):
+            reason = f"{nvcc} compiles no C++20; that of CUDA 12.0 and newer does"
+            if wanted == "1":
+                raise SystemExit(f"CORRMATCH_BUILD_CUDA=1, but {reason}")
+            return cls(f"not built: when it was installed, {reason}")
         # The runtime is static, so that the wheel needs nothing of CUDA but the driver.
         libraries = [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         return cls(f"built for {archs}", nvcc, flags, libraries)
@@ -83,9 +89,7 @@ class Cuda:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "empty.cu"
             source.touch()
-            done = subprocess.run(
-                [nvcc, "--dryrun", str(source)], capture_output=True, text=True, check=False, cwd=folder
-            )
+            done = run([nvcc, "--dryrun", str(source)], folder)
         top = re.search(r"^#\$ TOP=(.*)$", done.stderr, re.MULTILINE)
         if top is None:
             return None
@@ -93,9 +97,17 @@ class Cuda:
         return next((lib.resolve() for lib in found if (lib / "libcudart_static.a").exists()), None)
 
     @staticmethod
+    def compiles(nvcc: str, host: Sequence[str]) -> bool:
+        """Whether nvcc and its host compiler know C++20, by trying."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cu"
+            source.write_text("#include <concepts>\nstatic_assert(std::integral<int>);\n__global__ void kernel() {}\n")
+            return run([nvcc, *host, "-std=c++20", "-c", str(source), "-o", "probe.o"], folder).returncode == 0
+
+    @staticmethod
     def known(nvcc: str, archs: str) -> str:
         """Those of the architectures that this nvcc compiles for: toolkits come with the newest of their time."""
-        done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+        done = run([nvcc, "--list-gpu-arch"])
         compiled = set(re.findall(r"compute_(\d+)", done.stdout))
         numbers = {arch: arch.removesuffix("+PTX").rstrip("af") for arch in archs.split(";")}
         kept = [arch for arch, number in numbers.items() if number in compiled]
@@ -119,13 +131,21 @@ class Cuda:
         return flags
 
 
+def run(command: list[str], folder: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a program; one that is not there, or cannot be run, has failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", str(error))
+
+
 def accepts(compiler: list[str], *flags: str) -> bool:
     """Whether the compiler builds and links an empty program with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("int main() { return 0; }\n")
         command = [*compiler, *flags, str(source), "-o", str(source.with_suffix(""))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return run(command).returncode == 0
 
 
 class NinjaBuild(build_ext):
@@ -147,14 +167,22 @@ class NinjaBuild(build_ext):
 
     def build_file(self, target: Path) -> str:
         """The text of build.ninja."""
-        compiler = shlex.split(os.environ.get("CXX", "g++" if shutil.which("g++") else "c++"))
+        named = os.environ.get("CXX", "").strip()
+        compiler = shlex.split(named or ("g++" if shutil.which("g++") else "c++"))
         if not accepts(compiler, "-std=c++20"):
-            raise SystemExit(f"corrmatch needs a C++20 compiler (GCC 11, Clang 14 or newer); {compiler[0]!r} is none")
+            found = "cannot be run" if shutil.which(compiler[0]) is None else "is none"
+            raise SystemExit(
+                f"corrmatch needs a C++20 compiler (GCC 11, Clang 14 or newer); {compiler[0]!r} {found}. "
+                "Install one, such as Debian's g++, or name it in CXX"
+            )
         x86 = platform.machine() in ("x86_64", "AMD64")
         openmp = ["-fopenmp"] if accepts(compiler, "-fopenmp") else []
-        cuda = Cuda.detect()
+        host = [word for word in compiler if not word.startswith("-")][-1:]  # behind ccache, say
+        ccbin = [f"-ccbin={host[0]}"] if named and "NVCC_CCBIN" not in os.environ else []
+        cuda = Cuda.detect(ccbin)
+        print(f"corrmatch: CUDA kernels {cuda.status}", flush=True)
 
-        flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *openmp]
+        flags = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *openmp]
         flags += [f"-I{path}" for path in (pybind11.get_include(), *self.compiler.include_dirs)]
         flags += ["-DCORRMATCH_X86"] if x86 else []
         link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
@@ -182,13 +210,11 @@ class NinjaBuild(build_ext):
             link += cuda.libraries
 
         cxx = shlex.join(compiler)
-        host = [word for word in compiler if not word.startswith("-")][-1:]  # behind ccache, say
-        ccbin = [f"-ccbin={host[0]}"] if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ else []
         nvcc = shlex.join([cuda.nvcc, *ccbin, *cuda.flags])
         return "\n".join(
             [
                 f"cxx = {cxx}",
-                f"flags = {shlex.join(flags)} {os.environ.get('CXXFLAGS', '')}",
+                f"flags = {shlex.join(flags)} {os.environ.get('CXXFLAGS', '')} -std=c++20",  # whatever CXXFLAGS says
                 f"link = {shlex.join(link)}",
                 "rule cxx\n  command = $cxx -MD -MF $out.d $flags $extra -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = $out",
@@ -220,6 +246,8 @@ class LinkedSources(sdist):
 
 
 setup(
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
     ext_modules=[Extension("corrmatch._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild, "sdist": LinkedSources},
 )

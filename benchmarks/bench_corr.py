@@ -1,9 +1,10 @@
 """Measures corrmatch against other ways to compute the same things: time, peak memory, error. Needs no argument.
 
 Every contender is compared with the oracle (`corrmatch.reference` in float64) first; one that disagrees is reported,
-not timed, and the exit code is 1. Contenders are timed in turns within a time budget.
+not timed, and the exit code is 1. Contenders are timed in turns within a time budget; those that torch.compile makes
+come after all others, in turns with corrmatch. SIGINT ends a run with what was timed so far.
 
-`--json FILE` writes an object:
+`--json FILE` writes an object, first after a second and then again as it grows:
     environment   date, device, device_type, threads, load and load_after (average number of running
                   processes in the minute before start and end, null where unknown), backends {name: detail},
                   variables (of the environment: CORRMATCH_*, TRITON_*), corrmatch, commit (null outside a
@@ -12,13 +13,15 @@ not timed, and the exit code is 1. Contenders are timed in turns within a time b
                   memory_mhz, memory_max_mhz, power_w, power_limit_w, celsius}, exponentials_a_second (at its
                   highest clock)
     command       the arguments
-    seconds       duration of the whole run
+    interrupted   true while the run goes on, and where it was ended before its time: some contenders may lack
+    seconds       duration of the run
     failures      number of contenders that failed or disagree with the oracle and of cases that could not be checked
     cases         a list; each has op, size, workload, positions (N), batch, dtype, elements (in one call), unit (of
                   elements), tolerance (of error), exponentials (the least that forward and both compute, where
                   that bounds them) and contenders, a list of
         name, ours, family (variants of which only the fastest is timed, or null)
-        status            "ok", "wrong", "failed" (it raised an error), "not installed" or "slower variant"
+        status            "ok", "wrong", "failed" (it raised an error), "not installed", "slower variant"
+                          or "untimed" (the run was ended before it was timed)
         reason            (if failed) the error
         error             (unless failed or not installed) largest relative Frobenius norm among result and gradients
                           or, where results are discrete, share of pixels that differ
@@ -38,6 +41,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,7 @@ import plot
 import report
 import torch
 import workload
+from bench_case import Measurement, first_line
 
 import corrmatch
 
@@ -63,70 +68,98 @@ SHARE = {  # of the time budget, for one size
     "pseudo_label": 1.0,
     "pixel_loss": 1.0,
 }
-QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
+INTERVAL = 1.0  # seconds between two writings of the JSON
+INTERRUPTED = 130  # exit code of what SIGINT has ended
 
 
-def measure_case(case: workload.Case, seconds: float, device: str) -> dict[str, Any]:
-    """Verifies, weighs and races the contenders of a case."""
-    rows = verify(case, device)
-    racing = [(c, row) for c, row in zip(case.contenders, rows, strict=True) if row["status"] == "ok"]
-    for contender, row in racing:
-        with torch.no_grad():
-            row["peak_extra_bytes"] = {"forward": measure.peak_extra_bytes(contender.forward, device)}
-        if contender.leaves:
-            row["peak_extra_bytes"]["both"] = measure.peak_extra_bytes(contender.both, device)
-        if device == "cuda" and not contender.on_host:
-            try:
-                contender.capture()
-            except RuntimeError as error:  # a peer may do what a graph cannot hold
-                contender.graphs.clear()
-                row["no_graph"] = first_line(error)
-    if racing:
-        samples = measure.race([contender for contender, _ in racing], seconds, device)
-        for (_, row), times in zip(racing, samples, strict=True):
-            row["times"] = {name: measure.summary(values) for name, values in times.items()}
-    fields = ("op", "size", "exponentials", "workload", "positions", "batch", "elements", "unit", "tolerance")
-    return {name: getattr(case, name) for name in fields} | {"contenders": rows}
+class Run:
+    """A run of the benchmark: all that was measured so far, written down as it comes.
 
+    `save` writes the whole JSON. It is called once a second while contenders are measured, so that a run that is ended
+    at any moment leaves what it has.
+    """
 
-def verify(case: workload.Case, device: str) -> list[dict[str, Any]]:
-    """Compares every contender with the oracle, and picks the fastest of each family."""
-    expected = case.expected()
-    rows: list[dict[str, Any]] = []
-    fastest: dict[str, tuple[float, dict[str, Any]]] = {}
-    for contender in case.contenders:
-        row: dict[str, Any] = {"name": contender.name, "ours": contender.ours, "family": contender.family}
-        rows.append(row)
-        if contender.missing is not None:
-            row["status"] = contender.missing
-            continue
-        start = measure.now(device)
+    def __init__(self, options: argparse.Namespace, command: list[str]):
+        self.options, self.command, self.start = options, command, time.perf_counter()
+        self.environment = machine.environment(options.device) | {"load_after": None, "clocks_after": None}
+        self.measurements: list[Measurement] = []
+        self.without_oracle = 0
+        self.saved = -float("inf")
+
+    def all(self) -> None:
+        """Every case, first without what torch.compile makes, then with that."""
+        chosen = chosen_cases(self.options)
+        total, op_before = sum(SHARE[op] for op, _ in chosen), None
+        later = []
+        for op, setting in chosen:
+            if op != op_before:
+                print(report.op_header(op), flush=True)
+            op_before = op
+            seconds = self.options.budget * SHARE[op] / total
+            for measurement in self.prepared(op, setting):
+                heats = 2 if measurement.contenders(compiled=True) else 1
+                self.measure(measurement, seconds * measurement.case.share / heats)
+                if heats == 2:
+                    later.append((measurement, seconds * measurement.case.share / heats))
+        if later:
+            print(f"With what torch.compile makes\n{report.op_header(later[0][0].case.op)}", flush=True)
+        for measurement, seconds in later:
+            torch.compiler.reset()  # of one function it keeps eight forms, and each size has several
+            self.measure(measurement, seconds, compiled=True)
+
+    def prepared(self, op: str, setting: workload.Setting) -> Iterator[Measurement]:
+        """The cases of an op at one size, with the oracle's answer; those that have none are counted."""
         try:
-            answer = contender.both() if contender.answer is None else contender.answer()
-        except RuntimeError as error:  # out of memory, or no code for this device; the others can still be measured
-            row |= {"status": "failed", "reason": first_line(error)}
-            continue
-        trial = measure.now(device) - start
-        row["error"] = case.error(answer, expected)
-        del answer
-        row["status"] = "ok" if row["error"] <= case.tolerance else "wrong"
-        if contender.family is None or row["status"] == "wrong":
-            continue
-        if trial < QUICK:
-            start = measure.now(device)
-            contender.both()
-            trial = min(trial, measure.now(device) - start)
-        best = fastest.get(contender.family)
-        if best is not None:
-            (best[1] if trial < best[0] else row)["status"] = "slower variant"
-        if best is None or trial < best[0]:
-            fastest[contender.family] = (trial, row)
-    return rows
+            for case in cases.OPS[op](setting):
+                available = measure.available_bytes(self.options.device)
+                if available is not None and case.oracle_bytes > available:
+                    need, have = (f"{x / 2**30:.1f} GiB" for x in (case.oracle_bytes, available))
+                    print(f"{case.size}: nothing measured, for the oracle needs {need} and {have} is free")
+                    self.without_oracle += 1
+                    continue
+                yield Measurement(case, self.options.device)
+        except Exception as error:  # noqa: BLE001 - the other ops and sizes can still be measured
+            print(f"{op} {setting.grid}: nothing measured: {first_line(error)}"[: report.WIDTH])
+            self.without_oracle += 1
 
+    def measure(self, measurement: Measurement, seconds: float, compiled: bool = False) -> None:
+        """One heat of a case, and its table."""
+        if measurement not in self.measurements:
+            self.measurements.append(measurement)
+        try:
+            for _ in measurement.measure(measurement.contenders(compiled=compiled), seconds):
+                if time.monotonic() - self.saved >= INTERVAL:
+                    self.save()
+        finally:
+            print(report.block(self.result(measurement)), flush=True)
+        self.save()
 
-def first_line(error: Exception) -> str:
-    """Kind and first line of an error."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    def result(self, measurement: Measurement) -> dict[str, Any]:
+        """A case as the JSON holds it."""
+        result = measurement.result() | {"dtype": self.options.dtype}
+        report.add_floor_shares(result, self.environment["exponentials_a_second"])
+        return result
+
+    def results(self) -> list[dict[str, Any]]:
+        """All cases so far."""
+        return [self.result(measurement) for measurement in self.measurements]
+
+    def failures(self, results: list[dict[str, Any]]) -> int:
+        """Contenders that failed or are wrong, and cases without an oracle."""
+        rows = [row for result in results for row in result["contenders"]]
+        return self.without_oracle + sum(row["status"] in ("wrong", "failed") for row in rows)
+
+    def save(self, interrupted: bool = True) -> None:
+        """Writes the JSON where one is asked for, in one piece."""
+        self.saved = time.monotonic()
+        if self.options.json is None:
+            return
+        results = self.results()
+        record = {"environment": self.environment, "command": self.command, "interrupted": interrupted}
+        record |= {"seconds": time.perf_counter() - self.start, "failures": self.failures(results), "cases": results}
+        part = self.options.json.with_name(self.options.json.name + ".part")
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(self.options.json)
 
 
 def chosen_cases(options: argparse.Namespace) -> list[tuple[str, workload.Setting]]:
@@ -191,41 +224,28 @@ def _count(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    start = time.perf_counter()
     options = parse(arguments)
     if options.plot is not None:
         plot.require(options.ops)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    environment = machine.environment(options.device)
-    print(report.header(environment, options), flush=True)
-    chosen, results, failures = chosen_cases(options), [], 0
-    total = sum(SHARE[op] for op, _ in chosen)
-    for i, (op, setting) in enumerate(chosen):
-        if i == 0 or chosen[i - 1][0] != op:
-            print(report.op_header(op), flush=True)
-        for case in cases.OPS[op](setting):
-            available = measure.available_bytes(options.device)
-            if available is not None and case.oracle_bytes > available:
-                need, have = (f"{x / 2**30:.1f} GiB" for x in (case.oracle_bytes, available))
-                print(f"{case.size}: nothing measured, for the oracle needs {need} and {have} is free")
-                failures += 1
-                continue
-            result = measure_case(case, options.budget * case.share * SHARE[op] / total, options.device)
-            result["dtype"] = options.dtype
-            report.add_floor_shares(result, environment["exponentials_a_second"])
-            print(report.block(result), flush=True)
-            failures += sum(row["status"] in ("wrong", "failed") for row in result["contenders"])
-            results.append(result)
-    elapsed, environment["load_after"] = time.perf_counter() - start, machine.load()
-    environment["clocks_after"] = machine.clocks(options.device)
-    print(report.footer(results, failures, elapsed, environment, options))
-    if options.json is not None:
-        command = list(sys.argv[1:] if arguments is None else arguments)
-        record = {"environment": environment, "command": command, "seconds": elapsed, "failures": failures}
-        options.json.write_text(json.dumps(record | {"cases": results}, indent=1) + "\n")
+    run = Run(options, list(sys.argv[1:] if arguments is None else arguments))
+    print(report.header(run.environment, options), flush=True)
+    interrupted = False
+    try:
+        run.all()
+    except KeyboardInterrupt:
+        interrupted = True
+    run.environment |= {"load_after": machine.load(), "clocks_after": machine.clocks(options.device)}
+    run.save(interrupted)
+    results = run.results()
+    failures = run.failures(results)
+    print(report.footer(results, failures, time.perf_counter() - run.start, run.environment, options))
+    if interrupted:
+        print("Interrupted: what was not timed is missing.")
+        return INTERRUPTED
     if options.plot is not None:
-        plot.draw(results, environment, options.plot)
+        plot.draw(results, run.environment, options.plot)
     return 1 if failures > 0 else 0
 
 

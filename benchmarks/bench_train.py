@@ -7,6 +7,9 @@ gradients before they are timed, in turns. The parts are timed apart, so their t
     method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
     step      the whole; with --variants ours also with each of them, on top of those before it
 
+`--methods` times a step of every method instead, or of those that it names, against CorrMatch's: passes of networks
+with gradient and without, seconds, peak memory.
+
 `--json FILE` writes environment, command, setting, the largest differences, and for every part and contender
 peak_extra_bytes, median, spread, rounds and seconds of each.
 """
@@ -22,11 +25,14 @@ from typing import Any
 
 import machine
 import measure
+import method_steps
 import report
 import torch
 from planted import Network, Setting
 from torch import Tensor, nn
 from workload import CHANNELS, MASKS
+
+from corrmatch.methods import METHODS
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # a mask pixel within rounding of one half may fall on either side
 PARTS = ("network", "method", "step")
@@ -42,7 +48,7 @@ def leaves_of(network: Network) -> list[Tensor]:
 def gradients(setting: Setting, make: Callable[[Network], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
     """Terms of the loss and the gradients of the recorded outputs."""
     network = setting.leaves()
-    loss, scalars = make(network).train()(setting.batch, setting.generator())
+    loss, scalars = make(network).train()(setting.batch, setting.progress())
     terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
     return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves_of(network)))
 
@@ -62,7 +68,7 @@ def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Calla
     leaves = leaves_of(network)
 
     def run() -> None:
-        loss, _ = method(setting.batch, setting.generator())
+        loss, _ = method(setting.batch, setting.progress())
         torch.autograd.grad(loss, leaves)
 
     return run
@@ -85,7 +91,7 @@ def network_part(setting: Setting) -> Callable[[], Any]:
             network.train()
             outs = [
                 network(weak_images, perturb=True, correlate=True),
-                network(b["unlabeled"]["strong"], correlate=True),
+                network(b["unlabeled"]["strong"][:, 0], correlate=True),
             ]
         pairs = [(x, g) for out, grads in zip(outs, upstream, strict=True) for x, g in zip(out, grads, strict=True)
                  if x is not None]  # fmt: skip
@@ -105,7 +111,7 @@ def whole_step(
 
     def run() -> None:
         with autocast():
-            loss, _ = method(setting.batch, setting.generator())
+            loss, _ = method(setting.batch, setting.progress())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,6 +143,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, roughly (default: 60)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="add these, one on another")
+    parser.add_argument(
+        "--methods", nargs="*", choices=list(METHODS), help="time a step of these (all of them) instead"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args(arguments)
     if options.channels is None:
@@ -172,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{network}, {CHANNELS} classes, {pictures}, {MASKS} masks, float32")
     if environment["load"] is not None and environment["load"] > 0.5 * environment["threads"]:
         print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
+    if options.methods is not None:
+        return write(options, arguments, environment, measure_methods(options))
     setting = Setting(options)
     loss, gradient = disagreement(setting)
     print(f"largest relative difference of a loss term {loss:.1e}, of a gradient {gradient:.1e}")
@@ -184,6 +195,13 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nratio: time as a multiple of corrmatch's. peak: memory in use above the level before, during one call.")
     if options.variants:
         print("+: with this on top of what the lines before it add.")
+    return write(options, arguments, environment, {"differences": [loss, gradient], "parts": parts})
+
+
+def write(
+    options: argparse.Namespace, arguments: list[str] | None, environment: dict[str, Any], figures: dict[str, Any]
+) -> int:
+    """Writes all figures where that is asked for; returns the exit code."""
     if options.json is not None:
         command = list(sys.argv[1:] if arguments is None else arguments)
         record = {
@@ -191,8 +209,25 @@ def main(arguments: list[str] | None = None) -> int:
             "command": command,
             "setting": {k: str(v) for k, v in vars(options).items()},
         }
-        options.json.write_text(json.dumps(record | {"differences": [loss, gradient], "parts": parts}, indent=1) + "\n")
+        options.json.write_text(json.dumps(record | figures, indent=1) + "\n")
     return 0
+
+
+def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
+    """Weighs and races a step of each method, and prints a line for each."""
+    steps, passes = method_steps.contenders(options)
+    print(f"\n{'method':<22}{'passes':>8}{'ms':>9}{'spread':>8}{'ratio':>8}{'peak extra MiB':>16}")
+    peaks = {name: measure.peak_extra_bytes(run, options.device) for name, run in steps.items()}
+    samples = race(list(steps.values()), options.budget, options.device)
+    found = {name: {"passes": passes[name], "peak_extra_bytes": peaks[name]} | measure.summary(times)
+             for name, times in zip(steps, samples, strict=True)}  # fmt: skip
+    for name, row in found.items():
+        ratio = f"{row['median'] / found[OURS]['median']:.2f}" if OURS in found else ""
+        peak = "n/a" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 2**20:.0f}"
+        calls = "{with gradient} + {without}".format_map(row["passes"])
+        print(f"{name:<22}{calls:>8}{1e3 * row['median']:>9.0f}{100 * row['spread']:>7.0f}%{ratio:>8}{peak:>16}")
+    print("\npasses: calls of networks with gradient + without. ratio: time as a multiple of CorrMatch's.")
+    return {"methods": found}
 
 
 def measure_part(part: str, runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:

@@ -63,7 +63,6 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
         contenders.append(_compiled(contender("FlexAttention composition", composition)))
     contenders.append(contender("published eager", peers.published))
     if s.compiled or s.device == "cuda":
-        torch.compiler.reset()  # of one function it keeps eight forms, and each size has several
         compiled = torch.compile(peers.published, dynamic=False)
         contenders.append(_compiled(contender("published, compiled", compiled)))
 
@@ -83,14 +82,17 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
 
 
 def _compiled(contender: Contender) -> Contender:
-    """The contender, which compiles both its forms, without and with gradients, when it is compared with the oracle."""
+    """The contender, which compiles both its forms, without and with gradients, when it is compared with the oracle.
+
+    Of one function torch keeps eight forms, and each size has several: `torch.compiler.reset()` comes before each size.
+    """
 
     def answer() -> tuple[Any, ...]:
         with torch.no_grad():
             contender.forward()
         return contender.both()
 
-    contender.answer = answer
+    contender.answer, contender.compiles = answer, True
     return contender
 
 

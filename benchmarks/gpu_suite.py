@@ -1,6 +1,6 @@
 """Builds, tests and measures corrmatch on the NVIDIA GPU of this machine, and reports, in nine minutes at most.
 
-bash benchmarks/gpu_suite.sh OUTDIR [--only tests,ops,regions,train] [--commit HASH] [--dry-run]
+bash benchmarks/gpu_suite.sh OUTDIR [--only tests,ops,regions,train] [--commit HASH] [--archive FILE] [--dry-run]
 
 Needs no network. Every step is a process of its own with a time limit; one that fails does not stop the rest. The
 extension is built into a folder of its own, so an installed corrmatch stays as it is. Writes to OUTDIR
@@ -9,7 +9,9 @@ extension is built into a folder of its own, so an installed corrmatch stays as 
     *.png          time and memory of pixel_propagate against N, a figure for each dtype
     logs/          what every step printed
     runs/          what every benchmark wrote, with the seconds of every round
-The last table says what passed. The exit code is 0 where all did, 1 where not.
+results.json, report.md and, where `--archive FILE` asks for one, FILE (OUTDIR as .tar.gz) are written after every
+step: a run that is ended at any moment leaves what it had. The last table says what passed. The exit code is 0 where
+all did, 1 where not.
 
 `--dry-run` needs no GPU: the same steps on the CPU, Triton's interpreter and the emulator, with tiny sizes and what is
 installed.
@@ -26,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +48,7 @@ GRACE = 5.0  # from asking a process to stop, so that it can still write what it
 class Suite:
     """The run: where it writes, how long it may still take, and what has become of its steps."""
 
-    def __init__(self, options: argparse.Namespace, site: Path):
+    def __init__(self, options: argparse.Namespace, command: list[str], site: Path):
         self.out, self.dry = options.out.resolve(), options.dry_run
         self.plan = Plan(self.out, self.dry, site)
         self.deadline = time.monotonic() + TOTAL - RESERVE
@@ -57,6 +60,9 @@ class Suite:
             self.environment["PYTHONPATH"] = os.pathsep.join([str(site), *before])
         if options.commit is not None:
             self.environment["CORRMATCH_COMMIT"] = options.commit
+        self.start, self.command = time.monotonic(), command
+        self.archive = None if options.archive is None else options.archive.resolve()
+        self.device: dict[str, Any] | None = None  # what the step of that name wrote down
         self.done: list[dict[str, Any]] = []
         for folder in ("logs", "runs"):
             shutil.rmtree(self.out / folder, ignore_errors=True)
@@ -80,7 +86,23 @@ class Suite:
         else:
             self._run(step, limit, record)
         print(suite_report.line(record), flush=True)
+        self.save()
         return record["status"] == "passed"
+
+    def save(self) -> dict[str, Any]:
+        """Writes down all that is known by now."""
+        seconds = time.monotonic() - self.start
+        results = suite_results.collect(self.out, self.done, self.device, self.dry, self.command, seconds)
+        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        suite_report.write(results, self.out)
+        if self.archive is not None:
+            part = self.archive.with_name(self.archive.name + ".part")
+            with tarfile.open(part, "w:gz") as file:
+                for path in sorted(self.out.rglob("*")):
+                    if path.is_file() and path not in (part, self.archive):
+                        file.add(path, Path(self.out.name) / path.relative_to(self.out))
+            part.replace(self.archive)
+        return results
 
     def _run(self, step: Step, limit: float, record: dict[str, Any]) -> None:
         log, start = self.out / "logs" / f"{step.name}.txt", time.monotonic()
@@ -132,6 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUTDIR")
     parser.add_argument("--only", type=_parts, default=PARTS, help=f"comma-separated, of {', '.join(PARTS)}")
     parser.add_argument("--commit", help="of the sources, where they were copied without their history")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="pack OUTDIR into FILE (.tar.gz) after every step")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: the same steps, tiny, on the CPU")
     return parser.parse_args(arguments)
 
@@ -145,24 +168,23 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the suite; returns the exit code."""
-    options, start = parse(arguments), time.monotonic()
+    options = parse(arguments)
     with tempfile.TemporaryDirectory() as site:
-        suite = Suite(options, Path(site))
+        suite = Suite(options, list(sys.argv[1:] if arguments is None else arguments), Path(site))
         plan = suite.plan
         built = suite.run(plan.build("build", True))
         if not built and not suite.dry:
             built = suite.run(plan.build("build-without-cuda", False))
-        found = suite.run(plan.probe(), None if built else "nothing was built")
-        environment = json.loads(plan.file("device").read_text()) if found else None
-        memory = 0 if environment is None or environment["gpu"] is None else environment["gpu"]["memory_bytes"]
-        for step in plan.steps(memory):
+        # All that follows hangs on it, so that it gets a second chance.
+        found = any(suite.run(plan.probe(), None if built else "nothing was built") for _ in range(1 + built))
+        if found:
+            suite.device = json.loads(plan.file("device").read_text())
+        gpu = None if suite.device is None else suite.device["gpu"]
+        for step in plan.steps(0 if gpu is None else gpu["memory_bytes"]):
             if step.part in options.only:
                 suite.run(step, None if found else "no device to run on")
-    command = list(sys.argv[1:] if arguments is None else arguments)
-    results = suite_results.collect(suite.out, suite.done, environment, suite.dry, command, time.monotonic() - start)
+    results = suite.save()
     problems = suite_results.problems(results)
-    (suite.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    suite_report.write(results, suite.out)
     print(f"\n{suite_report.table(results)}")
     for problem in problems:
         print(f"results.json is not as documented: {problem}")

@@ -6,7 +6,7 @@ import ctypes
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Contender:
         missing: Why it cannot run here; None where it can.
         answer: What is compared with the oracle, where that is not simply the result and the gradients.
         on_host: Whether it computes or reads something on the host, so that no CUDA graph can hold it.
+        compiles: Whether torch.compile makes it: it takes longest to start, so it comes after all others.
         graphs: CUDA graphs of the passes, once captured.
     """
 
@@ -48,6 +49,7 @@ class Contender:
     answer: Callable[[], tuple[Any, ...]] | None = None
 
     on_host: bool = False
+    compiles: bool = False
     graphs: dict[str, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     @property
@@ -119,36 +121,40 @@ def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     return begin.elapsed_time(end) / 1e3 / REPLAYS
 
 
-def race(contenders: list[Contender], seconds: float, device: str) -> list[dict[str, list[float]]]:
-    """Times contenders against each other: for each, the seconds of every round by pass.
+def race(
+    contenders: list[Contender], seconds: float, device: str
+) -> Iterator[tuple[int, dict[str, float] | Exception]]:
+    """Times contenders against each other: yields a contender's number and the seconds of a round by pass.
 
     The next to run is always the one that has had the least time so far. So all get the same share of the time, the
     rounds of a slow contender are spread over the whole race among many rounds of the fast ones, and whatever else the
-    machine does meanwhile hits all of them alike.
+    machine does meanwhile hits all of them alike. One that raises is out, and the error comes in place of its round.
     """
-    samples: list[dict[str, list[float]]] = [{name: [] for name in contender.passes} for contender in contenders]
-    spent = [0.0] * len(contenders)
+    running = list(range(len(contenders)))
+    spent, rounds = [0.0] * len(contenders), [0] * len(contenders)
     deadline = time.perf_counter() + seconds
 
-    def rounds(i: int) -> int:
-        return len(samples[i]["forward"])
-
     def least(i: int) -> int:
-        fastest = min(spent[j] / rounds(j) if rounds(j) > 0 else 0.0 for j in range(len(contenders)))
-        slow = rounds(i) > 0 and spent[i] / rounds(i) > SLOW * fastest and not contenders[i].ours
+        fastest = min(spent[j] / rounds[j] if rounds[j] > 0 else 0.0 for j in running)
+        slow = rounds[i] > 0 and spent[i] / rounds[i] > SLOW * fastest and not contenders[i].ours
         return LEAST_ROUNDS_SLOW if slow else LEAST_ROUNDS
 
     while True:
-        waiting = [i for i in range(len(contenders)) if rounds(i) < MOST_ROUNDS]
+        waiting = [i for i in running if rounds[i] < MOST_ROUNDS]
         if time.perf_counter() > deadline:
-            waiting = [i for i in waiting if rounds(i) < least(i)]
+            waiting = [i for i in waiting if rounds[i] < least(i)]
         if not waiting:
-            return samples
+            return
         i = min(waiting, key=spent.__getitem__)
         start = time.perf_counter()
-        for name, value in sample(contenders[i], device).items():
-            samples[i][name].append(value)
+        try:
+            times: dict[str, float] | Exception = sample(contenders[i], device)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            running.remove(i)
+            times = error
         spent[i] += time.perf_counter() - start
+        rounds[i] += 1
+        yield i, times
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:

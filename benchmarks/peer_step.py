@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from peers import region_propagate
 from torch import Tensor, nn
 
+from corrmatch.methods.base import Progress
+
 IGNORE = 255
 
 
@@ -54,7 +56,7 @@ def masked_mean(pixels: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
 
 
 class PublishedStep(nn.Module):
-    """One step, of the arguments and the result of `corrmatch.training.methods.CorrMatch`; `theta` is a float.
+    """One step, of the arguments and the result of `corrmatch.methods.corrmatch.CorrMatch`; `theta` is a float.
 
     The network hands out query and key, and propagates nothing itself.
     """
@@ -63,12 +65,10 @@ class PublishedStep(nn.Module):
         super().__init__()
         self.model, self.theta, self.momentum, self.num_masks = model, theta, momentum, num_masks
 
-    def forward(
-        self, batch: dict[str, dict[str, Tensor]], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, dict[str, Tensor]], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms."""
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
-        box, count, size = unlabeled["box"], labeled["image"].shape[0], tuple(labeled["image"].shape[2:])
+        box, count, size = unlabeled["box"][:, 0], labeled["image"].shape[0], tuple(labeled["image"].shape[2:])
         self.model.eval()
         with torch.no_grad():
             mix_confidence, mix_labels = enlarge(self.model(mix["weak"]).logits, size).softmax(1).max(1)
@@ -81,11 +81,11 @@ class PublishedStep(nn.Module):
             enlarge(weak.perturbed, size),
         )
         p, weak_propagated = propagate(weak.query, weak.key, weak_logits)
-        index = torch.randint(grid[0] * grid[1], (self.num_masks,), generator=generator, device=p.device)
+        index = torch.randint(grid[0] * grid[1], (self.num_masks,), generator=progress.generator, device=p.device)
         masks = region_masks(p, index, grid, size)[count:]
-        images = unlabeled["strong"].clone()
+        images = unlabeled["strong"][:, 0].clone()
         inside = box.unsqueeze(1).expand_as(images)
-        images[inside] = mix["strong"][inside]
+        images[inside] = mix["strong"][:, 0][inside]
         strong = self.model(images, correlate=True)
         strong_logits = enlarge(strong.logits, size)
         _, strong_propagated = propagate(strong.query, strong.key, strong_logits)

@@ -92,8 +92,8 @@ def block(result: dict[str, Any]) -> str:
             lines.append(f"! {name}   WRONG, not timed: error {row['error']:.1e}, bound {result['tolerance']:.0e}")
         elif row["status"] == "failed":
             lines.append(f"! {name}   FAILED, not timed: {row['reason']}"[:WIDTH])
-        elif row["status"] == "not installed":
-            lines.append(f"  {name}   not installed")
+        elif row["status"] in ("not installed", "untimed"):
+            lines.append(f"  {name}   {row['status']}")
     lines += [floor_line(row) for row in timed if row["ours"]]
     return "\n".join([*(line for line in lines if line), ""])
 

@@ -140,11 +140,11 @@ def collect(
     cases, train = [], None
     for step in steps:
         path = out / "runs" / f"{step['name']}.json"
-        step["clocks"] = None
+        step["clocks"] = None  # where a run was ended before its time, the second of the two is
         if step["part"] not in ("ops", "regions", "train") or not path.exists():
             continue
         record = json.loads(path.read_text(), object_hook=_without_rounds)
-        step["clocks"] = [record["environment"][name] for name in ("clocks", "clocks_after")]
+        step["clocks"] = [record["environment"].get(name) for name in ("clocks", "clocks_after")]
         if step["part"] == "train":
             train = {name: record[name] for name in TRAIN}
         else:

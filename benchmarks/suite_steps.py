@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKERS = 8  # processes of the tests: each holds a context and oracles on the one GPU
 LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight pictures of 101 x 101
 
 LIMITS = {  # seconds that a step may take, in the order of the run: what is worth most comes first
     "build": 150,
     "build-without-cuda": 60,  # only where the first failed: Triton's kernels can still be measured
-    "device": 40,
+    "device": 120,  # the first import of torch, from a cold disk
     "tests-core": 75,
-    "ops-bfloat16-101": 75,
-    "ops-bfloat16-65": 60,
-    "ops-bfloat16-41": 60,
+    "ops-bfloat16": 240,  # of which peers that compile take most; they come last
     "regions-masks": 45,
     "regions-components": 45,
     "train": 90,
@@ -79,6 +79,22 @@ class Step:
         return self.name.split("-")[0]
 
 
+def architectures() -> str | None:
+    """What to build for: the GPUs of this machine, as their driver names them; None where it does not say.
+
+    nvcc's own "native" takes the oldest architecture that it knows where it finds no GPU, and only warns.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = sorted({line.strip().replace(".", "") for line in done.stdout.splitlines()})
+    if not found or not all(number.isdecimal() for number in found):
+        return None
+    return ";".join("90a" if number == "90" else number for number in found)
+
+
 class Plan:
     """Makes the steps: full ones on a GPU, tiny ones on a CPU in a dry run. `site` is where the build is put."""
 
@@ -94,7 +110,10 @@ class Plan:
         """pip, without isolation and without an index. In a dry run it stops before it compiles."""
         options = ["--dry-run"] if self.dry else ["--target", str(self.site)]
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *options]
-        variables = {"CORRMATCH_BUILD_CUDA": str(int(cuda)), "CORRMATCH_CUDA_ARCHS": "native"}
+        variables = {"CORRMATCH_BUILD_CUDA": str(int(cuda))}
+        archs = None if self.dry or "CORRMATCH_CUDA_ARCHS" in os.environ else architectures()
+        if archs is not None:
+            variables["CORRMATCH_CUDA_ARCHS"] = archs
         return Step(name, [*command, str(ROOT)], environment=variables, needs=("pip", "pybind11", "ninja"))
 
     def probe(self) -> Step:
@@ -126,13 +145,13 @@ class Plan:
 
     def steps(self, memory: int) -> list[Step]:
         """What follows build and device, in order."""
-        workers = min(16, len(os.sched_getaffinity(0)))
+        workers = min(WORKERS, len(os.sched_getaffinity(0)))
         batch = ["--batch", "8"] if memory >= LARGE else []
-        half = ["--ops", "pixel_propagate", "--dtype", "bfloat16", *batch, "--budget", "10"]
+        half = ["--ops", "pixel_propagate", "--dtype", "bfloat16", *batch, "--budget", "30"]
         memcheck = ("compute-sanitizer", "--target-processes=all", "--report-api-errors=no", "--error-exitcode=86")
         return [
             self.tests("tests-core", workers),
-            *(self.corr(f"ops-bfloat16-{side}", *half, "--sizes", str(side)) for side in (101, 65, 41)),
+            self.corr("ops-bfloat16", *half, "--sizes", "101,65,41"),
             self.corr("regions-masks", "--ops", "region_masks,region_propagate", "--budget", "10"),
             self.corr("regions-components", "--ops", "connected_components", "--budget", "10"),
             self.train(),

@@ -11,11 +11,9 @@ __version__ = "0.1.0"
 try:
     from corrmatch import _C  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "corrmatch's compiled extension is missing. This is the source tree and nothing is built in it: run "
-        "`pip install -c constraints.txt .` and start Python elsewhere than in the source folder, or "
-        "`pip install -c constraints.txt -e .` to work on the source in place."
-    ) from error
+    from corrmatch.loading import why_not
+
+    raise ImportError(why_not(error)) from error
 
 from corrmatch import nn, ops, reference
 from corrmatch.masks import RegionMasks

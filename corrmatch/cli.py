@@ -7,11 +7,11 @@ import importlib.util
 import os
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
 import corrmatch
+from corrmatch.paths import expand
 
 TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "yaml", "tensorboard", "PIL", "tqdm")
 INSTALL_TRAIN = "pip install 'corrmatch[train]'"
@@ -58,23 +58,27 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in work_dir")
 
     evaluate = commands.add_parser("eval", help="score a trained network on the validation pictures")
-    evaluate.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    evaluate.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
 
     predict = commands.add_parser("predict", help="segment a folder of pictures")
-    predict.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
-    predict.add_argument("pictures", type=Path, help="a folder")
-    predict.add_argument("out", type=Path, help="gets the folders index, color and overlay")
+    predict.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
+    predict.add_argument("pictures", type=expand, help="a folder")
+    predict.add_argument("out", type=expand, help="gets the folders index, color and overlay")
     for command in (train, evaluate, predict):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.epochs=10")
 
+    compare = commands.add_parser("compare", help="put runs side by side on a page of HTML")
+    compare.add_argument("runs", type=expand, nargs="+", metavar="RUN", help="the work directory of a run")
+    compare.add_argument("--out", type=expand, required=True, metavar="FILE", help="the page; replaced if it is there")
+
     sample = commands.add_parser("sample", help="draw a small data set, for configs/sample.yaml")
-    sample.add_argument("folder", type=Path)
+    sample.add_argument("folder", type=expand)
     sample.add_argument("--seed", type=int, default=0)
     return top
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """`corrmatch train`, `eval`, `predict` and `sample`."""
+    """`corrmatch train`, `eval`, `predict`, `compare` and `sample`."""
     from corrmatch.training import commands
 
     return commands.run(options)

@@ -1,180 +1,261 @@
-"""What a run is made of: every key of a configuration, its type and default. YAML files and `a.b=c` set them."""
+"""What a run is made of: every key of a configuration, its type, default and range. YAML files and `a.b=c` set them.
+
+The keys of a method stand in the method's own file, in a section that carries the method's name.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import importlib.resources
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Any, ClassVar, Protocol, cast, get_type_hints
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from corrmatch.paths import expand, read_text
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key."""
 
 
+def key(
+    default: Any, about: str, *, low: float | None = None, high: float | None = None, choices: Sequence[Any] = ()
+) -> Any:
+    """A key of a configuration: its default, a sentence about it, and what values it takes. None is always taken."""
+    limits = {"about": about, "low": low, "high": high, "choices": tuple(choices)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
 @dataclass
 class DataConfig:
     """Where pictures and masks are. Lists are text files in root; a line is an id, or a picture and a mask."""
 
-    root: str = MISSING
-    pictures: str = "images/{}.*"  # relative to root, {} is the id; .* is any extension
-    masks: str = "masks/{}.png"  # 8-bit class ids
-    classes: Any = "classes.txt"  # names in order, or a text file of them, a line each
-    labeled: str | None = None  # none: every picture with a mask
-    unlabeled: str | None = None  # none: every other picture
-    val: str | None = None  # none: every `val_every`-th picture with a mask, held out
-    val_every: int = 5
-    ids: list[int] | None = None  # what the masks call the classes, in order; none: 0, 1, ...
-    ignore: list[int] = field(default_factory=lambda: [255])  # ids in the masks that do not count
-    check: bool = True  # read every file before the first step
+    root: str = key(MISSING, "the folder that all other paths start from")
+    pictures: str = key("images/{}.*", "pattern of the pictures; {} is the id, .* any extension")
+    masks: str = key("masks/{}.png", "pattern of the masks, 8-bit class ids")
+    classes: Any = key("classes.txt", "names in order, or a text file of them, a line each")
+    labeled: str | None = key(None, "list of the labelled pictures; null: every picture with a mask")
+    unlabeled: str | None = key(None, "list of the unlabelled pictures; null: every other picture")
+    val: str | None = key(None, "list of the validation pictures; null: every `val_every`-th picture with a mask")
+    val_every: int = key(5, "see val", low=2)
+    ids: list[int] | None = key(None, "what the masks call the classes, in order; null: 0, 1, ...", low=0, high=255)
+    ignore: list[int] = key([255], "ids in the masks that do not count", low=0, high=255)
+    check: bool = key(True, "read every file, and count the pixels of each class, before the first step")
+    allow_absent: bool = key(False, "train although a class has no labelled pixel")
 
 
 @dataclass
 class ModelConfig:
     """DeepLabV3+."""
 
-    backbone: str = "resnet101"  # of timm
-    pretrained: Any = True  # true: from timm's hub; a path: from that file; false: from scratch
-    output_stride: int = 8
-    atrous_rates: list[int] = field(default_factory=lambda: [12, 24, 36])
-    channels: int = 256
+    backbone: str = key("resnet101", "of timm")
+    pretrained: Any = key(True, "true: from timm's hub; a path: from that file; false: from scratch")
+    init: str | None = key(None, "a checkpoint of another run, whose evaluated network all networks start from")
+    output_stride: int = key(8, "of the backbone", choices=(8, 16))
+    atrous_rates: list[int] = key([12, 24, 36], "of the pyramid's convolutions", low=1)
+    channels: int = key(256, "width of pyramid and decoder", low=1)
 
 
 @dataclass
-class CorrMatchConfig:
-    """The method's own."""
+class PropagationConfig:
+    """Correlation propagation, an option of every method. null is what the method is published with."""
 
-    threshold: float = 0.85  # before the first step
-    momentum: float = 0.999  # of the threshold
-    num_masks: int = 128
-    connected: str | None = None  # as in ops.region_masks: "peak", "seed"
+    head: bool | None = key(None, "train a correlation head, and supervise the logits that it propagates")
+    regions: bool | None = key(None, "send pseudo-labels through region propagation before they are used")
+    weight: float = key(1.0, "of the terms of propagated logits, where a method does not publish one", low=0)
+    num_masks: int = key(128, "region masks an image", low=1)
+    connected: str | None = key(None, "as in ops.region_masks", choices=(None, "peak", "seed"))
+    mask_threshold: float = key(0.5, "of the region masks", low=0, high=1)
 
 
 @dataclass
 class TrainConfig:
     """Optimisation, devices, and how often what happens. Batches are per process."""
 
-    crop: int = 321
-    epochs: int = 80  # passes over the unlabelled pictures, or the labelled ones if there are more of them
-    batch_size: int = 4  # labelled pictures, and as many unlabelled ones
-    accumulate: int = 1  # batches for one step
-    lr: float = 0.001
-    lr_multi: float = 10.0  # of all but the backbone
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    power: float = 0.9  # of the polynomial decay
-    ohem: bool = False
-    ema: float | None = None  # decay of averaged weights, which are then what is evaluated
-    seed: int = 0
-    workers: int = 4
-    precision: str = "no"  # or bf16
-    channels_last: bool = False
-    compile: bool = False
-    cpu: bool = False  # even where there is a GPU
-    log_every: int = 20  # steps
-    save_every: int = 500  # steps; after every evaluation besides
-    eval_every: int = 1  # epochs
+    crop: int = key(321, "side of the training views, pixels", low=33)
+    epochs: int = key(80, "passes, as `epoch` counts them", low=1)
+    epoch: str = key("longest", "the images that an epoch passes over", choices=("longest", "labeled", "unlabeled"))
+    epoch_steps: int | None = key(None, "so many steps are an epoch, whatever the images", low=1)
+    batch_size: int = key(4, "labelled images", low=2)
+    unlabeled_batch_size: int | None = key(None, "unlabelled images; null: as many as labelled ones", low=2)
+    accumulate: int = key(1, "batches for one step of the optimiser", low=1)
+    optimizer: str = key("sgd", "the optimiser", choices=("sgd", "adam", "adamw"))
+    lr: float = key(0.001, "learning rate of the backbone", low=0)
+    lr_multi: float = key(10.0, "times lr is the rate of all but the backbone", low=0)
+    momentum: float = key(0.9, "of sgd", low=0, high=1)
+    nesterov: bool = key(False, "Nesterov's form of sgd")
+    weight_decay: float = key(1e-4, "of the weights", low=0)
+    decay_norms: bool = key(True, "decay norm layers and biases too")
+    schedule: str = key("poly", "of the rates", choices=("poly", "constant"))
+    power: float = key(0.9, "of the polynomial decay", low=0)
+    warmup: int = key(0, "steps in which the rates rise linearly from 0", low=0)
+    ohem: bool = key(False, "hard pixels only in the supervised terms")
+    ohem_pixels: int = key(100_000, "of a batch that hard pixels are at least", low=1)
+    ema: float | None = key(None, "decay of averaged weights, which are then what is evaluated", low=0, high=1)
+    seed: int = key(0, "of everything random", low=0, high=2**31 - 1)
+    workers: int = key(4, "processes that read images", low=0)
+    precision: str = key("no", "of the network's arithmetic", choices=("no", "bf16"))
+    channels_last: bool = key(False, "memory format of the network")
+    compile: bool = key(False, "torch.compile the network")
+    cpu: bool = key(False, "even where there is a GPU")
+    log_every: int = key(20, "steps", low=1)
+    save_every: int = key(500, "steps; after every evaluation besides", low=1)
+    eval_every: int = key(1, "epochs", low=1)
 
 
 @dataclass
 class EvalConfig:
     """How whole pictures are segmented."""
 
-    mode: str = "original"  # or center_crop (of the training crop), sliding
-    window: int = 801
-    stride: int = 534
-    panels: int = 4  # validation pictures shown in TensorBoard
+    mode: str = key("original", "of segmenting; center_crop is of the size `train.crop`",
+                    choices=("original", "center_crop", "sliding"))  # fmt: skip
+    window: int = key(801, "side of a sliding window, pixels", low=33)
+    stride: int = key(534, "of the sliding window, pixels", low=1)
+    panels: int = key(4, "validation pictures shown in TensorBoard and on the page of `corrmatch compare`", low=0)
+    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled pictures, where there are some")
 
 
 @dataclass
 class Config:
-    """A run."""
+    """A run. `parse` adds a section for every method, of the method's name."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: str = "corrmatch"  # or supervised
-    corrmatch: CorrMatchConfig = field(default_factory=CorrMatchConfig)
+    method: str = key("corrmatch", "the training method")
+    propagation: PropagationConfig = field(default_factory=PropagationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    work_dir: str = "runs/corrmatch"
+    work_dir: str = key("runs/corrmatch", "gets checkpoints and logs")
+
+    @property
+    def options(self) -> Any:
+        """The section of the method."""
+        return getattr(self, self.method)
 
 
-CHOICES = {
-    "method": ("supervised", "corrmatch"),
-    "corrmatch.connected": (None, "peak", "seed"),
-    "model.output_stride": (8, 16),
-    "train.precision": ("no", "bf16"),
-    "eval.mode": ("original", "center_crop", "sliding"),
-}
-AT_LEAST = {
-    "data.val_every": 2, "model.channels": 1, "corrmatch.num_masks": 1,
-    "train.crop": 33, "train.epochs": 1, "train.batch_size": 2, "train.accumulate": 1, "train.workers": 0,
-    "train.log_every": 1, "train.save_every": 1, "train.eval_every": 1,
-    "train.lr": 0, "train.lr_multi": 0, "train.weight_decay": 0, "train.power": 0,
-    "eval.window": 33, "eval.stride": 1, "eval.panels": 0,
-}  # fmt: skip
-FRACTIONS = ("train.momentum", "train.ema", "corrmatch.threshold", "corrmatch.momentum")
+class HasOptions(Protocol):
+    """What a configuration needs to know of a method."""
+
+    Options: ClassVar[type]  # a dataclass of `key`s
+    renamed: ClassVar[Mapping[str, str]]  # keys of earlier versions, and what they are called now
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it."""
-    path = Path(source)
-    if not path.is_file():
-        shipped = importlib.resources.files("corrmatch.configs")
-        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-        if source not in names:
-            raise ConfigError(f"{source}: no such file; shipped configurations are {', '.join(names)}")
-        text = (shipped / f"{source}.yaml").read_text()
-    else:
-        text = path.read_text()
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"{override}: expected key=value, such as data.root=FOLDER")
+Methods = Mapping[str, type[HasOptions]]
+
+
+def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | None = None) -> Config:
+    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it.
+
+    A file that names a `base` says only what is different from that.
+    """
+    return parse([*_read(source, ()), from_arguments(overrides, methods)], methods)
+
+
+def _read(source: str, above: tuple[str, ...]) -> list[Any]:
+    """What a file says, behind what its `base` says: a file beside it, or a shipped configuration."""
+    if source in above:
+        raise ConfigError(f"base: {' -> '.join((*above, source))} never ends")
+    path = expand(source)
     try:
+        text = read_text(path) if path.is_file() else _shipped(source)
         file = OmegaConf.create(text)
     except YAMLError as error:
         raise ConfigError(f"{source}: not YAML: {error}") from error
-    if not OmegaConf.is_dict(file):
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(file, DictConfig):
         raise ConfigError(f"{source}: expected keys and values")
-    return parse([file, OmegaConf.from_dotlist(list(overrides))])
+    base = file.pop("base", None)
+    if base is None:
+        return [file]
+    beside = path.parent / str(base)
+    return [*_read(str(beside) if beside.is_file() else str(base), (*above, source)), file]
 
 
-def parse(parts: Sequence[Any]) -> Config:
+def _shipped(source: str) -> str:
+    shipped = importlib.resources.files("corrmatch.configs")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+    if source not in names:
+        raise ConfigError(f"{source}: no such file; shipped configurations are {', '.join(names)}")
+    return (shipped / f"{source}.yaml").read_text()
+
+
+def from_arguments(arguments: Sequence[str], methods: Methods | None = None) -> dict[str, Any]:
+    """`a.b=c` as keys and values. Where a key takes text, it gets the text as typed; elsewhere a value is YAML."""
+    schema = _schema(_shipped_methods() if methods is None else methods)
+    part: dict[str, Any] = {}
+    for argument in arguments:
+        path, found, text = argument.partition("=")
+        if not found:
+            raise ConfigError(f"{argument}: expected key=value, such as data.root=FOLDER")
+        *sections, last = path.split(".")
+        section = part
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{path}: {name} has a value already")
+        section[last] = _value(text, _kind(schema, path))
+    return part
+
+
+def _value(text: str, kind: Any) -> Any:
+    if kind is str or (kind == str | None and text != "null"):
+        return text
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+    except YAMLError:
+        return text
+    return text if kind is Any and isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _kind(schema: Any, path: str) -> Any:
+    """What the annotation of a key says; None for keys that do not exist."""
+    for name in path.split("."):
+        schema = get_type_hints(schema).get(name) if is_dataclass(schema) else None
+    return schema
+
+
+def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
     """Merges the parts over the defaults; unknown keys and wrong values raise ConfigError."""
-    merged = OmegaConf.structured(Config)
+    methods = _shipped_methods() if methods is None else methods
+    schema = _schema(methods)
+    merged = OmegaConf.structured(schema)
+    known = keys(schema)
     try:
         for part in parts:
-            _refuse_unknown(OmegaConf.to_container(part))
-            merged = OmegaConf.merge(merged, part)
+            plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(part)))
+            content: Any = _with_new_names(plain, methods)
+            _refuse_unknown(content, known)
+            _refuse_numbers_for_text(content, schema)
+            merged = OmegaConf.merge(merged, content)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]}: expected a value; add {missing[0]}=...")
-        config = OmegaConf.to_object(merged)
+        config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
-    for key, choices in CHOICES.items():
-        if OmegaConf.select(merged, key) not in choices:
-            expected = ", ".join(map(str, choices))
-            raise ConfigError(f"{key}: expected one of {expected}, got {OmegaConf.select(merged, key)}")
-    for key, low in AT_LEAST.items():
-        value = OmegaConf.select(merged, key)
-        if value is not None and not low <= value:
-            raise ConfigError(f"{key}: expected at least {low}, got {value}")
-    for key in FRACTIONS:
-        value = OmegaConf.select(merged, key)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{key}: expected 0 to 1, got {value}")
-    return config  # type: ignore[return-value]
+    _check_values(config)
+    if config.eval.mode == "sliding" and config.eval.stride > config.eval.window:
+        raise ConfigError(
+            f"eval.stride: expected at most eval.window ({config.eval.window}), or windows leave gaps, "
+            f"got {config.eval.stride}"
+        )
+    if config.method not in methods:
+        raise ConfigError(f"method: expected one of {', '.join(methods)}, got {config.method}")
+    return config
 
 
-def keys(kind: Any = Config, prefix: str = "") -> list[str]:
-    """Every key of a configuration, dotted."""
+def keys(kind: Any, prefix: str = "") -> list[str]:
+    """Every key of a configuration (a class or an instance), dotted."""
     found = []
     for entry in fields(kind):
         section = entry.default_factory
@@ -182,9 +263,66 @@ def keys(kind: Any = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def _refuse_unknown(part: Any) -> None:
-    known = keys()
-    for path in _leaves(part) if part else ():
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included; of the methods' sections the one that is used."""
+    own = [entry.name for entry in fields(Config)] + [config.method]
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.structured(config), own))
+
+
+def _shipped_methods() -> Methods:
+    from corrmatch.methods import METHODS  # late, for they import this file
+
+    return METHODS
+
+
+def _schema(methods: Methods) -> type[Config]:
+    """`Config` with a section for every method: one file serves many, `method=...` chooses."""
+    return _with_sections(tuple((name, kind.Options) for name, kind in methods.items()))
+
+
+@functools.cache
+def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[Config]:
+    added = [(name, options, field(default_factory=options)) for name, options in sections]
+    return make_dataclass("Config", added, bases=(Config,))
+
+
+def _with_new_names(part: dict[str, Any], methods: Methods) -> dict[str, Any]:
+    for old, new in (pair for kind in methods.values() for pair in kind.renamed.items()):
+        (section, name), (new_section, new_name) = old.split("."), new.split(".")
+        if isinstance(part.get(section), dict) and name in part[section]:
+            rest = dict(part[section])
+            value = rest.pop(name)
+            part = {k: v for k, v in part.items() if k != section} | ({section: rest} if rest else {})
+            part[new_section] = {new_name: value} | part.get(new_section, {})
+    return part
+
+
+def _check_values(section: Any, prefix: str = "") -> None:
+    for entry, value in _entries(section):
+        name = f"{prefix}{entry.name}"
+        if is_dataclass(value):
+            _check_values(value, f"{name}.")
+        elif value is not None:
+            _check_value(name, value, entry.metadata)
+
+
+def _entries(section: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    return ((entry, getattr(section, entry.name)) for entry in fields(section))
+
+
+def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    choices, low, high = limits["choices"], limits["low"], limits["high"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value}")
+    for number in value if isinstance(value, list) else [value]:
+        if low is not None and high is not None and not low <= number <= high:
+            raise ConfigError(f"{name}: expected {low} to {high}, got {number}")
+        if low is not None and not low <= number < math.inf:
+            raise ConfigError(f"{name}: expected at least {low}, got {number}")
+
+
+def _refuse_unknown(part: dict[str, Any], known: Sequence[str]) -> None:
+    for path in _leaves(part):
         if any(path == name or path.startswith(f"{name}.") for name in known):
             continue
         if any(name.startswith(f"{path}.") for name in known):
@@ -196,12 +334,18 @@ def _refuse_unknown(part: Any) -> None:
         raise ConfigError(f"{path}: no such key" + (f"; did you mean {meant[0]}?" if meant else ""))
 
 
+def _refuse_numbers_for_text(part: Mapping[str, Any], schema: Any, prefix: str = "") -> None:
+    """YAML reads 2012_07 as a number and no as false, which as text would be something else than what was written."""
+    hints = get_type_hints(schema) if is_dataclass(schema) else {}
+    for name, value in part.items():
+        kind = hints.get(name)
+        if isinstance(value, dict):
+            _refuse_numbers_for_text(value, kind, f"{prefix}{name}.")
+        elif kind in (str, str | None) and isinstance(value, int | float):
+            raise ConfigError(f"{prefix}{name}: expected text, got {value}; put it in quotes")
+
+
 def _leaves(part: Any, prefix: str = "") -> list[str]:
-    if not isinstance(part, dict) or not part:
+    if not isinstance(part, dict):
         return [prefix[:-1]]
     return [path for key, value in part.items() for path in _leaves(value, f"{prefix}{key}.")]
-
-
-def to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

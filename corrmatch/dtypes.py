@@ -1,4 +1,4 @@
-"""What is computed in which dtype: what the ops and their definition share."""
+"""Dtypes and layouts: what the ops, their definition and RegionMasks share."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def confidence_gate(value: Tensor, confidence: Tensor | None, threshold: float |
     if confidence is None:
         confidence = accumulation(value)[0].softmax(1).amax(1)
     return accumulation(confidence)[0].flatten(1) >= threshold
+
+
+def dense(name: str, x: Tensor) -> None:
+    """A tensor whose elements lie in memory by strides: not sparse, of MKL-DNN or nested."""
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").removeprefix("_")
+        raise TypeError(f"{name}: expected a dense tensor (torch.strided), got layout {layout}")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

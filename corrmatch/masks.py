@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from corrmatch.dtypes import dense
 
 WORD = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RegionMasks:
     """K boolean masks of H x W pixels for each of B pictures, one bit a pixel.
 
     Bit `p % 32` of word `p // 32` is pixel `p = y * W + x`; the bits behind the last pixel are 0. 128 masks of
     321 x 321 take 1.65 MB a picture, against 13.2 MB as bool.
 
-    Attributes:
+    Equal are masks of the same size on the same device with the same bits; on a GPU, to compare them waits for it. They
+    are a pytree of one leaf, `packed`, so that torch.export, torch.compile, torch.func and `tree_map` take them, and
+    torch.load reads them with weights_only=True wherever corrmatch has been imported.
+
+    Args:
         packed: int32 (B, K, ceil(H * W / 32)).
-        size: (H, W).
+        size: (H, W), any sequence of two integers; kept as a tuple.
+
+    Raises:
+        TypeError: A size of something else.
     """
 
     packed: Tensor
     size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _plain(self.size))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RegionMasks):
+            return NotImplemented
+        a, b = self.packed, other.packed
+        if self.size != other.size or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return a is b or (not a.is_meta and torch.equal(a, b))
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.packed.shape))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the masks are."""
+        return self.packed.device
 
     @staticmethod
     def words(size: tuple[int, int]) -> int:
@@ -33,24 +65,28 @@ class RegionMasks:
     @classmethod
     def from_bool(cls, masks: Tensor) -> RegionMasks:
         """Packs a bool tensor (B, K, H, W)."""
+        if masks.layout is not torch.strided:
+            raise TypeError(f"masks: expected a dense tensor (torch.strided), got layout {masks.layout}")
         if masks.dtype != torch.bool:
             raise TypeError(f"masks: expected a bool tensor, got {masks.dtype}")
+        dense("masks", masks)
         if masks.dim() != 4:
             raise ValueError(f"masks: expected shape (B, K, H, W), got {tuple(masks.shape)}")
         batch, count, height, width = masks.shape
         words = cls.words((height, width))
         padding = words * WORD - height * width
-        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, 4 * words, 8)
+        bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, words, 4, 8)
         # Eight bits make a byte here and four bytes a word by reinterpretation: the low byte comes first in memory.
         octets = (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(-1, dtype=torch.uint8)
-        return cls(octets.view(torch.int32), (height, width))
+        return cls(octets.view(torch.int32).squeeze(-1), (height, width))
 
     def to_bool(self) -> Tensor:
         """The masks as a bool tensor (B, K, H, W)."""
         height, width = self.size
+        batch, count = self.packed.shape[:2]
         octets = self._octets().unsqueeze(-1)
         bits = (octets >> torch.arange(8, dtype=torch.uint8, device=octets.device)) & 1
-        return bits.flatten(2)[..., : height * width].unflatten(-1, self.size).to(torch.bool)
+        return bits.flatten(2)[..., : height * width].reshape(batch, count, height, width).to(torch.bool)
 
     def area(self) -> Tensor:
         """Number of pixels in each mask: int64 (B, K)."""
@@ -59,13 +95,76 @@ class RegionMasks:
         octets = octets - ((octets >> 1) & 0x55)
         octets = (octets & 0x33) + ((octets >> 2) & 0x33)
         octets = (octets + (octets >> 4)) & 0x0F
-        return ((octets.view(torch.int32) * 0x01010101) >> 24).sum(-1, dtype=torch.int64)
+        return ((octets.view(torch.int32) * 0x01010101) >> 24).sum((-2, -1), dtype=torch.int64)
 
     def _octets(self) -> Tensor:
-        """The words as uint8 (B, K, 4 * words), low byte first."""
+        """The words as uint8 (B, K, words, 4), low byte first."""
         # Not contiguous(): a last dimension of one word counts as that with any stride.
-        return self.packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        return self.packed.clone(memory_format=torch.contiguous_format).unsqueeze(-1).view(torch.uint8)
 
-    def to(self, device: torch.device | str) -> RegionMasks:
-        """The same masks on another device."""
-        return RegionMasks(self.packed.to(device), self.size)
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False) -> RegionMasks:
+        """The same masks on another device, as `Tensor.to` moves a tensor."""
+        moved = self.packed.to(torch.device(device), non_blocking=non_blocking, copy=copy)
+        return RegionMasks(moved, self.size)
+
+    def cpu(self) -> RegionMasks:
+        """The same masks on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int = "cuda", *, non_blocking: bool = False) -> RegionMasks:
+        """The same masks on a GPU; the current one if none is named."""
+        return self.to(device, non_blocking=non_blocking)
+
+    def pin_memory(self) -> RegionMasks:
+        """The same masks in pinned memory, from where a GPU can fetch them while Python goes on."""
+        return RegionMasks(self.packed.pin_memory(), self.size)
+
+    def is_pinned(self) -> bool:
+        """Whether they are in pinned memory."""
+        return self.packed.is_pinned()
+
+
+def _plain(size: Any) -> tuple[int, int]:
+    """A size as a tuple of Python integers, or of torch's symbolic ones."""
+    if not isinstance(size, Iterable) or isinstance(size, Tensor):
+        raise TypeError(f"size: expected (H, W), got {size!r}")
+    sides = tuple(size)
+    if len(sides) != 2 or not all(isinstance(x, Integral | torch.SymInt) for x in sides):
+        raise TypeError(f"size: expected two integers (H, W), got {size!r}")
+    height, width = (x if isinstance(x, torch.SymInt) else int(x) for x in sides)
+    return height, width  # type: ignore[return-value]
+
+
+# A side is part of the structure while it is a number; torch.export traces a dynamic one, which is then a leaf as well.
+Structure = tuple[int | None, int | None]
+
+
+def _flatten(masks: RegionMasks) -> tuple[list[Any], Structure]:
+    symbolic = [side for side in masks.size if isinstance(side, torch.SymInt)]
+    height, width = (None if isinstance(side, torch.SymInt) else side for side in masks.size)
+    return [masks.packed, *symbolic], (height, width)
+
+
+def _flatten_with_keys(masks: RegionMasks) -> tuple[list[tuple[pytree.KeyEntry, Any]], Structure]:
+    leaves, structure = _flatten(masks)
+    keys: list[pytree.KeyEntry] = [pytree.GetAttrKey("packed")]
+    keys += [pytree.SequenceKey(i) for i, side in enumerate(structure) if side is None]
+    return list(zip(keys, leaves, strict=True)), structure
+
+
+def _unflatten(leaves: Iterable[Any], structure: Structure) -> RegionMasks:
+    packed, *symbolic = leaves
+    rest = iter(symbolic)
+    return RegionMasks(packed, tuple(next(rest) if side is None else side for side in structure))  # type: ignore[arg-type]
+
+
+pytree.register_pytree_node(
+    RegionMasks,
+    _flatten,
+    _unflatten,
+    serialized_type_name="corrmatch.RegionMasks",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([RegionMasks])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from corrmatch import ops
 from corrmatch.masks import RegionMasks
@@ -18,6 +20,10 @@ class CorrelationOutput(NamedTuple):
 
     propagated: Tensor
     masks: RegionMasks | None
+
+
+# torch.export writes programs that return one.
+pytree._register_namedtuple(CorrelationOutput, serialized_type_name="corrmatch.nn.CorrelationOutput")
 
 
 class CorrelationHead(nn.Module):
@@ -66,18 +72,60 @@ class CorrelationHead(nn.Module):
             connected: As in `ops.region_masks`.
             generator: For the draw, on the feature's device.
         """
-        hidden = self.project(feature)
-        query, key = self.query(hidden), self.key(hidden)
-        value = F.interpolate(logits.detach(), size=feature.shape[2:], mode="bilinear", align_corners=True)
+        query, key = self.query_key(feature)
         masks = None
         if num_masks > 0:
-            positions = feature.shape[2] * feature.shape[3]
-            # torch.export takes the number of positions for a constant where a generator is named, even None.
-            source: dict[str, Any] = {} if generator is None else {"generator": generator}
-            index = torch.randint(positions, (num_masks,), device=feature.device, **source)
             size = mask_size if mask_size is not None else (logits.shape[2], logits.shape[3])
-            masks = ops.region_masks(query, key, index, size, connected=connected)
-        return CorrelationOutput(ops.pixel_propagate(query, key, value), masks)
+            masks = sample_region_masks(query, key, num_masks, size, connected=connected, generator=generator)
+        return CorrelationOutput(propagate_logits(query, key, logits), masks)
+
+    def query_key(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key (B, num_classes, h, w) of a feature map (B, in_channels, h, w)."""
+        hidden = self.project(feature)
+        return self.query(hidden), self.key(hidden)
+
+
+def propagate_logits(query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
+    """Spreads logits along the correlation map of query and key.
+
+    Args:
+        query: (B, D, h, w).
+        key: As query.
+        logits: (B, C, H, W) of any size: they are shrunk to (h, w), bilinearly with aligned corners. No gradient flows
+            to them.
+
+    Returns:
+        (B, C, h, w), see `ops.pixel_propagate`.
+    """
+    value = F.interpolate(logits.detach(), size=query.shape[2:], mode="bilinear", align_corners=True)
+    return ops.pixel_propagate(query, key, value)
+
+
+def sample_region_masks(
+    query: Tensor,
+    key: Tensor,
+    num_masks: int,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    connected: str | None = None,
+    generator: torch.Generator | None = None,
+) -> RegionMasks:
+    """Region masks of random positions, drawn uniformly and shared by the batch; see `ops.region_masks`.
+
+    Args:
+        query: (B, D, h, w).
+        key: As query.
+        num_masks: How many positions are drawn.
+        size: (H, W) of the masks.
+        threshold: As in `ops.region_masks`.
+        connected: As in `ops.region_masks`.
+        generator: For the draw, on the device of the query.
+    """
+    # torch.export takes the number of positions for a constant where a generator is named, even None.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    index = torch.randint(query.shape[2] * query.shape[3], (num_masks,), device=query.device, **source)
+    return ops.region_masks(query, key, index, size, threshold=threshold, connected=connected)
 
 
 class DynamicThreshold(nn.Module):
@@ -85,8 +133,10 @@ class DynamicThreshold(nn.Module):
 
     .. math:: \theta \leftarrow m \theta + (1 - m) \operatorname{mean}_{c\ \mathrm{present}} \mathrm{class\_peak}_c
 
-    The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. Under torch.distributed
-    the peaks of all processes combine by their maximum, so every process holds the same threshold.
+    The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. It stays float32 when the
+    module is cast, by half() or to(torch.bfloat16), and whatever is loaded: rounded to bfloat16, it would never move
+    with a momentum of 0.999. Under torch.distributed the peaks of all processes combine by their maximum, so every
+    process holds the same threshold.
 
     Args:
         initial: theta before the first update.
@@ -100,22 +150,36 @@ class DynamicThreshold(nn.Module):
     def __init__(self, initial: float = 0.85, momentum: float = 0.999):
         super().__init__()
         self.momentum = momentum
-        self.register_buffer("threshold", torch.tensor(float(initial)))
+        self.register_buffer("threshold", torch.tensor(float(initial), dtype=torch.float32))
 
     @torch.no_grad()
     def update(self, class_peak: Tensor) -> Tensor:
         """Moves the threshold by the (C,) peaks that `ops.pseudo_label` returns; absent classes have peak 0.
 
-        Without any present class the threshold stays. Returns the buffer.
+        A class whose peak is NaN or infinite counts as absent, so that one bad batch does not make the threshold NaN
+        for good. Without any present class the threshold stays. Returns the buffer.
         """
+        class_peak = torch.where(class_peak.isfinite(), class_peak, 0).to(torch.float32).clamp(min=0)
         if dist.is_available() and dist.is_initialized():
-            class_peak = class_peak.clone()
             dist.all_reduce(class_peak, dist.ReduceOp.MAX)
         present = class_peak > 0
         mean = class_peak.sum() / present.sum().clamp(min=1)
         moved = self.momentum * self.threshold + (1 - self.momentum) * mean
         self.threshold.copy_(torch.where(present.any(), moved, self.threshold))
         return self.threshold
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicThreshold:
+        """What moves or casts a module goes through here; the state moves along, but is not cast."""
+        before = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            self.threshold = before.to(self.threshold.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """With assign=True the state would be what is loaded, in the dtype that it comes in."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.threshold = self.threshold.to(torch.float32)
 
     def forward(
         self, logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None

@@ -91,7 +91,7 @@ def region_propagate(
         labels.clone(memory_format=torch.contiguous_format),
         reliable.clone(memory_format=torch.contiguous_format),
     )
-    theta = torch.as_tensor(threshold).to(torch.float32)
+    theta = torch.as_tensor(threshold, dtype=torch.float32, device=labels.device)
     for b in range(regions.shape[0]):
         for region in regions[b]:
             counted = region & reliable[b]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 from sphinx.application import Sphinx
 
 import corrmatch
+from corrmatch.config import Config
+from corrmatch.methods import METHODS
 
 project = "corrmatch"
 author = "the corrmatch authors"
@@ -46,6 +52,41 @@ class Support(Directive):
         return [_table(rows)]
 
 
+class Keys(Directive):
+    """`{keys} SECTION`: the keys of a method or of another section, asked of the class that holds them."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        section = self.arguments[0]
+        kinds = {entry.name: entry.default_factory for entry in dataclasses.fields(Config)}
+        kind = METHODS[section].Options if section in METHODS else kinds[section]
+        rows = [["key", "default", "", "values"]]
+        for entry in dataclasses.fields(kind):
+            limits = entry.metadata
+            rows.append([f"{section}.{entry.name}", _value(_default(entry)), limits["about"], _limits(limits)])
+        return [_table(rows)]
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+
+
+def _value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return "expected" if value == "???" else str(value)
+
+
+def _limits(limits: Mapping[str, Any]) -> str:
+    if limits["choices"]:
+        return ", ".join(map(_value, limits["choices"]))
+    if limits["high"] is not None:
+        return f"{limits['low']} to {limits['high']}"
+    return "" if limits["low"] is None else f"at least {limits['low']}"
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -60,3 +101,4 @@ def _table(rows: list[list[str]]) -> nodes.table:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("support", Support)
+    app.add_directive("keys", Keys)

@@ -1,17 +1,16 @@
 """Tile shapes: a table for each architecture family, by class of dtype and channels. Nothing is tuned unasked.
 
-With CORRMATCH_AUTOTUNE=1 the first call of a kernel for a problem size times CANDIDATES instead. This takes seconds and
-must not happen while a CUDA graph is captured. TRITON_PRINT_AUTOTUNING=1 prints what won.
+With CORRMATCH_AUTOTUNE=1, set before corrmatch is imported, the first call of a kernel for a problem size times
+CANDIDATES instead. This takes seconds and must not happen while a CUDA graph is captured. TRITON_PRINT_AUTOTUNING=1
+prints what won.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED
@@ -36,72 +35,62 @@ class Configs(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Configurations for half types and for float32, by the most channels (padded) that they serve."""
+    """Configurations for half types and for numbers in pieces, by the most channels (padded) that they serve."""
 
     half: dict[int, Configs]
     single: dict[int, Configs]
 
 
-# Chosen by the instructions an element that `inspect` counts, without a spill up to 32 channels; not yet timed.
-SINGLE = {
-    32: Configs(Config(128, 64, 8, 1), Config(64, 128, 8, 1), Config(64, 16, 4, 1), Config(32, 64, 4, 1)),
-    64: Configs(Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
-    256: Configs(Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
-}
-LARGE_HALF = {
-    64: Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    256: Configs(Config(64, 32, 8, 1), Config(32, 64, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
-}
+def tiles(rows: int, columns: int, warps: int, stages: int = 1) -> Configs:
+    """Passes by rows with tiles of this shape, passes by columns with its transpose."""
+    by_row, by_column = Config(rows, columns, warps, stages), Config(columns, rows, warps, stages)
+    return Configs(by_row, by_column, by_row, by_column)
+
+
+# Chosen by the instructions an element that `inspect` counts, without a spill up to 32 channels; not yet timed. Wider
+# ones by the shared memory that a block may have: 227 KiB on 90 and 100, 163 KiB on 80, 99 KiB on 86, 89 and 120.
 AMPERE_HALF = Configs(Config(64, 128, 4, 2), Config(32, 128, 4, 1), Config(128, 32, 4, 2), Config(32, 128, 4, 2))
-HOPPER_HALF = Configs(Config(64, 128, 4, 2), Config(64, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1))
+HOPPER_HALF = Configs(Config(64, 128, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3))
 BLACKWELL_HALF = Configs(Config(128, 128, 4, 1), Config(128, 128, 4, 1), Config(128, 128, 8, 1), Config(64, 128, 4, 1))
-AMPERE = Table({32: AMPERE_HALF, **LARGE_HALF}, SINGLE)
-HOPPER = Table({32: HOPPER_HALF, **LARGE_HALF}, SINGLE)
-BLACKWELL = Table({32: BLACKWELL_HALF, **LARGE_HALF}, SINGLE)
-FAMILIES = {80: AMPERE, 90: HOPPER, 100: BLACKWELL, 120: AMPERE}  # from this compute capability on
-INTERPRETER = Configs(*[Config(64, 64, 1, 1)] * 4)
+WIDE_HALF = {64: tiles(64, 64, 4, 2), 512: tiles(64, 32, 8)}
+SMALL_HALF = {64: tiles(64, 64, 4, 2), 256: tiles(32, 32, 8), 512: tiles(32, 16, 8)}
+
+AMPERE_SINGLE = Configs(Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 16, 4, 2), Config(64, 64, 4, 2))
+HOPPER_SINGLE = Configs(Config(64, 128, 4, 2), Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2))
+BLACKWELL_SINGLE = Configs(Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 64, 4, 1), Config(64, 64, 4, 1))
+WIDE_SINGLE = {64: tiles(64, 32, 8), 256: tiles(32, 16, 8), 512: tiles(16, 16, 8)}
+SMALL_SINGLE = {64: tiles(64, 32, 8), 128: tiles(32, 16, 8), 256: tiles(16, 16, 8)}
+
+AMPERE = Table({32: AMPERE_HALF, **WIDE_HALF}, {32: AMPERE_SINGLE, **WIDE_SINGLE})
+SMALL = Table({32: AMPERE_HALF, **SMALL_HALF}, {32: AMPERE_SINGLE, **SMALL_SINGLE})
+HOPPER = Table({32: HOPPER_HALF, **WIDE_HALF}, {32: HOPPER_SINGLE, **WIDE_SINGLE})
+BLACKWELL = Table({32: BLACKWELL_HALF, **WIDE_HALF}, {32: BLACKWELL_SINGLE, **WIDE_SINGLE})
+FAMILIES = {80: AMPERE, 86: SMALL, 90: HOPPER, 100: BLACKWELL, 120: SMALL}  # from this compute capability on
+INTERPRETER = Configs(*[Config(128, 128, 1, 1)] * 4)  # it takes its time by the block
 CANDIDATES = [
     Config(rows, columns, warps, stages)
     for rows, columns in ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128))
     for warps in (4, 8)
-    for stages in (1, 2)
+    for stages in (1, 2, 3)
 ]
 
 
 def architecture(tensor: Tensor) -> int:
     """Compute capability of the tensor's device, 90 for 9.0; 0 under the interpreter."""
-    if INTERPRETED.value:
-        return 0
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
-
-
-def configs(arch: int, dtype: torch.dtype, channels: int) -> Configs:
-    """For maps of `dtype` with at most so many padded channels."""
-    if arch == 0:
-        return INTERPRETER
-    family = FAMILIES[max((least for least in FAMILIES if least <= arch), default=min(FAMILIES))]
-    table = family.single if dtype == torch.float32 else family.half
-    return table[min((size for size in table if size >= channels), default=max(table))]  # 256 and the mass make 512
-
-
-def launch(kernel: Any, config: Config, blocks: str, positions: int, batch: int, *arguments: Any, **flags: Any) -> None:
-    """Runs `kernel` with one block for each tile of `positions` along `blocks` ("ROWS" or "COLUMNS") and picture."""
-    if os.environ.get("CORRMATCH_AUTOTUNE") == "1":
-        tuned(kernel)[lambda chosen: (triton.cdiv(positions, chosen[blocks]) * batch,)](*arguments, **flags)
-        return
-    tile = {"ROWS": config.rows, "COLUMNS": config.columns}
-    kernel[(triton.cdiv(positions, tile[blocks]) * batch,)](
-        *arguments, **flags, **tile, num_warps=config.warps, num_stages=config.stages
-    )
+    return 0 if INTERPRETED.value else compute_capability(tensor.device)
 
 
 @functools.cache
-def tuned(kernel: Any) -> Any:
-    """The kernel with the fastest of CANDIDATES for each problem size, dtype and set of flags."""
-    candidates = [
-        triton.Config({"ROWS": c.rows, "COLUMNS": c.columns}, num_warps=c.warps, num_stages=c.stages)
-        for c in CANDIDATES
-    ]
-    flags = [name for name in kernel.arg_names if name.isupper() and name not in ("ROWS", "COLUMNS")]
-    return triton.autotune(candidates, key=["n_q", "n_k", *flags])(kernel)
+def compute_capability(device: torch.device) -> int:
+    """90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def configs(arch: int, single: bool, channels: int) -> Configs:
+    """For maps of float32 (`single`) or of a half type with at most so many padded channels."""
+    if arch == 0:
+        return INTERPRETER
+    family = FAMILIES[max((least for least in FAMILIES if least <= arch), default=min(FAMILIES))]
+    table = family.single if single else family.half
+    return table[min((size for size in table if size >= channels), default=max(table))]

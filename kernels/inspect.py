@@ -4,7 +4,8 @@
 
 For each kernel: registers a thread, spilled bytes, shared memory, matrix instructions and, an element of the scores in
 the inner loop, all instructions of a thread (slots: an H100 has 8 in the time of one exponential), exponentials and
-divisions or logarithms. Kernels that are linear in the positions have no such loop.
+divisions or logarithms; in one turn of it, asynchronous copies, loads that are waited for, and fences; and how many
+blocks an H100's multiprocessor holds. Kernels that are linear in the positions have no such loop.
 """
 
 from __future__ import annotations
@@ -19,25 +20,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corrmatch.kernels import packing, pixel_loss, pixel_propagate, pixel_propagate_backward, pseudo_label
+from corrmatch.kernels import (
+    gate,
+    packing,
+    pixel_loss,
+    pixel_propagate,
+    pixel_propagate_backward,
+    plan,
+    pseudo_label,
+)  # fmt: skip
 from corrmatch.kernels.configs import Config, configs
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MATRIX = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b"
 POINTERS = {
-    "query": "data", "key": "data", "value": "data", "grad": "data", "out": "data", "dquery": "data", "dkey": "data",
-    "dvalue": "data", "shift": "fp32", "normalizer": "fp32", "mean_key": "fp32", "delta": "fp32", "count": "i32",
-    "index": "i32", "source": "data", "packed": "data", "divisor": "fp32", "gate": "i1", "threshold": "fp64",
-    "logits": "data", "ignore": "i1", "labels": "i64", "confidence": "fp32", "class_peak": "i32",
-    "target": "data", "weight": "fp32", "pixels": "fp32", "parts": "fp32",
+    "query": "data", "key": "data", "value": "data", "source": "data", "out": "data", "dquery": "data", "dkey": "data",
+    "dvalue": "data", "packed": "packed", "grad": "packed", "rows": "fp32", "delta": "fp32", "open_rows": "i32",
+    "gate": "i1", "threshold": "fp64", "logits": "data", "ignore": "i1", "labels": "i64", "confidence": "fp32",
+    "class_peak": "i32", "target": "data", "weight": "fp32", "pixels": "fp32", "parts": "fp32",
 }  # fmt: skip
-FLOATS = ("factor", "unbias", "scale", "inverse_factor", "log2e")
+FLOATS = ("factor", "bias", "unbias", "scale", "log2e")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class Loop:
     slots: float
     exponentials: float
     divisions: float
+    copies: int  # asynchronous loads into shared memory, in a turn of a thread
+    loads: int  # those that are waited for
+    fences: int  # that wait for memory
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,12 @@ class Compiled:
     loop: Loop | None
 
     @property
+    def blocks(self) -> int:
+        """Blocks that an H100's multiprocessor holds at once: 65,536 registers and 228 KiB of shared memory."""
+        allotted = (self.registers + 7) // 8 * 8 * 32 * self.warps
+        return min(65536 // allotted, 228 * 1024 // (self.shared + 1024), 64 // self.warps)
+
+    @property
     def sound(self) -> bool:
         """Whether nothing spills, and products are matrix instructions."""
         return self.spilled == 0 and (self.loop is None or self.matrix != "none")
@@ -77,22 +93,26 @@ class Compiled:
         if self.loop is not None:
             line += f"  {self.matrix:15} {self.loop.slots:5.1f}"
             line += f" {self.loop.exponentials:11.2f} {self.loop.divisions:10.2f}"
+            line += f" {self.loop.copies:6} {self.loop.loads:5} {self.loop.fences:6} {self.blocks:6}"
         return line
 
 
 HEADER = (
     f"{'kernel':16} {'arch':7} {'dtype':9} {'tile':15} {'registers':>9} {'spilled':>8} {'shared K':>8}  "
-    f"{'matrix':15} {'slots':>5} {'exp/element':>11} {'div, log':>10}"
+    f"{'matrix':15} {'slots':>5} {'exp/element':>11} {'div, log':>10} {'copies':>6} {'loads':>5} {'fences':>6} "
+    f"{'blocks':>6}"
 )
 
 
 def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
     """Every kernel of a problem with so many channels of query and of value."""
-    padded = packing.padded_channels(channels)
-    tuned = configs(arch, getattr(torch, dtype), padded)
-    folded = dtype == "bfloat16" and padded - channels >= packing.SPARE.value
-    flags: dict[str, Any] = {"GATED": False, "FOLDED": folded, "DEPTH": padded, "CHANNELS": padded}
-    flags |= {"PRECISION": "tf32x3", "EXACT": dtype == "float32", "DQUERY": True, "DVALUE": True}
+    padded = plan.padded_channels(channels)
+    single = dtype == "float32"
+    tuned = configs(arch, single, padded)
+    pieces = 3 if single else 1
+    flags: dict[str, Any] = {"GATED": False, "FOLDED": dtype == "bfloat16" and padded - channels >= plan.SPARE}
+    flags |= {"KEPT": pieces, "PIECES": pieces, "DEPTH": padded, "CHANNELS": padded, "EXACT": single}
+    flags |= {"DQUERY": True, "DVALUE": True}
     passes: dict[str, tuple[Any, Config, dict[str, Any]]] = {
         "row": (pixel_propagate.row_kernel, tuned.row, {"MEAN": False}),
         "row, mean key": (pixel_propagate.row_kernel, tuned.row, {"MEAN": True}),
@@ -106,10 +126,14 @@ def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
 
     block = packing.block_size(padded)
     linear: dict[str, tuple[Any, dict[str, Any]]] = {
-        "pack": (packing.pack_kernel, {"GATHER": True, "DIVIDE": True, "BLOCK": block}),
-        "fold": (packing.fold_kernel, {"BLOCK": packing.ALIGNMENT}),
-        "gate": (packing.confidence_gate_kernel, {"BLOCK": block}),
-        "label": (pseudo_label.label_kernel, {"RESIZE": True, "IGNORE": True, "BLOCK": pseudo_label.BLOCK}),
+        "pack": (packing.pack_kernel, flags | {"GATED": True, "MASS": False, "BLOCK_D": block, "BLOCK_C": block}),
+        "pack gradient": (packing.pack_gradient_kernel, {"PIECES": pieces, "BLOCK": block}),
+        "gate": (gate.confidence_gate_kernel, {"BLOCK": block}),
+        "open rows": (gate.open_rows_kernel, {"BLOCK": gate.SCAN}),
+        "label": (
+            pseudo_label.label_kernel,
+            {"RESIZE": True, "WIDE": False, "IGNORE": True, "BLOCK": pseudo_label.BLOCK},
+        ),
     }
     classes, cells = pixel_loss.tile(channels)
     for name, divergence in (("cross-entropy", False), ("divergence", True)):
@@ -124,17 +148,19 @@ def compile_one(
 ) -> Compiled:
     """Compiles one kernel and reads its PTX, its machine code and the assembler's report."""
     signature, attributes = {}, {}
-    for position, argument in enumerate(kernel.arg_names):
+    numbers = {"data": DTYPES[dtype], "packed": "bf16" if dtype == "float32" else DTYPES[dtype]}
+    for parameter in kernel.params:
+        argument, aligned = parameter.name, False
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in POINTERS:
-            kind = POINTERS[argument]
-            signature[argument] = "*" + (DTYPES[dtype] if kind == "data" else kind)
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[argument] = "*" + numbers.get(POINTERS[argument], POINTERS[argument])
+            aligned = not parameter.do_not_specialize_on_alignment
         else:
-            signature[argument] = "fp32" if argument in FLOATS else "i32"
-            if argument in ("packed_q", "packed_k", "packed_positions"):  # multiples of 128
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[argument] = "fp32" if argument in FLOATS else parameter.annotation_type or "i32"
+            aligned = not parameter.do_not_specialize and signature[argument] == "i32"  # padded positions
+        if aligned:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
     source = ASTSource(kernel, signature, constants, attributes)
     warps, stages = (4, 2) if config is None else (config.warps, config.stages)
@@ -144,7 +170,7 @@ def compile_one(
     registers, spilled, sass = assembled(ptx, arch)
     matrix, loop, tile = "", None, str(constants.get("BLOCK", constants.get("CELLS")))
     if config is not None:
-        tile = f"{config.rows}x{config.columns}"
+        tile = f"{config.rows}x{config.columns}x{config.stages}"
         body, machine_body = inner_loop(ptx), inner_loop(sass)
         per_element = 32 * warps / (config.rows * config.columns)
         matrix = next(iter(re.findall(MATRIX, body)), "none")
@@ -152,6 +178,9 @@ def compile_one(
             len(re.findall(r"/\*[0-9a-f]{4,}\*/", machine_body)) * per_element,
             len(re.findall(r"\bex2\.approx", body)) * per_element,
             len(re.findall(r"\b(?:div|rcp|lg2|sqrt)\.", body)) * per_element,
+            len(re.findall(r"\bLDGSTS\b", machine_body)),
+            len(re.findall(r"\bLDG\b", machine_body)),
+            len(re.findall(r"\bMEMBAR\b", machine_body)),
         )
     return Compiled(name, arch, dtype, tile, warps, registers, spilled, made.metadata.shared, matrix, loop)
 

@@ -1,171 +1,143 @@
 """Packed maps: what the matrix kernels read.
 
-A map of any strides becomes (B, channels, positions) with both padded by zeros: channels to a power of two of at least
-16 (the least that tensor cores take), positions to a multiple of 128. So rows are aligned, though the picture sizes of
-this method are odd, and the inner loops need no masks. Where a gate closes query positions, only the open ones are
-packed, in order, and the kernels loop over their number: what is closed costs nothing.
+A map of any strides becomes (pieces, channels, positions) with channels and positions padded by zeros: channels to a
+power of two of at least 16, positions to a multiple of 128. So rows are aligned, though the picture sizes of this
+method are odd, and the inner loops need no masks. Query, key and value of a picture lie behind one another in one
+buffer, and are packed by one kernel. Where a gate closes query positions, only the open ones are packed, in order, and
+the kernels loop over their number: what is closed costs nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.language import LOG2E, block_of, narrow
+from corrmatch.kernels.language import INTERPRETED, block_of, rounded, store
+from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
+from corrmatch.kernels.plan import ALIGNMENT, Plan, padded
 
-ALIGNMENT = 128  # positions; a multiple of every block size
-MOST_NUMBERS = 2**31  # of a packed picture: kernels count within one in 32 bits
-SPARE = tl.constexpr(3)  # channels that hold one number in three pieces
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The open query positions of each picture.
-
-    Attributes:
-        index: int32 (B, padded positions): flat position of each row, -1 behind the last; None where all are open.
-        count: int32 (B,): how many there are; None where all are open.
-    """
-
-    index: Tensor | None = None
-    count: Tensor | None = None
-
-    @classmethod
-    def of(cls, gate: Tensor) -> Rows:
-        """From a bool tensor (B, N). Reads nothing on the host."""
-        batch, positions = gate.shape
-        behind = padded(positions)
-        slot = torch.where(gate, gate.cumsum(1) - 1, behind)
-        index = torch.full((batch, behind + 1), -1, dtype=torch.int32, device=gate.device)
-        position = torch.arange(positions, dtype=torch.int32, device=gate.device)
-        index.scatter_(1, slot, position.expand(batch, -1))
-        return cls(index[:, :-1].contiguous(), gate.sum(1, dtype=torch.int32))
-
-
-def padded(positions: int) -> int:
-    """Positions of a packed map."""
-    return triton.cdiv(positions, ALIGNMENT) * ALIGNMENT
-
-
-def padded_channels(channels: int) -> int:
-    """Channels of a packed map."""
-    return max(16, triton.next_power_of_2(channels))
+FOLDS = tl.constexpr(3)  # channels of ones in the key, for the shift in three pieces
+ELEMENTS = 65536 if INTERPRETED.value else 4096  # of a block; the interpreter takes its time by the block
 
 
 def block_size(channels: int) -> int:
     """Positions of a block that holds all channels of each; a divisor of ALIGNMENT."""
-    return min(ALIGNMENT, max(16, 4096 // channels))
+    return min(ALIGNMENT, max(16, ELEMENTS // channels))
 
 
 def pack(
-    source: Tensor,
-    channels: int,
-    dtype: torch.dtype,
-    *,
-    rows: Rows | None = None,
-    ones: int = 0,
-    factor: float = 1.0,
-    divisor: Tensor | None = None,
-) -> Tensor:
-    """(B, C, H, W), times `factor`, as (B, channels, padded positions).
-
-    `ones` channels behind the last are 1 at every position. All are divided by `divisor` (B, N), of stride 1 in N.
-    """
-    batch, width, positions = source.shape[0], source.shape[3], source.shape[2] * source.shape[3]
-    if channels * padded(positions) > MOST_NUMBERS:
-        raise ValueError(
-            f"pixel_propagate: 'triton' takes pictures of at most 2^31 numbers, channels padded to a power of two and "
-            f"positions to a multiple of {ALIGNMENT}; got {channels} x {padded(positions)}"
-        )
-    packed = torch.empty(batch, channels, padded(positions), dtype=dtype, device=source.device)
-    index = None if rows is None else rows.index
-    block = block_size(channels)
-    pack_kernel[(packed.shape[2] // block * batch,)](
-        source, packed, index, divisor, source.shape[1], positions, packed.shape[2], width, *source.stride(), ones,
-        factor, 0 if divisor is None else divisor.stride(0),
-        GATHER=index is not None, DIVIDE=divisor is not None, CHANNELS=channels, BLOCK=block,
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mass: bool, open_rows: Tensor | None, packed: Tensor
+) -> None:
+    """Fills `packed`, as `Layout` says: query times its factor, key, value and, with the mass, a channel of ones."""
+    n_q, n_k = query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
+    packed_q, packed_k = padded(n_q), padded(n_k)
+    block_d, block_c = block_size(plan.depth), block_size(plan.channels)
+    programs = query.shape[0] * ((packed_q + packed_k) // block_d + packed_q // block_c)
+    launch(
+        pack_kernel,
+        programs,
+        (query, key, value, packed, open_rows),
+        (
+            n_q, n_k, packed_q, packed_k, query.shape[1], value.shape[1], query.shape[3], key.shape[3],
+            plan.query_factor, *query.stride(), *key.stride(), *value.stride(),
+        ),
+        (open_rows is not None, plan.folded, mass, plan.kept, plan.depth, plan.channels, block_d, block_c),
     )  # fmt: skip
-    return packed
+
+
+def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor) -> None:
+    """Fills `packed` (B, pieces, channels, padded positions) with grad (B, C, Hk, Wk)."""
+    n_k = grad.shape[2] * grad.shape[3]
+    packed_k, block = packed.shape[3], block_size(plan.channels)
+    launch(
+        pack_gradient_kernel,
+        packed_k // block * grad.shape[0],
+        (grad, packed),
+        (n_k, packed_k, grad.shape[1], grad.shape[3], *grad.stride()),
+        (plan.kept, plan.channels, block),
+    )
 
 
 @triton.jit
-def pack_kernel(
-    source, packed, index, divisor, channels, positions, packed_positions, width,
-    stride_b, stride_c, stride_y, stride_x, ones, factor, stride_divisor,
-    GATHER: tl.constexpr, DIVIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+def pack_map(
+    source,  # of this picture
+    packed,  # where this picture's map goes
+    open_rows,  # of this picture: flat position of each row, -1 behind the last; with GATHER
+    start,  # first packed position of this block
+    channels, positions, packed_positions, width,  # of the map
+    stride_c, stride_y, stride_x,
+    factor,  # what the numbers are multiplied by
+    ONES: tl.constexpr,  # channels of ones behind the last
+    GATHER: tl.constexpr,
+    PIECES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b, start = block_of(packed_positions, BLOCK)
-    packed += b * CHANNELS * packed_positions
+    """One block of a map."""
     column = start + tl.arange(0, BLOCK)
+    position = column
     if GATHER:
-        position = tl.load(index + b * packed_positions + column)
-    else:
-        position = column
+        position = tl.load(open_rows + column)
     inside = ((position >= 0) & (position < positions))[None, :]
     channel = tl.arange(0, CHANNELS)[:, None]
     in_channel = (position // width).to(tl.int64) * stride_y + (position % width).to(tl.int64) * stride_x
-    at = b * stride_b + channel.to(tl.int64) * stride_c + in_channel[None, :]
-    values = tl.load(source + at, mask=inside & (channel < channels), other=0.0)
-    one = inside & (channel >= channels) & (channel < channels + ones)
-    values = tl.where(one, 1.0, values.to(tl.float32) * factor)
-    if DIVIDE:
-        values /= tl.load(divisor + b * stride_divisor + position[None, :], mask=inside, other=1.0)
-    tl.store(packed + channel * packed_positions + column[None, :], narrow(values, packed.dtype.element_ty))
+    at = channel.to(tl.int64) * stride_c + in_channel[None, :]
+    values = tl.load(source + at, mask=inside & (channel < channels), other=0.0).to(tl.float32) * factor
+    values = tl.where(inside & (channel >= channels) & (channel < channels + ONES), 1.0, values)
+    pieces = rounded(values, packed.dtype.element_ty, PIECES)
+    store(packed, channel * packed_positions + column[None, :], CHANNELS * packed_positions, pieces, PIECES)
 
 
-def fold(query: Tensor, depth: int, shift: Tensor, factor: float) -> None:
-    """Writes -shift / factor into three channels of the packed query, behind its `depth`.
-
-    The packed key has ones there, so factor * <query, key> is the exponent of P, to within the rounding of float32:
-    each channel holds the next eight bits, which every dtype keeps.
-    """
-    batch, channels, positions = query.shape
-    fold_kernel[(positions // ALIGNMENT * batch,)](
-        query, shift, positions, depth, -1 / factor, CHANNELS=channels, BLOCK=ALIGNMENT
-    )
-
-
-@triton.jit
-def fold_kernel(query, shift, positions, depth, inverse_factor, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    b, start = block_of(positions, BLOCK)
-    i = start + tl.arange(0, BLOCK)
-    rest = tl.load(shift + b * positions + i) * inverse_factor
-    for piece in tl.static_range(SPARE):
-        part = narrow(rest, tl.bfloat16).to(tl.float32)
-        tl.store(query + (b * CHANNELS + depth + piece) * positions + i, narrow(part, query.dtype.element_ty))
-        rest -= part
-
-
-def confidence_gate(value: Tensor, threshold: Tensor) -> Tensor:
-    """Where the largest softmax probability over the channels reaches the threshold: bool (B, N)."""
-    batch, channels, height, width = value.shape
-    gate = torch.empty(batch, height * width, dtype=torch.bool, device=value.device)
-    padded_to = triton.next_power_of_2(channels)
-    block = block_size(padded_to)
-    confidence_gate_kernel[(triton.cdiv(height * width, block) * batch,)](
-        value, threshold, gate, channels, height * width, width, *value.stride(), LOG2E, CHANNELS=padded_to, BLOCK=block
-    )
-    return gate
-
-
-@triton.jit
-def confidence_gate_kernel(
-    value, threshold, gate, channels, positions, width, stride_b, stride_c, stride_y, stride_x, log2e,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def pack_kernel(
+    query, key, value,  # in
+    packed,  # out: (B, numbers), as `Layout` says
+    open_rows,  # (B, packed_q + 1); with GATED
+    n_q, n_k, packed_q, packed_k, depth, values,  # positions, padded positions, channels
+    width_q, width_k,  # of the pictures
+    factor,  # of the query
+    query_b: tl.int64, query_c: tl.int64, query_y: tl.int64, query_x: tl.int64,  # strides
+    key_b: tl.int64, key_c: tl.int64, key_y: tl.int64, key_x: tl.int64,
+    value_b: tl.int64, value_c: tl.int64, value_y: tl.int64, value_x: tl.int64,
+    GATED: tl.constexpr,  # whether only open rows of query and value are packed
+    FOLDED: tl.constexpr,  # whether the key gets ones for the shift
+    MASS: tl.constexpr,  # whether the value gets a channel of ones
+    PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,  # positions of a block of query or key, and of value
 ):  # fmt: skip
-    b, start = block_of(positions, BLOCK)
-    position = start + tl.arange(0, BLOCK)
-    channel = tl.arange(0, CHANNELS)[:, None]
-    in_channel = (position // width).to(tl.int64) * stride_y + (position % width).to(tl.int64) * stride_x
-    at = b * stride_b + channel.to(tl.int64) * stride_c + in_channel[None, :]
-    inside = (position < positions)[None, :] & (channel < channels)
-    logits = tl.load(value + at, mask=inside, other=-float("inf")).to(tl.float32)
-    largest = tl.max(logits, 0)
-    # A NaN anywhere makes the sum one, and no comparison with that holds.
-    confidence = 1.0 / tl.sum(tl.exp2((logits - largest[None, :]) * log2e), 0)
-    least = tl.load(threshold).to(tl.float32)
-    tl.store(gate + b * positions + position, confidence >= least, mask=position < positions)
+    blocks_q, blocks_k, blocks_v = packed_q // BLOCK_D, packed_k // BLOCK_D, packed_q // BLOCK_C
+    b = (tl.program_id(0) // (blocks_q + blocks_k + blocks_v)).to(tl.int64)
+    block = tl.program_id(0) % (blocks_q + blocks_k + blocks_v)
+    size_q, size_k = PIECES * DEPTH * packed_q.to(tl.int64), PIECES * DEPTH * packed_k.to(tl.int64)
+    packed += b * (size_q + size_k + PIECES * CHANNELS * packed_q.to(tl.int64))
+    if GATED:
+        open_rows += b * (packed_q + 1)
+    if block < blocks_q:
+        pack_map(
+            query + b * query_b, packed, open_rows, block * BLOCK_D, depth, n_q, packed_q, width_q,
+            query_c, query_y, query_x, factor, 0, GATED, PIECES, DEPTH, BLOCK_D,
+        )  # fmt: skip
+    elif block < blocks_q + blocks_k:
+        pack_map(
+            key + b * key_b, packed + size_q, open_rows, (block - blocks_q) * BLOCK_D, depth, n_k, packed_k, width_k,
+            key_c, key_y, key_x, 1.0, FOLDS if FOLDED else 0, False, PIECES, DEPTH, BLOCK_D,
+        )  # fmt: skip
+    else:
+        pack_map(
+            value + b * value_b, packed + size_q + size_k, open_rows, (block - blocks_q - blocks_k) * BLOCK_C, values,
+            n_q, packed_q, width_q, value_c, value_y, value_x, 1.0, MASS, GATED, PIECES, CHANNELS, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def pack_gradient_kernel(
+    source,  # in
+    packed,  # out: (B, PIECES, CHANNELS, packed_k)
+    n_k, packed_k, channels, width,  # positions, padded positions, channels, width of the picture
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
+    PIECES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    b, start = block_of(packed_k, BLOCK)
+    pack_map(
+        source + b * stride_b, packed + b * PIECES * CHANNELS * packed_k, None, start, channels, n_k, packed_k, width,
+        stride_c, stride_y, stride_x, 1.0, 0, False, PIECES, CHANNELS, BLOCK,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
+from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
 
 # Classes times cells of a block, so that the tiles of values and gradients, eight and more, stay in registers. The
 # interpreter takes its time by the block.
@@ -35,12 +36,16 @@ def loss(
     if grad is not None:
         parts = grad.new_empty(CORNERS, *grad.shape) if resize else grad.unsqueeze(0)
     with on_device_of(logits):
-        loss_kernel[(blocks * grid_height * batch,)](
-            logits, labels, target, weight, pixels, parts,
-            blocks, classes, grid_height, grid_width, height, width, logits.numel(),
-            *logits.stride(), *((0, 0, 0) if labels is None else labels.stride()),
-            *((0, 0, 0, 0) if target is None else target.stride()), *weight.stride(), LOG2E,
-            RESIZE=resize, DIVERGENCE=target is not None, GRADIENT=grad is not None, CHANNELS=channels, CELLS=cells,
+        launch(
+            loss_kernel,
+            blocks * grid_height * batch,
+            (logits, labels, target, weight, pixels, parts),
+            (
+                blocks, classes, grid_height, grid_width, height, width, logits.numel(),
+                *logits.stride(), *((0, 0, 0) if labels is None else labels.stride()),
+                *((0, 0, 0, 0) if target is None else target.stride()), *weight.stride(), LOG2E,
+            ),
+            (resize, target is not None, grad is not None, channels, cells),
         )  # fmt: skip
         if grad is not None and parts is not None and resize:
             grad.copy_(parts[0])
@@ -92,14 +97,21 @@ def exponentials(value, known, counted, log2e):
     return value, e, tl.sum(e, 0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def loss_kernel(
-    logits, labels, target, weight, pixels, parts,
-    blocks, classes, grid_height, grid_width, height, width, corner_size,
-    stride_b, stride_c, stride_y, stride_x, labels_b, labels_y, labels_x,
-    target_b, target_c, target_y, target_x, weight_b, weight_y, weight_x, log2e,
-    RESIZE: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr, CHANNELS: tl.constexpr, CELLS: tl.constexpr,
+    logits, labels, target, weight,  # in; with DIVERGENCE the target, without the labels
+    pixels, parts,  # out: (B, height, width); (4 or, without RESIZE, 1, B, classes, grid_height, grid_width)
+    blocks, classes, grid_height, grid_width, height, width,  # blocks of a row of the grid
+    corner_size: tl.int64,  # numbers of one of `parts`
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # of the logits
+    labels_b: tl.int64, labels_y: tl.int64, labels_x: tl.int64,
+    target_b: tl.int64, target_c: tl.int64, target_y: tl.int64, target_x: tl.int64,
+    weight_b: tl.int64, weight_y: tl.int64, weight_x: tl.int64,
+    log2e,
+    RESIZE: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr,
+    CHANNELS: tl.constexpr, CELLS: tl.constexpr,  # padded classes; cells of a block
 ):  # fmt: skip
+    """Owner of CELLS cells of a row of the grid."""
     block = tl.program_id(0)
     row = block // blocks % grid_height
     b = (block // blocks // grid_height).to(tl.int64)
@@ -179,7 +191,7 @@ def loss_kernel(
             g11 += fall * g_beside
 
     if GRADIENT:
-        size = tl.cast(corner_size, tl.int64)
+        size = tl.cast(corner_size, tl.int64)  # the interpreter knows no annotations
         at = ((b * classes + wide) * grid_height + row) * grid_width + cell[None, :]
         tl.store(parts + at, g00, mask=inside)
         if RESIZE:

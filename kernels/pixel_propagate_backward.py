@@ -2,9 +2,9 @@
 
 Let G = dL/dZ and t_ij = <V_i, G_j>. The row pass owns query positions: U_i = sum_j P_ij G_j, A_i = sum_j P_ij t_ij
 key_j and delta_i = <V_i, U_i>, so that dV_i = U_i and dquery_i = scale (A_i - delta_i E_i), with the mean key E of the
-forward. The column pass owns key positions: dkey_j = scale sum_i P_ij (t_ij - delta_i) query_i. Closed rows are not
-packed; their gradients are 0. In float32, V and the delta of the column pass are divided by the row's sum instead of P,
-as in the forward.
+forward. The column pass owns key positions: dkey_j = scale sum_i P_ij (t_ij - delta_i) query_i. The packed maps are
+those of the forward; G is packed, and these are three launches. Closed rows are not packed; their gradients are 0. In
+float32, V and the delta of the column pass are divided by the row's sum instead of P, as in the forward.
 """
 
 from __future__ import annotations
@@ -14,152 +14,200 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.configs import launch
-from corrmatch.kernels.language import LOG2E, block_of, dot, narrow, on_device_of
-from corrmatch.kernels.packing import Rows, pack
-from corrmatch.kernels.pixel_propagate import Plan, pack_features, pack_rows
+from corrmatch.kernels.language import (
+    LOG2E,
+    block_of,
+    dot,
+    joined,
+    load,
+    narrow,
+    on_device_of,
+    product,
+    split,
+    transposed,
+    transposed_product,
+)  # fmt: skip
+from corrmatch.kernels.launch import SIZES, launch_tiles
+from corrmatch.kernels.packing import pack_gradient
+from corrmatch.kernels.plan import Plan, padded
 
 
 def backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, normalizer: Tensor, mean_key: Tensor | None,
-    gated: bool, scale: float, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, packed: Tensor, rows: Tensor, open_rows: Tensor | None,
+    scale: float, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills the gradients that are given. `normalizer` and `mean_key` are the forward's; dquery needs the latter."""
+    """Fills the gradients that are given. `packed`, `rows`, `open_rows` are the forward's; dquery needs the mean key.
+
+    Of query, key and value nothing is read but what they look like.
+    """
     with on_device_of(query):
-        mass = grad_out.shape[1] > value.shape[1]
-        plan = Plan.of(query, key, value, scale, mass, grad_out)
-        rows = Rows.of(normalizer[:, 1] != float("inf")) if gated else Rows()
-        depth = query.shape[1]
-        q, k = pack_features(plan, query, key, rows)
-        v, shift = pack_rows(plan, q, depth, value, mass, rows, normalizer)
-        grad = pack(grad_out, plan.channels, plan.dtype)
-        n_q, n_k = normalizer.shape[2], key.shape[2] * key.shape[3]
-        delta = torch.zeros_like(shift)
+        plan = Plan.of(query, key, value, scale, grad_out.shape[1] > value.shape[1])
+        batch, n_q, n_k = query.shape[0], query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
+        packed_q, packed_k = rows.shape[2], padded(n_k)
+        grad = torch.empty(batch, plan.kept, plan.channels, packed_k, dtype=plan.dtype, device=query.device)
+        pack_gradient(plan, grad_out, grad)
+        delta = torch.empty(batch, packed_q, dtype=torch.float32, device=query.device)
+        gated = open_rows is not None
         if gated:
             for gradient in (dquery, dvalue):
                 if gradient is not None:
                     gradient.zero_()
-        shape = (n_q, n_k, q.shape[2], k.shape[2])
-        flags = {
-            "GATED": gated,
-            "FOLDED": plan.folded,
-            "DEPTH": plan.depth,
-            "CHANNELS": plan.channels,
-            "PRECISION": plan.precision,
-        }
-        launch(
-            backward_row_kernel, plan.configs.backward_row, "ROWS", n_q, query.shape[0],
-            q, k, v, grad, shift, rows.index, rows.count, normalizer, mean_key, delta, dquery, dvalue,
-            *shape, depth, value.shape[1], plan.factor, 2.0**-plan.bias, scale,
-            DQUERY=dquery is not None, DVALUE=dvalue is not None, **flags,
+        shape = (n_q, n_k, packed_q, packed_k, rows.shape[1], query.shape[1])
+        unbias = 2.0**-plan.bias
+        form = (gated, plan.folded, plan.kept, plan.pieces, plan.depth, plan.channels)
+        launch_tiles(
+            backward_row_kernel, plan.configs.backward_row, "ROWS", packed_q, batch,
+            (packed, grad, rows, open_rows, delta, dquery, dvalue),
+            (*shape, value.shape[1], plan.factor, unbias, scale),
+            (dquery is not None, dvalue is not None, plan.exact, *form),
         )  # fmt: skip
         if dkey is None:
             return
-        launch(
-            backward_column_kernel, plan.configs.backward_column, "COLUMNS", n_k, query.shape[0],
-            q, k, v, grad, shift, rows.count, delta, dkey,
-            *shape, depth, plan.factor, 2.0**-plan.bias * (1 / LOG2E if plan.exact else scale), **flags,
+        launch_tiles(
+            backward_column_kernel, plan.configs.backward_column, "COLUMNS", n_k, batch,
+            (packed, grad, rows, open_rows, delta, dkey),
+            (*shape, plan.factor, unbias * (1 / LOG2E if plan.exact else scale)),
+            form,
         )  # fmt: skip
 
 
 @triton.jit
+def backward_row_step(
+    q, v, shift, key, grad, j0, n_k, packed_k, factor, u, a,
+    LAST: tl.constexpr,  # whether the tile reaches beyond the last key
+    DQUERY: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What one tile adds to U and A."""
+    j = j0 + tl.arange(0, COLUMNS)
+    k = load(key, tl.arange(0, DEPTH)[:, None] * packed_k + j[None, :], DEPTH * packed_k, PIECES)
+    g = load(grad, tl.arange(0, CHANNELS)[:, None] * packed_k + j[None, :], CHANNELS * packed_k, PIECES)
+    scores = product(q, k, tl.zeros((ROWS, COLUMNS), tl.float32), PIECES) * factor
+    if not FOLDED:
+        scores -= shift[:, None]
+    if LAST:
+        scores = tl.where((j < n_k)[None, :], scores, -float("inf"))
+    p = tl.exp2(scores)
+    u = product(split(p, g[0].dtype, PIECES), transposed(g, PIECES), u, PIECES)
+    if DQUERY:
+        t = product(v, g, tl.zeros((ROWS, COLUMNS), tl.float32), PIECES)
+        a = product(split(p * t, k[0].dtype, PIECES), transposed(k, PIECES), a, PIECES)
+    return u, a
+
+
+@triton.jit(do_not_specialize=SIZES)
 def backward_row_kernel(
-    query, key, value, grad, shift, index, count, normalizer, mean_key, delta, dquery, dvalue,
-    n_q, n_k, packed_q, packed_k, depth, values, factor, unbias, scale,
-    DQUERY: tl.constexpr, DVALUE: tl.constexpr, GATED: tl.constexpr, FOLDED: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    packed, grad,  # in: the packed maps; (B, KEPT, CHANNELS, packed_k)
+    rows, open_rows,  # in: as the forward leaves them
+    delta,  # out: (B, packed_q), 0 behind the last row
+    dquery, dvalue,  # out: (B, depth, n_q) with DQUERY, (B, values, n_q) with DVALUE
+    n_q, n_k, packed_q, packed_k, kept, depth, values,  # positions, padded; numbers in `rows` for each; channels
+    factor, unbias, scale,  # of the exponent of P, of sums of P, of the scores
+    DQUERY: tl.constexpr, DVALUE: tl.constexpr,
+    EXACT: tl.constexpr,  # whether P is to be divided by the sum of its row
+    GATED: tl.constexpr, FOLDED: tl.constexpr, KEPT: tl.constexpr, PIECES: tl.constexpr,
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Owner of ROWS query positions: delta, dquery and dvalue."""
-    b, i0 = block_of(n_q, ROWS)
-    query += b * DEPTH * packed_q
-    value += b * CHANNELS * packed_q
-    key += b * DEPTH * packed_k
-    grad += b * CHANNELS * packed_k
-    shift += b * packed_q
+    b, i0 = block_of(packed_q, ROWS)
+    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
+    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
+    key = query + size_q
+    value = key + size_k
+    grad += b * KEPT * CHANNELS * packed_k
+    rows += b * kept * packed_q
     delta += b * packed_q
     stop = n_q
     if GATED:
-        stop = tl.load(count + b)
+        open_rows += b * (packed_q + 1)
+        stop = tl.load(open_rows + packed_q)
+    i, d, c = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     if i0 < stop:
-        i, d, c = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
-        q = tl.load(query + d[None, :] * packed_q + i[:, None])
-        v = tl.load(value + c[None, :] * packed_q + i[:, None])
+        q = load(query, d[None, :] * packed_q + i[:, None], DEPTH * packed_q, PIECES)
+        v = load(value, c[None, :] * packed_q + i[:, None], CHANNELS * packed_q, PIECES)
         u = tl.zeros((ROWS, CHANNELS), tl.float32)
         a = tl.zeros((ROWS, DEPTH), tl.float32)
-        if not FOLDED:
-            of_row = tl.load(shift + i)
-        for j0 in range(0, n_k, COLUMNS):
-            j = j0 + tl.arange(0, COLUMNS)
-            k = tl.load(key + d[:, None] * packed_k + j[None, :])
-            g = tl.load(grad + c[:, None] * packed_k + j[None, :])
-            scores = dot(q, k, tl.zeros((ROWS, COLUMNS), tl.float32), PRECISION) * factor
-            if not FOLDED:
-                scores = tl.where((j < n_k)[None, :], scores - of_row[:, None], -float("inf"))
-            p = tl.exp2(scores)
-            u = dot(narrow(p, g.dtype), tl.trans(g), u, PRECISION)
-            if DQUERY:
-                t = dot(v, g, tl.zeros((ROWS, COLUMNS), tl.float32), PRECISION)
-                a = dot(narrow(p * t, k.dtype), tl.trans(k), a, PRECISION)
+        shift = tl.load(rows + i)
+        whole = n_k // COLUMNS * COLUMNS
+        for j0 in range(0, whole, COLUMNS):
+            u, a = backward_row_step(
+                q, v, shift, key, grad, j0, n_k, packed_k, factor, u, a,
+                False, DQUERY, FOLDED, PIECES, DEPTH, CHANNELS, ROWS, COLUMNS,
+            )  # fmt: skip
+        if whole < n_k:
+            u, a = backward_row_step(
+                q, v, shift, key, grad, whole, n_k, packed_k, factor, u, a,
+                True, DQUERY, FOLDED, PIECES, DEPTH, CHANNELS, ROWS, COLUMNS,
+            )  # fmt: skip
         inside = i < stop
         row = i
         if GATED:
-            row = tl.load(index + b * packed_q + i)
-        total = tl.load(normalizer + (b * 2 + 1) * n_q + row, mask=inside, other=1.0)
+            row = tl.load(open_rows + i)
         u *= unbias
-        own = tl.sum(u * v.to(tl.float32), 1)
-        tl.store(delta + i, tl.where(inside, own / total, 0.0))
-        u /= total[:, None]
+        own = tl.sum(u * joined(v, PIECES), 1)
+        if EXACT:
+            total = tl.load(rows + packed_q + i)
+            u /= total[:, None]
+            tl.store(delta + i, tl.where(inside, own / total, 0.0))
+        else:
+            tl.store(delta + i, tl.where(inside, own, 0.0))
         if DVALUE:
             at = dvalue + b * values * n_q + c[None, :] * n_q + row[:, None]
             tl.store(at, narrow(u, dvalue.dtype.element_ty), mask=inside[:, None] & (c < values)[None, :])
         if DQUERY:
             wanted = inside[:, None] & (d < depth)[None, :]
-            mean = tl.load(mean_key + b * depth * n_q + d[None, :] * n_q + row[:, None], mask=wanted, other=0.0)
+            mean = tl.load(rows + (2 + d[None, :]) * packed_q + i[:, None], mask=wanted, other=0.0)
             constant = own[:, None] * mean
             # With a single key P is 1 whatever the query, and nothing but rounding is left.
             dq = scale * (tl.where(n_k > 1, a * unbias, constant) - constant)
-            tl.store(
-                dquery + b * depth * n_q + d[None, :] * n_q + row[:, None],
-                narrow(dq, dquery.dtype.element_ty),
-                mask=wanted,
-            )
+            at = dquery + b * depth * n_q + d[None, :] * n_q + row[:, None]
+            tl.store(at, narrow(dq, dquery.dtype.element_ty), mask=wanted)
+    else:
+        tl.store(delta + i, tl.zeros((ROWS,), tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_column_kernel(
-    query, key, value, grad, shift, count, delta, dkey,
-    n_q, n_k, packed_q, packed_k, depth, factor, unbias,
-    GATED: tl.constexpr, FOLDED: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    packed, grad, rows, open_rows, delta,  # in: as the other kernels leave them
+    dkey,  # out: (B, depth, n_k)
+    n_q, n_k, packed_q, packed_k, kept, depth,  # positions, padded; numbers in `rows` for each; channels
+    factor, unbias,  # of the exponent of P, of the result
+    GATED: tl.constexpr, FOLDED: tl.constexpr, KEPT: tl.constexpr, PIECES: tl.constexpr,
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Owner of COLUMNS key positions: dkey."""
     b, j0 = block_of(n_k, COLUMNS)
-    key += b * DEPTH * packed_k
-    grad += b * CHANNELS * packed_k
-    query += b * DEPTH * packed_q
-    value += b * CHANNELS * packed_q
-    dkey += b * depth * n_k
-    shift += b * packed_q
+    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
+    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
+    key = query + size_q
+    value = key + size_k
+    grad += b * KEPT * CHANNELS * packed_k
+    rows += b * kept * packed_q
     delta += b * packed_q
+    dkey += b * depth * n_k
     stop = n_q
     if GATED:
-        stop = tl.load(count + b)
+        stop = tl.load(open_rows + b * (packed_q + 1) + packed_q)
     j = j0 + tl.arange(0, COLUMNS)
     d, c = tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
-    k = tl.load(key + d[None, :] * packed_k + j[:, None])
-    g = tl.load(grad + c[None, :] * packed_k + j[:, None])
+    k = load(key, d[None, :] * packed_k + j[:, None], DEPTH * packed_k, PIECES)
+    g = load(grad, c[None, :] * packed_k + j[:, None], CHANNELS * packed_k, PIECES)
     dk = tl.zeros((COLUMNS, DEPTH), tl.float32)
     for i0 in range(0, stop, ROWS):
         i = i0 + tl.arange(0, ROWS)
-        q = tl.load(query + d[:, None] * packed_q + i[None, :])
-        v = tl.load(value + c[:, None] * packed_q + i[None, :])
+        q = load(query, d[:, None] * packed_q + i[None, :], DEPTH * packed_q, PIECES)
+        v = load(value, c[:, None] * packed_q + i[None, :], CHANNELS * packed_q, PIECES)
         own = tl.load(delta + i)
-        scores = dot(k, q, tl.zeros((COLUMNS, ROWS), tl.float32), PRECISION) * factor
+        scores = transposed_product(k, q, tl.zeros((COLUMNS, ROWS), tl.float32), PIECES) * factor
         if not FOLDED:
-            scores -= tl.load(shift + i)[None, :]
+            scores -= tl.load(rows + i)[None, :]
         p = tl.exp2(scores)
-        t = dot(g, v, tl.zeros((COLUMNS, ROWS), tl.float32), PRECISION)
+        t = transposed_product(g, v, tl.zeros((COLUMNS, ROWS), tl.float32), PIECES)
         w = p * (t - own[None, :])
-        dk = dot(narrow(w, q.dtype), tl.trans(q), dk, PRECISION)
+        weights = split(w, packed.dtype.element_ty, PIECES)
+        if PIECES == 1:
+            dk = dot(weights[0], tl.trans(q[0]), dk)
+        else:  # a product that is under way while the loop turns would make the compiler wait for each one
+            dk += product(weights, transposed(q, PIECES), tl.zeros((COLUMNS, DEPTH), tl.float32), PIECES)
     at = dkey + d[None, :] * n_k + j[:, None]
     tl.store(at, narrow(dk * unbias, dkey.dtype.element_ty), mask=(j < n_k)[:, None] & (d < depth)[None, :])

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, LOG2E, block_of, on_device_of
+from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
 
 NAN = tl.constexpr(0x7FC00000)  # as an integer larger than every confidence
 UNROLL = tl.constexpr(4)  # classes whose loads are under way at once
@@ -25,37 +26,54 @@ def label(logits: Tensor, ignore: Tensor | None, labels: Tensor, confidence: Ten
     height, width = labels.shape[1:]
     with on_device_of(logits):
         class_peak.zero_()
-        label_kernel[(triton.cdiv(height * width, BLOCK) * batch,)](
-            logits, ignore, labels, confidence, class_peak.view(torch.int32),
-            classes, grid_height, grid_width, height, width,
-            *logits.stride(), *((0, 0, 0) if ignore is None else ignore.stride()), LOG2E,
-            RESIZE=(height, width) != (grid_height, grid_width), IGNORE=ignore is not None, BLOCK=BLOCK,
+        resize = (height, width) != (grid_height, grid_width)
+        wide = max(height * grid_height, width * grid_width) >= 2**31
+        launch(
+            label_kernel,
+            triton.cdiv(height * width, BLOCK) * batch,
+            (logits, ignore, labels, confidence, class_peak.view(torch.int32)),
+            (
+                classes, grid_height, grid_width, height, width, *logits.stride(),
+                *((0, 0, 0) if ignore is None else ignore.stride()), LOG2E,
+            ),
+            (resize, wide, ignore is not None, BLOCK),
         )  # fmt: skip
 
 
 @triton.jit
-def cell(position, inputs, outputs):
+def cell(position, inputs, outputs, WIDE: tl.constexpr):
     """The input samples on both sides of output `position` with aligned corners, and the weight of the second."""
     steps = tl.maximum(outputs - 1, 1)
-    scaled = position.to(tl.int64) * (inputs - 1)  # whole numbers: where samples coincide the weight is 0
+    if WIDE:  # a division of 64 bits is a call of a subroutine
+        position = position.to(tl.int64)
+    scaled = position * (inputs - 1)  # whole numbers: where samples coincide the weight is 0
     low = scaled // steps
-    return low, tl.minimum(low + 1, inputs - 1), (scaled % steps).to(tl.float32) / steps
+    high = tl.minimum(low + 1, inputs - 1)
+    return low.to(tl.int64), high.to(tl.int64), (scaled % steps).to(tl.float32) / steps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
 def label_kernel(
-    logits, ignore, labels, confidence, class_peak, classes, grid_height, grid_width, height, width,
-    stride_b, stride_c, stride_y, stride_x, ignore_b, ignore_y, ignore_x, log2e,
-    RESIZE: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, ignore,  # in; the latter with IGNORE
+    labels, confidence, class_peak,  # out: (B, height, width), the same, and (classes,) as the bits of its numbers
+    classes, grid_height, grid_width, height, width,
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # of the logits
+    ignore_b: tl.int64, ignore_y: tl.int64, ignore_x: tl.int64,
+    log2e,
+    RESIZE: tl.constexpr,  # whether the logits are enlarged
+    WIDE: tl.constexpr,  # whether a size times that of the grid needs more than 31 bits
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,  # pixels
 ):  # fmt: skip
+    """Owner of BLOCK pixels."""
     b, start = block_of(height * width, BLOCK)
     pixel = start + tl.arange(0, BLOCK)
     inside = pixel < height * width
     y, x = pixel // width, pixel % width
     logits += b * stride_b
     if RESIZE:
-        top, bottom, down = cell(y, grid_height, height)
-        left, right, across = cell(x, grid_width, width)
+        top, bottom, down = cell(y, grid_height, height, WIDE)
+        left, right, across = cell(x, grid_width, width, WIDE)
         top, bottom, left, right = top * stride_y, bottom * stride_y, left * stride_x, right * stride_x
     else:
         at = y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x

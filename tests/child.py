@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -18,3 +19,14 @@ def run_python(code: str, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def in_two_processes(test_file: str, call: str, folder: Path) -> None:
+    """Runs a call of what a test file defines in two processes of torchrun."""
+    file, script = Path(test_file), folder / "two.py"
+    script.write_text(f"from pathlib import Path\nfrom {file.stem} import *\n{call}\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    paths = os.pathsep.join(map(str, {file.parent, Path(__file__).parent}))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr

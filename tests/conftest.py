@@ -36,7 +36,9 @@ hypothesis.settings.load_profile("corrmatch")
 def pytest_addoption(parser):
     # The rule of tolerance is statistical: one seed in three fails one test in thousands by a hair. So that a red run
     # blames the change and not the dice, the seed is fixed unless another is asked for.
-    parser.addoption("--seed", type=seed, default=2024, help="of the random numbers: a number (default: 2024) or random")
+    parser.addoption(
+        "--seed", type=seed, default=2024, help="of the random numbers: a number (default: 2024) or random"
+    )
     parser.addoption("--fast", action="store_true", help="without slow tests, on the reference and the default backend")
 
 
@@ -125,3 +127,26 @@ def one_thread():
 def no_backend_chosen(monkeypatch):
     monkeypatch.delenv("CORRMATCH_BACKEND", raising=False)
     monkeypatch.delenv("CORRMATCH_CHECK", raising=False)
+
+
+@pytest.fixture(scope="module")
+def small_sample(tmp_path_factory):
+    """The drawn data set, cut to four steps an epoch."""
+    from corrmatch.data.sample import draw_sample
+
+    folder = tmp_path_factory.mktemp("sample")
+    draw_sample(folder)
+    for name, count in {"labeled": 5, "unlabeled": 8, "val": 3}.items():
+        lines = (folder / "splits" / f"{name}.txt").read_text().splitlines()
+        (folder / "splits" / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines[:count]))
+    return folder
+
+
+@pytest.fixture
+def fresh_process():
+    """As each command has it: accelerate keeps its settings for the life of a process. Memory is not filled, which
+    slows a network several times down."""
+    from accelerate.state import AcceleratorState
+
+    torch.use_deterministic_algorithms(False)
+    AcceleratorState._reset_state(reset_partial_state=True)

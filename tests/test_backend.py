@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_gpus_that_are_too_old_are_refused(monkeypatch, major, minor, served):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     reason = None if served else f"it takes GPUs of compute capability 8.0 or more, not {major}.{minor}"
     assert kernels.refusal("region_masks", gpu) == reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shared", "served"), [(99, False), (163, True), (227, True)])
+def test_channels_that_do_not_fit_the_shared_memory_are_refused(monkeypatch, dtype, shared, served):
+    """Before the forward: the backward takes most."""
+    properties = SimpleNamespace(major=8, minor=6, name="NVIDIA X", shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    kernels = dataclasses.replace(backends_module._BACKENDS[1], devices=("cuda",), missing=None)
+    assert kernels.name == "triton"
+
+    def maps(channels):
+        device = torch.device("cuda", 0)
+        return SimpleNamespace(device=device, dtype=dtype, shape=(1, channels, 2, 2), is_floating_point=lambda: True)
+
+    narrow, wide = maps(128), maps(129)
+    assert kernels.refusal("pixel_propagate", narrow, narrow, narrow) is None
+    reason = "on NVIDIA X it takes at most 128 channels of float32 or float16, not 129"
+    expected = None if served or dtype == torch.bfloat16 else reason
+    assert kernels.refusal("pixel_propagate", narrow, narrow, wide) == expected
+    assert kernels.refusal("pseudo_label", wide) is None
 
 
 def test_the_reference_is_what_it_says(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ import peers
 import pytest
 import report
 import torch
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(bench_corr.__file__)
 TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1", "--device", "cpu"]
@@ -37,6 +40,7 @@ def test_script_prints_tables_and_writes_figures(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     assert record["failures"] == 0
+    assert not record["interrupted"]
     assert record["command"] == command[2:]
     assert record["environment"]["threads"] == 1
     assert {"device", "torch", "python", "corrmatch", "commit", "date", "backends"} <= set(record["environment"])
@@ -102,9 +106,14 @@ def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, gar
     assert "2 FAILED" in printed
 
 
-def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path, capsys):
+class CompilationError(Exception):
+    """As Triton's own errors, no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, CompilationError])
+def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path, capsys, error):
     def refuses(query, key, value):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise error("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(peers, "published", refuses)
     code, record = run(tmp_path, "--ops", "pixel_propagate")
@@ -113,10 +122,87 @@ def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path
     for case in record["cases"]:
         rows = {row["name"]: row for row in case["contenders"]}
         failed = rows.pop("published eager")
-        assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: CUDA out of memory.")
+        assert (failed["status"], failed["reason"]) == ("failed", f"{error.__name__}: CUDA out of memory.")
         assert "times" not in failed
         assert {row["status"] for row in rows.values()} == {"ok", "slower variant"}
-    assert capsys.readouterr().out.count("FAILED, not timed: OutOfMemoryError: CUDA out of memory.") == 2
+    assert capsys.readouterr().out.count(f"FAILED, not timed: {error.__name__}: CUDA out of memory.") == 2
+
+
+def test_peer_that_raises_while_it_is_timed_is_reported_and_the_others_timed(monkeypatch, tmp_path):
+    calls = []
+
+    def tires(query, key, value):
+        calls.append(query)
+        if len(calls) > 12:
+            raise CompilationError("no more")
+        return 1 * row_chunked(query, key, value)
+
+    row_chunked = peers.row_chunked(64)
+    monkeypatch.setattr(peers, "published", tires)
+    code, record = run(tmp_path, "--ops", "pixel_propagate", "--sizes", "5")
+    assert code == 1
+    rows = {row["name"]: row for row in record["cases"][0]["contenders"]}
+    failed = rows.pop("published eager")
+    assert (failed["status"], failed["reason"]) == ("failed", "CompilationError: no more")
+    assert {row["status"] for row in rows.values()} == {"ok", "slower variant"}
+
+
+def test_case_that_cannot_be_made_stops_no_other(monkeypatch, tmp_path, capsys):
+    def refuses(*arguments):
+        raise CompilationError("no masks")
+
+    monkeypatch.setattr(cases.ops, "region_masks", refuses)
+    code, record = run(tmp_path, "--ops", "region_propagate,pseudo_label", "--sizes", "5")
+    assert code == 1
+    assert record["failures"] == 1
+    assert [case["op"] for case in record["cases"]] == ["pseudo_label"]
+    assert "nothing measured: CompilationError: no masks" in capsys.readouterr().out
+
+
+def test_what_compiles_comes_last_and_is_compared_with_corrmatch(monkeypatch, tmp_path, capsys):
+    order = []
+
+    def noted(name, f):
+        return lambda *maps: (order.append((name, maps[0].shape[2])), f(*maps))[1]
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: noted("compiled", f))
+    monkeypatch.setattr(cases.ops, "pixel_propagate", noted("ours", cases.ops.pixel_propagate))
+    code, record = run(tmp_path, "--ops", "pixel_propagate", "--sizes", "5,7", "--compile")
+    assert code == 0
+    first = order.index(("compiled", 5))
+    assert {size for _, size in order[:first]} == {5, 7}
+    assert set(order[first:]) == {(name, size) for name in ("compiled", "ours") for size in (5, 7)}
+    assert [case["contenders"][-1]["name"] for case in record["cases"]] == ["published, compiled"] * 2
+    assert capsys.readouterr().out.count("published, compiled") == 2
+
+
+@pytest.mark.parametrize("timed", ["pseudo_label", "pixel_propagate"])
+def test_interrupted_run_leaves_what_was_timed(tmp_path, timed):
+    """SIGINT while another op is measured, or the same. The file is whole at every moment."""
+    figures = tmp_path / "figures.json"
+    ops = dict.fromkeys([timed, "pixel_propagate"])
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--batch", "1", "--sizes", "61", "--ops", ",".join(ops)]
+    command += ["--budget", "3" if len(ops) > 1 else "600", "--json", str(figures)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        found = json.loads(figures.read_text())["cases"] if figures.exists() else []
+        ours = [row for case in found if case["op"] == timed for row in case["contenders"][:1]]
+        if ours and ours[0]["status"] == "ok" and "times" in ours[0]:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == bench_corr.INTERRUPTED, printed
+    assert "Interrupted: what was not timed is missing." in printed
+    record = json.loads(figures.read_text())
+    assert record["interrupted"]
+    assert {"load_after", "clocks_after"} <= set(record["environment"])
+    rows = [row for case in record["cases"] if case["op"] == timed for row in case["contenders"]]
+    assert rows[0]["times"]["forward"]["rounds"] >= 1
+    assert {row["status"] for case in record["cases"] for row in case["contenders"]} <= {
+        "ok", "untimed", "slower variant"
+    }  # fmt: skip
 
 
 def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
@@ -173,6 +259,13 @@ def test_plot_without_its_op_is_refused_first():
         bench_corr.main(["--plot", "figure.png", "--ops", "pseudo_label"])
 
 
+def race(racing, seconds):
+    """Number of rounds of each."""
+    outcomes = list(measure.race(racing, seconds, "cpu"))
+    assert all(times["forward"] > 0 for _, times in outcomes)
+    return [sum(i == j for j, _ in outcomes) for i in range(len(racing))]
+
+
 def test_race_shares_time_and_keeps_minimum_rounds():
     calls = []
 
@@ -180,8 +273,7 @@ def test_race_shares_time_and_keeps_minimum_rounds():
         return measure.Contender(name, lambda: (calls.append(name), time.sleep(seconds)), ours=ours)
 
     racing = [contender("ours", 0.002, ours=True), contender("near", 0.004), contender("far", 0.05)]
-    samples = measure.race(racing, 0.2, "cpu")
-    rounds = [len(times["forward"]) for times in samples]
+    rounds = race(racing, 0.2)
     assert rounds == [calls.count(name) for name in ("ours", "near", "far")]
     assert rounds[0] > rounds[1] > rounds[2] >= measure.LEAST_ROUNDS_SLOW
     assert rounds[1] >= measure.LEAST_ROUNDS
@@ -191,7 +283,7 @@ def test_race_shares_time_and_keeps_minimum_rounds():
 
 def test_race_without_time_still_has_minimum_rounds():
     racing = [measure.Contender(name, lambda: time.sleep(0.005)) for name in "ab"]
-    assert [len(times["forward"]) for times in measure.race(racing, 0.0, "cpu")] == [measure.LEAST_ROUNDS] * 2
+    assert race(racing, 0.0) == [measure.LEAST_ROUNDS] * 2
 
 
 def test_peak_counts_what_a_call_takes_and_returns():

@@ -11,6 +11,8 @@ import planted
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--crop", "33", "--budget", "0.1", "--device", "cpu", "--backbone", "test_resnet"]
 
 
@@ -43,7 +45,7 @@ def test_variants(capsys):
 
 def test_the_planted_outputs_give_the_method_something_to_do():
     setting = planted.Setting(bench_train.parse([*TINY, "--crop", "65"]))
-    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.generator())
+    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.progress())
     assert 0.1 < scalars["reliable"] < scalars["reliable_after"] < 1
     assert scalars["mask_area"] > 0.005
 
@@ -52,3 +54,17 @@ def test_a_step_that_disagrees_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(peer_step, "masked_mean", lambda pixels, reliable, counted: pixels[reliable].mean())
     assert bench_train.main(TINY) == 1
     assert "WRONG, nothing timed" in capsys.readouterr().out
+
+
+def test_methods(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    names = ["corrmatch", "supervised", "color_augmentation"]
+    assert bench_train.main([*TINY, "--methods", *names, "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())["methods"]
+    assert list(found) == names
+    passes = [tuple(row["passes"].values()) for row in found.values()]
+    assert passes == [(2, 1), (1, 0), (2, 2)]
+    assert all(len(row["seconds"]) >= 3 for row in found.values())
+    printed = capsys.readouterr().out
+    assert re.search(r"^supervised +1 \+ 0 +\d+", printed, re.MULTILINE)
+    assert [line for line in printed.splitlines() if len(line) > 120] == []

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import corrmatch
-from corrmatch import cli
+from corrmatch import _C, cli
+
+pytestmark = pytest.mark.slow
 
 
 def run(*arguments, cwd=None, **environment):
@@ -83,6 +85,48 @@ def test_source_tree_without_a_build(tmp_path):
     message = done.stderr.splitlines()[-1]
     assert message.startswith("ImportError: corrmatch's compiled extension is missing")
     assert "pip install -c constraints.txt ." in message
+
+
+def importing(tmp_path, spoil):
+    """The last line of `import corrmatch` from a copy of the package whose extension `spoil` has changed."""
+    folder = tmp_path / "corrmatch"
+    shutil.copytree(Path(corrmatch.__file__).parent, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(_C.__file__, folder)
+    spoil(folder / Path(_C.__file__).name)
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; import corrmatch"
+    done = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+def rename_a_library(path):
+    path.write_bytes(path.read_bytes().replace(b"libstdc++.so.6", b"libstdc--.so.6"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the messages are those of its loader")
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    {
+        "a missing library": (rename_a_library, "libstdc--.so.6: cannot open shared object file"),
+        "no library": (lambda path: path.write_bytes(b"rubbish" * 100), "invalid ELF header"),
+        "empty": (lambda path: path.write_bytes(b""), "file too short"),
+    }.values(),
+)
+def test_extension_that_cannot_be_loaded(tmp_path, spoil, reason):
+    """The message is the loader's own, and names the file."""
+    message = importing(tmp_path, spoil)
+    assert message.startswith("ImportError: corrmatch's compiled extension is there and cannot be loaded: ")
+    assert reason in message
+    assert str(tmp_path / "corrmatch" / Path(_C.__file__).name) in message
+    assert "source tree" not in message
+
+
+def test_extension_of_another_python(tmp_path):
+    message = importing(tmp_path, lambda path: path.rename(path.with_name("_C.cpython-39-x86_64-linux-gnu.so")))
+    assert message.startswith(
+        "ImportError: corrmatch's compiled extension is there for another Python or platform: _C."
+    )
+    assert sys.executable in message
 
 
 def test_import_is_light(tmp_path):

@@ -84,6 +84,28 @@ def test_gradient_is_as_accurate_as_autograd(dtype):
         assert error <= limit or (dtype == torch.float64 and error < 1e-14 * o.norm())
 
 
+@DTYPE
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_backward_under_autocast(dtype, autocast):
+    """Gradients of query and key are those without it, to the last bit, wherever forward and backward are called."""
+    maps = [torch.randn(2, 6, 5, 7).to(dtype), torch.randn(2, 6, 4, 9).to(dtype)]
+    index, grad = torch.randint(35, (2, 8)), torch.randn(2, 8, 4, 9).to(dtype)
+
+    def gradients(forward, backward):
+        leaves = [x.clone().requires_grad_() for x in maps]
+        with torch.autocast("cpu", autocast, enabled=forward):
+            rows = ops.correlation_rows(*leaves, index)
+        with torch.autocast("cpu", autocast, enabled=backward):
+            rows.backward(grad)
+        return [x.grad for x in leaves]
+
+    expected = gradients(False, False)
+    for forward, backward in ((True, True), (True, False), (False, True)):
+        for a, b in zip(gradients(forward, backward), expected, strict=True):
+            assert a.dtype == dtype
+            assert torch.equal(a, b)
+
+
 def test_nan_stays_in_its_row():
     query, key = torch.randn(1, 6, 5, 7), torch.randn(1, 6, 4, 9)
     query[0, 2, 1, 1] = float("nan")

@@ -17,6 +17,7 @@ ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 SOURCES = ["connected_components", "region_masks", "region_propagate"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None and not hasattr(_C, "cuda"), reason="built without nvcc")
 @pytest.mark.skipif(_C.cuda_status == "built for native", reason="built for the GPU of this machine alone")
 def test_every_kernel_on_every_architecture_keeps_to_its_registers():

@@ -21,6 +21,8 @@ from corrmatch import RegionMasks, ops, reference
 from corrmatch.ops import cuda
 from corrmatch.ops.borrowing import borrow
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = [name for name, (op, _) in SAMPLES.items() if op in ("region_masks", "region_propagate", "connected_components")]
 

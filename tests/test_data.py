@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import tv_tensors
 
 from corrmatch.config import DataConfig, TrainConfig, load_config
-from corrmatch.data import views
 from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
 from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
-from corrmatch.data.streams import Streams, batches
+from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream, Streams, batches
+from corrmatch.data.views import View
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,10 @@ def test_lists_of_pairs_and_relabelling(folder):
     write_mask(folder / "masks" / "p01.png", 4)
     (folder / "train.txt").write_text("images/p00.jpg masks/p00.png\nimages/p01.png masks/p01.png\n")
     (folder / "rest.txt").write_text("images/p02.jpg masks/no_such_file.png\n\np11\n")
+    (folder / "val.txt").write_text("p03\n")
+    write_mask(folder / "masks" / "p03.png", 11)
     config = DataConfig(
-        root=str(folder), labeled="train.txt", unlabeled="rest.txt", val="train.txt", ids=[11, 7], ignore=[4],
+        root=str(folder), labeled="train.txt", unlabeled="rest.txt", val="val.txt", ids=[11, 7], ignore=[4],
         classes=["a", "b"],
     )  # fmt: skip
     data = find_data(config)
@@ -104,9 +105,16 @@ def test_lists_of_pairs_and_relabelling(folder):
         (lambda f: (f / "list.txt").write_text("p00\np77\np78\n"), r"data.labeled: .*picture of p77, .*mask of p78"),
         (lambda f: (f / "list.txt").write_text("\n"), "data.labeled: .*is empty"),
         (lambda f: (f / "list.txt").write_text("p00 p01 p02\n"), "data.labeled: .*expected an id"),
+        (lambda f: (f / "list.txt").write_text("images/p00.jpg\n"), "data.labeled: .*p00.jpg is a picture without its"),
+        (
+            lambda f: (f / "list.txt").write_text("p00\nimages/../images/p00.jpg masks/p00.png\n"),
+            "more than once: .*p00",
+        ),
+        (lambda f: (f / "list.txt").write_bytes(b"p00\xff\n"), r"data.labeled: .*list\.txt: expected text in UTF-8"),
+        (lambda f: (f / "list.txt").write_text(f"{'x' * 5000}\n"), "data.labeled: .*not found"),
         (lambda f: None, "data.labeled: there is no list"),
     ],
-    ids=["unknown ids", "empty", "three fields", "no list"],
+    ids=["unknown ids", "empty", "three fields", "no mask", "twice", "encoding", "long", "no list"],
 )
 def test_bad_lists_are_named(folder, damage, message):
     damage(folder)
@@ -121,9 +129,10 @@ def test_bad_lists_are_named(folder, damage, message):
         (lambda f: truncate(f / "images/p00.jpg"), r"p00\.jpg: not a readable picture"),
         (lambda f: write_mask(f / "masks/p03.png", 9), r"p03\.png: ids \[9\] are neither classes nor"),
         (lambda f: write_mask(f / "masks/p03.png", 0, (21, 15)), r"p03\.png: the mask is of \(15, 21\), its picture"),
+        (lambda f: write_mask(f / "masks/p03.png", 0, (15, 20)), r"p03\.png: the mask is of .*EXIF orientation"),
         (lambda f: Image.new("RGB", (20, 15)).save(f / "masks/p03.png"), r"p03\.png: expected 8-bit class ids"),
     ],
-    ids=["not a picture", "truncated", "id out of range", "size", "colour mask"],
+    ids=["not a picture", "truncated", "id out of range", "size", "on its side", "colour mask"],
 )
 def test_bad_files_are_named(folder, damage, message):
     damage(folder)
@@ -146,13 +155,92 @@ def truncate(path):
         ({"classes": ["one"]}, "data.classes: expected 2 to"),
         ({"ids": [1]}, "data.ids: expected an id for each of the 2"),
         ({"ignore": [256]}, "expected 0 to 255, got 256"),
+        ({"ids": [1, 1]}, "data.ids: more than once: 1"),
+        ({"ids": [0, 255]}, "data.ids, data.ignore: 255 is the id of a class and ignored"),
+        ({"classes": ["a", "b", " a "]}, "data.classes: more than once: a"),
+        ({"classes": ["yes", False]}, "data.classes: expected names, got False; put such a name in quotes"),
+        ({"classes": ["a", None]}, "data.classes: expected names, got None"),
+        ({"classes": ["a", 1.5]}, "data.classes: expected names, got 1.5"),
         ({"pictures": "images"}, "data.pictures: expected a pattern"),
-        ({"masks": "images/{}.tif"}, "data.labeled: no picture with a mask"),
+        ({"masks": "{}/{}.png"}, "data.masks: expected a pattern with one {}"),
+        (
+            {"masks": "masks/{}.tif"},
+            r"no picture with a mask in .*; 12 files match images/{}\.\*; 0 files match masks/{}\.tif",
+        ),
+        ({"val_every": 11}, "data.val: 10 pictures have a mask, too few to hold out every 11th; set data.val_every"),
     ],
 )
 def test_bad_settings_are_explained(folder, changes, message):
     with pytest.raises(DataError, match=message):
         find_data(DataConfig(**({"root": str(folder)} | changes)))
+
+
+def test_validation_pictures_are_not_trained_on(folder):
+    everything = "".join(f"p{i:02}\n" for i in range(10))
+    (folder / "all.txt").write_text(everything)
+    (folder / "some.txt").write_text("p03\nimages/p08.jpg masks/p08.png\n")
+    held_out = find_data(DataConfig(root=str(folder), labeled="all.txt", unlabeled="all.txt"))
+    assert names(held_out.val) == ["p04", "p09"]
+    for items in (held_out.labeled, held_out.unlabeled):
+        assert names(items) == [f"p{i:02}" for i in range(10) if i not in (4, 9)]
+    listed = find_data(DataConfig(root=str(folder), val="some.txt"))
+    assert not {"p03", "p08"} & {*names(listed.labeled), *names(listed.unlabeled)}
+    with pytest.raises(DataError, match=r"data\.labeled, data\.val: pictures in both lists: p03, p08"):
+        find_data(DataConfig(root=str(folder), labeled="all.txt", val="some.txt"))
+    with pytest.raises(DataError, match=r"data\.labeled: every picture with a mask is in data\.val"):
+        find_data(DataConfig(root=str(folder), val="all.txt"))
+    noted = find_data(DataConfig(root=str(folder), unlabeled="all.txt", val="some.txt"))
+    assert noted.notes == ("data.unlabeled: 2 pictures are in data.val as well: p03, p08",)
+    assert len(noted.unlabeled) == 10
+
+
+def test_a_picture_is_not_its_own_mask(folder):
+    """Nor is a mask a picture, where patterns match both."""
+    for i in range(10):
+        write_mask(folder / "images" / f"p{i:02}_mask.png", i % 2)
+    mixed = find_data(DataConfig(root=str(folder), masks="images/{}_mask.png"))
+    assert len(mixed.labeled) + len(mixed.val) == 10
+    assert names(mixed.unlabeled) == ["p10", "p11"]
+    (folder / "link.png").symlink_to(folder / "masks" / "p00.png")
+    for line in ("masks/p00.png masks/p00.png", "masks/p00.png masks/../masks/p00.png", "link.png masks/p00.png"):
+        (folder / "list.txt").write_text(f"p01\n{line}\n")
+        with pytest.raises(DataError, match=r"pictures are their own masks: (masks/p00|link)\.png"):
+            find_data(DataConfig(root=str(folder), labeled="list.txt"))
+
+
+def test_files_passed_over_are_counted(folder):
+    for name in (".DS_Store", "Thumbs.db", "._p00.jpg", "notes.txt", "video.mpg"):
+        (folder / "images" / name).write_bytes(b"\0\5\26\7")
+    (folder / "masks" / "._p00.png").write_bytes(b"\0\5\26\7")
+    data = find_data(DataConfig(root=str(folder)))
+    check_files(data)
+    assert [len(data.labeled), len(data.val), len(data.unlabeled)] == [8, 2, 2]
+    assert data.notes == (
+        "data.pictures: 5 files are no pictures, passed over: .DS_Store, ._p00.jpg, Thumbs.db, notes.txt, video.mpg",
+        "data.masks: 1 files are no pictures, passed over: ._p00.png",
+    )
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "list.txt").write_text(f"~/{folder.name}/images/p00.jpg ~/{folder.name}/masks/p00.png\np01\n")
+    at = f"~/{folder.name}"
+    data = find_data(
+        DataConfig(
+            root=at, labeled=f"{at}/list.txt", val_every=2, classes=f"{at}/classes.txt", masks=f"{at}/masks/{{}}.png"
+        )
+    )
+    check_files(data)
+    assert [item.picture.name for item in (*data.labeled, *data.val)] == ["p00.jpg", "p01.png"]
+    with pytest.raises(DataError, match=f"data.root: {folder.parent}/none is not a folder"):
+        find_data(DataConfig(root="~/none"))
+
+
+def test_pixels_of_each_id_are_counted(folder):
+    write_mask(folder / "masks" / "p00.png", 255)
+    pixels = check_files(find_data(DataConfig(root=str(folder))))
+    assert {i: int(n) for i, n in enumerate(pixels["labeled"]) if n} == {0: 900, 1: 1200, 255: 300}
+    assert {i: int(n) for i, n in enumerate(pixels["val"]) if n} == {0: 300, 1: 300}
 
 
 def test_two_pictures_of_one_name(folder):
@@ -161,73 +249,28 @@ def test_two_pictures_of_one_name(folder):
         find_data(DataConfig(root=str(folder)))
 
 
-def test_picture_and_labels_move_together():
-    """The label is written in the picture: wherever both are seen, they agree."""
-    ids = torch.arange(6).repeat_interleave(20).view(1, -1).expand(90, -1).clone()
-    picture = tv_tensors.Image((40 * ids).to(torch.uint8).expand(3, -1, -1).clone())
-    seen = []
-    for key in range(20):
-        with views.seeded(key):
-            view = views.labeled_view(picture, tv_tensors.Mask(ids.to(torch.uint8)), 65)
-        assert tuple(view["image"].shape) == (3, 65, 65)
-        deviation, mean = (torch.tensor(x).view(3, 1, 1) for x in (views.DEVIATION, views.MEAN))
-        shown = ((view["image"] * deviation + mean) * 255).mean(0)
-        padding = view["label"] == IGNORE
-        seen.append(padding.float().mean())
-        assert shown[padding].abs().max() < 0.01 if padding.any() else True
-        near = (shown - 40 * view["label"]).abs() < 12
-        assert near[~padding].float().mean() > 0.85
-    assert 0 < np.mean(seen) < 0.5
-
-
-def test_unlabelled_views():
-    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
-    changed, boxes, ignored = [], [], []
-    for key in range(40):
-        with views.seeded(key):
-            view = views.unlabeled_views(picture, 65)
-        changed.append(not torch.equal(view["weak"], view["strong"]))
-        boxes.append(view["box"].float().mean().item())
-        black = (view["weak"] == view["weak"].amin((1, 2), keepdim=True)).all(0)
-        assert (black | ~view["ignore"]).all()
-        ignored.append(view["ignore"].float().mean().item())
-    assert np.mean(changed) > 0.8
-    assert 0.2 < np.mean([box > 0 for box in boxes]) < 0.8
-    assert min(box for box in boxes if box > 0) > 0.01
-    assert max(boxes) < 0.45
-    assert min(ignored) == 0
-    assert max(ignored) > 0.4
-
-
-def test_seeded_leaves_no_trace():
-    before = torch.get_rng_state()
-    with views.seeded(1, 2):
-        inside = torch.rand(3)
-    assert torch.equal(torch.get_rng_state(), before)
-    with views.seeded(1, 2):
-        assert torch.equal(torch.rand(3), inside)
-    with views.seeded(1, 3):
-        assert not torch.equal(torch.rand(3), inside)
-
-
 def equal(a, b):
     return all(torch.equal(a[s][k], b[s][k]) for s in a for k in a[s])
 
 
 def test_streams_are_functions_of_seed_and_position(sample):
-    data, all_streams = sample_data(sample), ("labeled", "unlabeled", "mix")
-    streams = Streams(data, all_streams, 49, seed=1)
-    expected = [streams[p] for p in range(4, 12)]
+    data, all_streams = sample_data(sample), {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
+
+    def streams(seed=1, **changes):
+        return Streams(data, all_streams, TrainConfig(crop=49, seed=seed, **changes))
+
+    expected = [{name: streams().sample(name, p) for name in all_streams} for p in range(4, 12)]
     random.seed(99)
     torch.manual_seed(99)
-    again, other = Streams(data, all_streams, 49, seed=1), Streams(data, all_streams, 49, seed=2)
-    assert equal(again[7], expected[3])
-    assert not equal(other[7], expected[3])
+    again, other = ({name: streams(seed).sample(name, 7) for name in all_streams} for seed in (1, 2))
+    assert equal(again, expected[3])
+    assert not equal(other, expected[3])
     assert not torch.equal(expected[0]["unlabeled"]["weak"], expected[0]["mix"]["weak"])
     # However positions are dealt out to workers and processes, position p is the same sample.
     for workers, processes in ((0, 1), (2, 2)):
-        train = TrainConfig(batch_size=4 // processes, workers=workers)
-        loaders = [batches(streams, train, 1, 3, process, processes) for process in range(processes)]
+        train = TrainConfig(crop=49, seed=1, batch_size=4 // processes, workers=workers)
+        parts = [Streams(data, all_streams, train, process, processes) for process in range(processes)]
+        loaders = [batches(part, train, 1, 3) for part in parts]
         for b, parts in enumerate(zip(*loaders, strict=True)):
             got = torch.cat([part["unlabeled"]["strong"] for part in parts])
             assert torch.equal(got, torch.stack([x["unlabeled"]["strong"] for x in expected[4 * b : 4 * b + 4]]))
@@ -239,9 +282,21 @@ def test_a_pass_shows_every_picture_once(sample, monkeypatch):
     drawn = []
     monkeypatch.setattr("corrmatch.data.streams.read_picture", lambda path: drawn.append(path) or torch.zeros(3, 9, 9))
     monkeypatch.setattr("corrmatch.data.streams.labeled_view", lambda *_: {})
-    streams = Streams(data, ("labeled",), 49, seed=1)
+    streams = Streams(data, {"labeled": LABELED}, TrainConfig(crop=49, seed=1))
     for position in range(2 * count):
-        _ = streams[position]
+        _ = streams.sample("labeled", position)
     passes = drawn[:count], drawn[count:]
     assert [set(p) for p in passes] == 2 * [{item.picture for item in data.labeled}]
     assert passes[0] != passes[1]
+
+
+def test_streams_of_unequal_batches_and_of_all_images(sample):
+    data = sample_data(sample)
+    streams = {"labeled": LABELED, "all": Stream("all", View(), 1)}
+    train = TrainConfig(crop=49, batch_size=2, unlabeled_batch_size=3, workers=0)
+    batch = Streams(data, streams, train)[0]
+    assert batch["labeled"]["image"].shape[0] == 2
+    assert batch["all"]["weak"].shape[0] == 3
+    assert "label" not in batch["all"]
+    seen = {int(Streams(data, streams, train).sample("all", p)["index"]) for p in range(96)}
+    assert seen == set(range(len(data.labeled) + len(data.unlabeled)))

@@ -16,8 +16,14 @@ from sphinx.cmd.build import main as sphinx_build
 
 from corrmatch import ops
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+SOURCES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")),
+]
 API = sorted(page for page in (ROOT / "docs/api").glob("*.md") if page.stem != "index")
 
 

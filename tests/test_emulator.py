@@ -10,6 +10,8 @@ import pytest
 from child import run_python
 from emulator.planted import KERNELS, attempt, launch, module, seed
 
+pytestmark = pytest.mark.slow
+
 LANES = range(32)
 
 

@@ -13,6 +13,8 @@ from child import FOLDER
 from emulator import build
 from emulator.planted import launch, seed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=range(5), ids="seed{}".format)
 def schedule(request):

@@ -13,6 +13,8 @@ from child import FOLDER, run_python
 
 from corrmatch import ops
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_share(pytestconfig):
     """Whatever goes wrong prints the line that repeats it."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import bench_corr
@@ -16,8 +19,10 @@ import suite_report
 import suite_results
 import suite_steps
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(gpu_suite.__file__).with_name("gpu_suite.sh")
-OPS = ["ops-bfloat16-101", "ops-bfloat16-65", "ops-bfloat16-41"]
+OPS = ["ops-bfloat16"]
 REGIONS = ["regions-masks", "regions-components"]
 LATER = ["tests-core", *OPS, *REGIONS, "train", "ops-float32", "tests-rest", "tests-sanitizer"]
 ORDER = ["build", "device", *LATER]
@@ -27,7 +32,7 @@ CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
 
 def test_dry_run_goes_through_every_step(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PYTHON": sys.executable}
-    command = ["bash", str(SCRIPT), "out", "--dry-run", "--commit", "0123456789ab"]
+    command = ["bash", str(SCRIPT), "out", "--dry-run", "--commit", "0123456789ab", "--archive", "out.tgz"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     out = tmp_path / "out"
     logs = "\n".join(path.read_text()[-1000:] for path in (out / "logs").glob("*"))
@@ -35,6 +40,10 @@ def test_dry_run_goes_through_every_step(tmp_path):
 
     results = json.loads((out / "results.json").read_text())
     assert suite_results.problems(results) == []
+    with tarfile.open(tmp_path / "out.tgz") as archive:
+        packed = {entry.name for entry in archive if entry.isfile()}
+        assert json.load(archive.extractfile("out/results.json"))["steps"] == results["steps"]
+    assert packed == {str(path.relative_to(tmp_path)) for path in out.rglob("*") if path.is_file()}
     assert results["dry_run"]
     assert results["failures"] == 0
     assert [step["name"] for step in results["steps"]] == ORDER
@@ -98,8 +107,10 @@ def run(monkeypatch, tmp_path):
     """Runs the suite on a stand-in, in which everything is installed."""
 
     def suite(*arguments, codes=(), lacking=(), clock=None):
-        machine = Machine(dict(codes), [0.0] if clock is None else clock)
+        machine = Machine(codes or {}, [0.0] if clock is None else clock)
         monkeypatch.setattr(gpu_suite, "wait", machine.wait)
+        monkeypatch.setattr(suite_steps, "architectures", lambda: "90a")
+        monkeypatch.setattr(suite_steps.os, "sched_getaffinity", lambda pid: range(26))
         monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None if name in lacking else name)
         monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path: None if name in lacking else name)
         monkeypatch.setattr(gpu_suite.suite_report, "draw", lambda results, out: [])
@@ -123,7 +134,7 @@ def test_a_run_on_a_gpu(run, monkeypatch, tmp_path):
     assert list(machine.steps) == ORDER
     assert not results["dry_run"]
     build = machine.steps["build"]
-    assert build.environment == {"CORRMATCH_BUILD_CUDA": "1", "CORRMATCH_CUDA_ARCHS": "native"}
+    assert build.environment == {"CORRMATCH_BUILD_CUDA": "1", "CORRMATCH_CUDA_ARCHS": "90a"}
     assert {"--no-index", "--no-build-isolation", "--no-deps"} <= set(build.command)
     site = build.command[build.command.index("--target") + 1]
     assert not Path(site).exists()  # afterwards
@@ -132,8 +143,9 @@ def test_a_run_on_a_gpu(run, monkeypatch, tmp_path):
         assert variables["CORRMATCH_COMMIT"] == "0123456789ab"
         assert "TRITON_INTERPRET" not in variables
     for name in OPS:
-        assert "--batch 8 --budget 10" in " ".join(machine.steps[name].command)
-    assert machine.steps["tests-core"].command[-2] == "-n"
+        assert "--batch 8 --budget 30 --sizes 101,65,41" in " ".join(machine.steps[name].command)
+    workers = dict(pairwise(machine.steps["tests-core"].command))["-n"]
+    assert 1 < int(workers) <= 8
     assert machine.steps["tests-sanitizer"].command[0] == "compute-sanitizer"
     assert "-n" not in machine.steps["tests-sanitizer"].command
     report = (tmp_path / "out/report.md").read_text()
@@ -156,12 +168,12 @@ def test_limits_of_a_run_fit_nine_minutes(run, monkeypatch):
 
 
 def test_a_failing_step_stops_no_other(run, capsys):
-    code, results, machine = run(codes={"tests-core": 1, "ops-bfloat16-65": None, "train": -11})
+    code, results, machine = run(codes={"tests-core": 1, "ops-bfloat16": None, "train": -11})
     assert code == 1
     assert list(machine.steps) == ORDER
     found = statuses(results)
-    assert [name for name, status in found.items() if status != "passed"] == ["tests-core", "ops-bfloat16-65", "train"]
-    assert found["ops-bfloat16-65"] == "timed out"
+    assert [name for name, status in found.items() if status != "passed"] == ["tests-core", "ops-bfloat16", "train"]
+    assert found["ops-bfloat16"] == "timed out"
     step = results["steps"][2]
     assert step["tests"] == {"passed": 1, "failed": 1, "skipped": 1, "names": ["test_x::bad"]}
     printed = capsys.readouterr().out.splitlines()
@@ -169,6 +181,65 @@ def test_a_failing_step_stops_no_other(run, capsys):
     assert any(line.split()[:2] == ["train", "failed"] and line.endswith("exit code -11") for line in printed)
     report = Path(results["command"][0], "report.md").read_text()
     assert "- failed: `test_x::bad`" in report
+
+
+def test_a_run_that_is_ended_leaves_what_it_had(run, tmp_path):
+    """Whatever ends it: everything is written after every step."""
+    archive = tmp_path / "all.tgz"
+    seen = []
+
+    class Ended(BaseException):
+        pass
+
+    class Codes(dict):
+        def get(self, name, default):
+            with contextlib.suppress(FileNotFoundError), tarfile.open(archive) as file:
+                seen.append(len(json.load(file.extractfile("out/results.json"))["steps"]))
+            if name == "train":
+                raise Ended
+            return default
+
+    with pytest.raises(Ended):
+        run("--archive", str(archive), codes=Codes(other=0))
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert suite_results.problems(results) == []
+    assert [step["name"] for step in results["steps"]] == ORDER[: ORDER.index("train")]
+    assert seen == list(range(1, 1 + ORDER.index("train")))
+    with tarfile.open(archive) as file:
+        assert {"out/results.json", "out/report.md", "out/runs/device.json"} <= set(file.getnames())
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [("9.0\n", "90a"), ("8.0\n9.0\n", "80;90a"), ("12.0\n12.0\n", "120"), ("[N/A]\n", None), ("", None)],
+)
+def test_architectures_are_asked_from_the_driver(monkeypatch, tmp_path, printed, expected):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CORRMATCH_CUDA_ARCHS", raising=False)
+    assert suite_steps.architectures() == expected
+    build = suite_steps.Plan(tmp_path, False, tmp_path).build("build", True)
+    assert build.environment.get("CORRMATCH_CUDA_ARCHS") == expected
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert suite_steps.architectures() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert suite_steps.architectures() is None
+    monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "80")  # the caller's list reaches the step as it is
+    assert "CORRMATCH_CUDA_ARCHS" not in suite_steps.Plan(tmp_path, False, tmp_path).build("build", True).environment
+
+
+def test_a_device_that_answers_late_gets_a_second_chance(run):
+    class Codes(dict):
+        def get(self, name, default):
+            return self.pop(name, default)
+
+    code, results, _ = run(codes=Codes(device=None))
+    assert code == 1
+    assert [step["status"] for step in results["steps"] if step["name"] == "device"] == ["timed out", "passed"]
+    assert [step["name"] for step in results["steps"][3:]] == LATER
+    assert results["environment"] is not None
 
 
 def test_without_cuda_kernels_the_rest_is_measured(run):

@@ -8,15 +8,24 @@ import subprocess
 import sys
 
 import pytest
-from child import FOLDER
+import triton
+from child import FOLDER, run_python
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+pytestmark = pytest.mark.slow
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 LINE = re.compile(
     r"^(?P<kernel>.+?) +sm_(?P<arch>\d+) +(?P<dtype>\w+) +\S+ \d warps +(?P<registers>\d+) +(?P<spilled>\d+) +[\d.]+"
-    r"(?: +(?P<matrix>\S+) +(?P<slots>[\d.]+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+))?$"
+    r"(?: +(?P<matrix>\S+) +(?P<slots>[\d.]+) +(?P<exponentials>[\d.]+) +(?P<divisions>[\d.]+)"
+    r" +(?P<copies>\d+) +(?P<loads>\d+) +(?P<fences>\d+) +(?P<blocks>\d+))?$"
 )
 PASSES = {"row", "row, mean key", "column", "backward row", "backward column"}
-LINEAR = {"pack", "fold", "gate", "label", "cross-entropy", "divergence"}  # in the positions: without an inner loop
+# Linear in the positions: without an inner loop.
+LINEAR = {"pack", "pack gradient", "gate", "open rows", "label", "cross-entropy", "divergence"}
+BLOCKS = {"row": 4, "row, mean key": 3, "column": 5, "backward row": 3, "backward column": 4}  # an H100 holds, bfloat16
+SINGLE = {"row": 8, "row, mean key": 16, "column": 12, "backward row": 25, "backward column": 20}  # slots, float32
 
 
 @pytest.mark.parametrize("arch", MATRIX)
@@ -42,5 +51,45 @@ def test_published_channels(arch, tmp_path):
         assert float(match["slots"]) > 1
         if arch == 90 and match["dtype"] == "bfloat16":
             assert float(match["slots"]) <= 8, "more than an H100 issues in the time of one exponential"
+            assert int(match["blocks"]) >= BLOCKS[match["kernel"]]
+        if arch == 90:
+            assert int(match["copies"]) > 0, "loads that the loop waits for"
+            assert int(match["loads"]) == 0
+            # triton 3.8 has a fence between copies and products, 3.6 none; more are stores that are waited for.
+            assert int(match["fences"]) <= (0 if TRITON < (3, 7) else 1)
+            assert match["dtype"] != "float32" or float(match["slots"]) <= SINGLE[match["kernel"]]
         # The online softmax of the row pass has one exponential a row and tile besides.
         assert 1 <= float(match["exponentials"]) <= (1.2 if match["kernel"].startswith("row") else 1)
+
+
+SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may have
+WIDEST = """
+import sys
+from corrmatch.kernels import inspect, pixel_propagate, pixel_propagate_backward
+from corrmatch.kernels.configs import configs
+from corrmatch.kernels.plan import padded_channels
+
+arch, dtype, pieces, depth, channels = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+depth, channels = padded_channels(depth), padded_channels(channels)
+tiles = configs(arch, pieces > 1, max(depth, channels))
+flags = {"GATED": True, "FOLDED": False, "KEPT": pieces, "PIECES": pieces, "DEPTH": depth, "CHANNELS": channels}
+flags |= {"EXACT": pieces > 1, "DQUERY": True, "DVALUE": True}
+for name in ("column", "backward_row", "backward_column"):
+    module = pixel_propagate if name == "column" else pixel_propagate_backward
+    tile = getattr(tiles, name)
+    constants = flags | {"ROWS": tile.rows, "COLUMNS": tile.columns}
+    made = inspect.compile_one(name, getattr(module, f"{name}_kernel"), arch, dtype, constants, tile)
+    print(made.shared)
+"""
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize(("dtype", "pieces"), [("bfloat16", 1), ("float32", 3)])
+def test_the_most_channels_fit_the_shared_memory(arch, dtype, pieces, tmp_path, monkeypatch):
+    """Those that `Backend.refusal` lets through, and the mass."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    most = 128 if SHARED[arch] < 128 and pieces > 1 else 256
+    found = run_python(WIDEST, str(arch), dtype, str(pieces), str(most), str(most + 1)).split()
+    assert len(found) == 3
+    assert max(map(int, found)) <= SHARED[arch] * 1024

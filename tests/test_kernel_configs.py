@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import accuracy
 import pytest
 import torch
 import triton
 
 from corrmatch import ops
-from corrmatch.kernels import configs, pixel_propagate
+from corrmatch.kernels import configs, launch, plan
 from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Configs
-from corrmatch.kernels.language import float32_precision
 from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
 from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLES = [table for family in FAMILIES.values() for table in family]
@@ -38,8 +41,10 @@ def distinct(configs):
 @pytest.mark.parametrize("config", distinct({*SHIPPED, *CANDIDATES}), ids=lambda c: "x".join(map(str, c)))
 def test_every_tile_shape_gives_the_same(monkeypatch, config):
     dtype = torch.bfloat16 if config.rows * config.columns >= 2048 else torch.float32
-    monkeypatch.setattr(pixel_propagate, "configs", lambda *_: Configs(*[config] * 4))
+    monkeypatch.setattr(plan, "configs", lambda *_: Configs(*[config] * 4))
+    plan._plan.cache_clear()
     accuracy.assert_all_accurate(*propagate(dtype))
+    plan._plan.cache_clear()
 
 
 def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
@@ -52,40 +57,54 @@ def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
         timed.append(call)
         return [0.5 if len(timed) % len(candidates) == 3 else 1.0] * len(quantiles)
 
-    configs.tuned.cache_clear()
-    monkeypatch.setattr(configs, "CANDIDATES", candidates)
+    launch.tuned.cache_clear()
+    monkeypatch.setattr(launch, "CANDIDATES", candidates)
     monkeypatch.setattr(triton.runtime.Autotuner, "do_bench", property(lambda self: seconds))
-    monkeypatch.setenv("CORRMATCH_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "AUTOTUNE", True)
     for _ in range(2):  # the second time everything is known
         accuracy.assert_all_accurate(*propagate(torch.bfloat16))
         assert len(timed) == len(kernels) * len(candidates)
     for kernel in kernels:
-        chosen = configs.tuned(kernel).best_config
+        chosen = launch.tuned(kernel).best_config
         assert (chosen.kwargs["ROWS"], chosen.kwargs["COLUMNS"], chosen.num_warps, chosen.num_stages) == best
-    configs.tuned.cache_clear()
+    launch.tuned.cache_clear()
 
 
 def test_float32_products_are_as_exact_as_those_of_torch():
     """However it is told: its two interfaces refuse to be read after one another."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
+    x = torch.zeros(1, 3, 4, 4, device=DEVICE)
+
+    def pieces():
+        return plan.Plan.of(x, x, x, 1.0, False).pieces
+
     try:
-        assert float32_precision() == "tf32x3"
+        assert pieces() == 3
         matmul.fp32_precision = "tf32"
-        assert float32_precision() == "tf32"
+        assert pieces() == 2
         matmul.allow_tf32 = False
-        assert float32_precision() == "tf32x3"
+        assert pieces() == 3
         torch.set_float32_matmul_precision("high")
-        assert float32_precision() == "tf32"
+        assert pieces() == 2
+        found, exact, _, terms = propagate(torch.float32)  # and the maps are packed as before
+        for name in accuracy.Propagated._fields:
+            error = accuracy.wide(getattr(found, name)) - getattr(exact, name)
+            assert abs(error).max() < 2**-13 * abs(getattr(terms, name)).max()
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(
-    ("arch", "family"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (121, 120)]
+    ("arch", "family"), [(75, 80), (80, 80), (86, 86), (89, 86), (90, 90), (100, 100), (103, 100), (121, 120)]
 )
 def test_family_of_an_architecture(arch, family):
-    for dtype, table in ((torch.float16, FAMILIES[family].half), (torch.float32, FAMILIES[family].single)):
-        for channels, size in ((16, 32), (32, 32), (64, 64), (128, 256), (512, 256)):
-            assert configs.configs(arch, dtype, channels) == table[size]
+    for single, table in ((False, FAMILIES[family].half), (True, FAMILIES[family].single)):
+        sizes = sorted(table)
+        assert sizes[:2] == [32, 64]
+        assert configs.configs(arch, single, 16) == table[32]
+        for size, larger in pairwise(sizes):
+            assert configs.configs(arch, single, size) == table[size]
+            assert configs.configs(arch, single, 2 * size) == table[larger]
+        assert configs.configs(arch, single, 2 * sizes[-1]) == table[sizes[-1]]  # what choose refuses

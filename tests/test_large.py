@@ -9,7 +9,9 @@ from child import run_python
 from samples import SAMPLES, results
 
 from corrmatch import _C, ops
-from corrmatch.kernels import packing, pixel_propagate, pixel_propagate_backward, pseudo_label
+from corrmatch.kernels import gate, packing, pixel_propagate, pixel_propagate_backward, plan, pseudo_label
+
+pytestmark = pytest.mark.slow
 
 BEYOND = 2**31
 
@@ -136,7 +138,8 @@ class Grids:
 
 
 KERNELS = {
-    packing: ("pack_kernel", "fold_kernel", "confidence_gate_kernel"),
+    packing: ("pack_kernel", "pack_gradient_kernel"),
+    gate: ("confidence_gate_kernel", "open_rows_kernel"),
     pixel_propagate: ("row_kernel", "column_kernel"),
     pixel_propagate_backward: ("backward_row_kernel", "backward_column_kernel"),
     pseudo_label: ("label_kernel",),
@@ -188,6 +191,8 @@ def test_pictures_that_are_too_large(name):
 
 def test_packed_pictures_that_are_too_large():
     """Kernels count within a picture in 32 bits; the last that fits is not refused for its size."""
-    with pytest.raises(ValueError, match=r"at most 2\^31 numbers.*got 512 x 4196352"):
-        packing.pack(wide(1, 257, 2048, 2049), 512, torch.float16)
-    assert 512 * packing.padded(2048 * 2048) == packing.MOST_NUMBERS
+    query, value = (wide(1, channels, 2048, 2049, dtype=torch.float16) for channels in (3, 257))
+    with pytest.raises(ValueError, match=r"^value: .*at most 2\^31 numbers.*got 512 x 4196352"):
+        plan.Layout.of(query, query, value, False, False)
+    assert 512 * plan.padded(2048 * 2048) == plan.MOST_NUMBERS
+    plan.Layout.of(query[..., 1:], query[..., 1:], value[..., 1:], False, False)

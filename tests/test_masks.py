@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
 import pickle
 
+import accelerate
 import layouts
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from corrmatch import RegionMasks
+from corrmatch import RegionMasks, ops
 
 SIZES = [(1, 1), (1, 31), (1, 32), (1, 33), (4, 8), (5, 13), (8, 8), (9, 11), (33, 31)]
 
@@ -47,10 +51,11 @@ def test_area(size, density):
     assert torch.equal(area, bools.sum((2, 3)))
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5)])
-def test_no_masks(shape):
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 0, 0, 0)])
+def test_nothing(shape):
     masks = RegionMasks.from_bool(torch.zeros(shape, dtype=torch.bool))
-    assert masks.packed.shape == (*shape[:2], 1)
+    assert masks.packed.shape == (*shape[:2], RegionMasks.words(shape[2:]))
+    assert masks == RegionMasks.from_bool(masks.to_bool())
     assert masks.to_bool().shape == shape
     assert masks.area().shape == shape[:2]
 
@@ -74,11 +79,170 @@ def test_one_word_of_any_stride():
     assert masks.area().tolist() == [[2]]
 
 
+@pytest.mark.parametrize("size", [(9, 11), [9, 11], torch.Size([9, 11]), np.array([9, 11])], ids=repr)
+def test_any_sequence_is_a_size(size):
+    packed = RegionMasks.from_bool(torch.rand(1, 2, 9, 11) < 0.5).packed
+    masks = RegionMasks(packed, size)
+    assert (type(masks.size), *map(type, masks.size)) == (tuple, int, int)
+    labels, flags = torch.zeros(1, 9, 11, dtype=torch.int64), torch.ones(1, 9, 11, dtype=torch.bool)
+    assert torch.equal(ops.region_propagate(labels, flags, masks, 0.5, num_classes=2)[0], labels)
+
+
+def test_equality():
+    bools = torch.rand(2, 3, 4, 8) < 0.5
+    masks, flipped = RegionMasks.from_bool(bools), bools.clone()
+    flipped[1, 2, 3, 7] ^= True
+    same = [copy.deepcopy(masks), RegionMasks(masks.packed.mT.contiguous().mT, [4, 8]), RegionMasks.from_bool(bools)]
+    others = [
+        RegionMasks.from_bool(flipped), RegionMasks(masks.packed, (8, 4)), RegionMasks.from_bool(bools[:1]),
+        RegionMasks.from_bool(bools[:, :0]), masks.to("meta"), RegionMasks(masks.packed.long(), (4, 8)), masks.packed,
+        None, "masks",
+    ]  # fmt: skip
+    for other in same:
+        assert (masks == other) is True
+        assert (masks != other) is False
+        assert hash(masks) == hash(other)
+    for other in others:
+        assert (masks == other) is False or isinstance(other, torch.Tensor)
+        assert (masks != other) is True or isinstance(other, torch.Tensor)
+    assert masks in [None, others[0], same[0]]
+    assert masks not in [None, *others[:4]]
+    assert len({masks, *same, *others[:3]}) == 4
+    without_data = masks.to("meta")
+    assert without_data == without_data  # and nothing else: there are no bits
+    assert without_data != masks.to("meta")
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_save_and_load(weights_only):
+    """As they are, or anywhere in a checkpoint."""
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    file = io.BytesIO()
+    torch.save({"step": 3, "queue": [masks, (masks, None)]}, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=weights_only)
+    assert found == {"step": 3, "queue": [masks, (masks, None)]}
+    assert found["queue"][0].size == (5, 7)
+    file.seek(0)
+    moved = torch.load(file, weights_only=weights_only, map_location="meta")
+    assert moved["queue"][0].device.type == "meta"
+
+
 def test_pickle():
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
     copied = pickle.loads(pickle.dumps(masks))
     assert copied.size == masks.size
     assert torch.equal(copied.packed, masks.packed)
+
+
+def test_moves():
+    """As those of a tensor; what torch's data loader and trainers call."""
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    assert masks.device == torch.device("cpu")
+    for moved in (masks.to("cpu", non_blocking=True), masks.to(torch.device("cpu")), masks.cpu()):
+        assert moved == masks
+        assert moved.packed.data_ptr() == masks.packed.data_ptr()
+    assert masks.to("cpu", copy=True).packed.data_ptr() != masks.packed.data_ptr()
+    assert not masks.is_pinned()
+    with pytest.raises(TypeError):
+        masks.to(torch.int64)  # they are bits
+
+
+@pytest.mark.parametrize("call", ["pin_memory", "cuda"])
+def test_moves_reach_the_tensor(call):
+    """So does what only a machine with a GPU can do; there they come back, elsewhere torch says why not."""
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    if torch.cuda.is_available():
+        moved = getattr(masks, call)()
+        assert isinstance(moved, RegionMasks)
+        assert moved.is_pinned() == (call == "pin_memory")
+        assert moved.cpu() == masks
+    else:
+        with pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|accelerator|NVIDIA"):
+            getattr(masks, call)()
+
+
+def test_data_loader_moves_them(monkeypatch):
+    """torch looks for pin_memory() within whatever a batch is made of."""
+    pinned = []
+    monkeypatch.setattr(RegionMasks, "pin_memory", lambda masks: pinned.append(masks) or masks)
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    batch = torch.utils.data._utils.pin_memory.pin_memory({"masks": masks, "more": [masks]})
+    assert batch == {"masks": masks, "more": [masks]}
+    assert len(pinned) == 2
+    assert accelerate.utils.send_to_device(batch, "meta", non_blocking=True)["masks"].device.type == "meta"
+
+
+def test_tree():
+    """One leaf; the size is structure, and stays what it is through a file."""
+    masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
+    (leaf,), structure = pytree.tree_flatten({"a": masks})
+    assert leaf is masks.packed
+    assert pytree.tree_unflatten([leaf], structure) == {"a": masks}
+    ((path, _),), _ = pytree.tree_flatten_with_path({"a": masks})
+    assert pytree.keystr(path) == "['a'].packed"
+    assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+    assert structure != pytree.tree_structure({"a": RegionMasks(masks.packed, (7, 5))})
+    mapped = pytree.tree_map(lambda x: x.flip(0), [masks, (masks,)])
+    assert mapped[0] == mapped[1][0] == RegionMasks.from_bool(masks.to_bool().flip(0))
+
+
+class Regions(torch.nn.Module):
+    """Masks come in and go out."""
+
+    def forward(self, feature, masks, index):
+        larger = (3 * feature.shape[2], 2 * feature.shape[3])
+        return {"larger": ops.region_masks(feature, feature, index, larger), "area": masks.area(), "same": masks}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(dynamic):
+    """Through a file, and at other sizes: those of the masks that are made follow."""
+    masks, index = RegionMasks.from_bool(torch.rand(2, 3, 5, 6) < 0.5), torch.arange(4)
+    features = [torch.randn(2, 8, 6, 7), torch.randn(3, 8, 5, 9) if dynamic else torch.randn(2, 8, 6, 7)]
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) if dynamic else None
+    arguments = (features[0], masks, index)
+    program = torch.export.export(Regions(), arguments, dynamic_shapes=(sizes, [None], None))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for feature in features:
+        found = loaded(feature, masks, index)
+        assert found["larger"].size == (3 * feature.shape[2], 2 * feature.shape[3])
+        expected = Regions()(feature, masks, index)
+        assert found["larger"] == expected["larger"]
+        assert found["same"] == masks
+        assert torch.equal(found["area"], expected["area"])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    """In and out, every method in between."""
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def step(feature, masks, index):
+        out = Regions()(feature, masks, index)
+        again = RegionMasks.from_bool(masks.to_bool()).to("cpu", non_blocking=True)
+        return out, again, pytree.tree_map(lambda x: x + 0, masks)
+
+    for size in ((5, 6), (4, 7)):
+        masks, feature, index = (
+            RegionMasks.from_bool(torch.rand(2, 3, *size) < 0.5),
+            torch.randn(2, 8, *size),
+            torch.arange(4),
+        )
+        out, *same = step(feature, masks, index)
+        assert out["larger"] == Regions()(feature, masks, index)["larger"]
+        assert same == [masks, masks]
+        assert torch.equal(out["area"], masks.area())
+
+
+def test_vmap():
+    features = torch.randn(2, 1, 4, 5, 6)
+    found = torch.vmap(lambda x: ops.region_masks(x, x, torch.arange(3), (9, 11)))(features)
+    for i, feature in enumerate(features):
+        assert torch.equal(found.packed[i], ops.region_masks(feature, feature, torch.arange(3), (9, 11)).packed)
 
 
 def test_words_device_and_immutability():

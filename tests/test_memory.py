@@ -7,6 +7,8 @@ from child import run_python
 
 from corrmatch import _C
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 PROBE = """
 import gc, sys

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrmatch.models.deeplab import DeepLabV3Plus, enlarge
+from corrmatch.models.deeplab import DeepLabV3Plus, enlarge, evaluating
+from corrmatch.nn import propagate_logits
 
 SMALL = {"output_stride": 16, "channels": 16}
 
@@ -38,23 +39,21 @@ def test_shapes(backbone, output_stride):
     low, high = model.features(images)
     assert tuple(low.shape[2:]) == (17, 25)
     assert tuple(high.shape[2:]) == {8: (9, 13), 16: (5, 7)}[output_stride]
-    out = model(images, perturb=True, propagate=True, num_masks=3)
+    out = model(images, perturb=True, correlate=True)
     for logits in (out.logits, out.perturbed):
         assert tuple(logits.shape) == (2, 5, 17, 25)
-    assert out.propagated.shape == (2, 5, *high.shape[2:])
-    assert tuple(out.masks.packed.shape[:2]) == (2, 3)
-    assert out.masks.size == (65, 97)
+    assert out.query.shape == out.key.shape == (2, 5, *high.shape[2:])
 
 
 def test_only_what_is_asked_for():
     model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
     images = torch.randn(1, 3, 33, 33)
-    plain, all_of_it = model(images), model(images, perturb=True, propagate=True)
-    assert plain[1:] == (None, None, None)
+    plain, all_of_it = model(images), model(images, perturb=True, correlate=True)
+    assert all(x is None for x in plain[1:])
     torch.testing.assert_close(plain.logits, all_of_it.logits)
     torch.testing.assert_close(all_of_it.perturbed, plain.logits)  # no dropout in evaluation
     without = DeepLabV3Plus("resnet10t", 5, correlation=False, **SMALL)
-    assert without(images.expand(2, -1, -1, -1), propagate=True).propagated is None
+    assert without(images.expand(2, -1, -1, -1), correlate=True).query is None
 
 
 def test_perturbed_logits_differ_in_training_and_reach_the_backbone():
@@ -84,21 +83,34 @@ class Plus(nn.Module):
 
 def test_propagated_logits_train_the_head_and_not_the_logits():
     model = DeepLabV3Plus("resnet10t", 5, **SMALL)
-    model(torch.randn(2, 3, 33, 33), propagate=True).propagated.square().sum().backward()
+    out = model(torch.randn(2, 3, 33, 33), correlate=True)
+    propagate_logits(out.query, out.key, out.logits).square().sum().backward()
     assert model.correlation.query.weight.grad.abs().sum() > 0
     assert model.backbone.conv1[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.decode.parameters())
 
 
-def test_the_same_generator_draws_the_same_masks():
+def test_a_prediction_is_split_between_images():
     model = DeepLabV3Plus("resnet10t", 5, **SMALL).eval()
-    images = torch.randn(1, 3, 65, 65)
-    draws = [
-        model(images, propagate=True, num_masks=5, generator=torch.Generator().manual_seed(seed)).masks.packed
-        for seed in (1, 1, 2)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    out = model(torch.randn(3, 3, 33, 33), correlate=True, features=True, fused=True)
+    torch.testing.assert_close(model.classifier(out.features), out.logits)
+    torch.testing.assert_close(model.decode(out.fused), out.logits)
+    first, rest = out.split(1)
+    assert first.perturbed is rest.perturbed is None
+    for whole, *parts in zip(out, first, rest, strict=True):
+        if whole is not None:
+            torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_modes_come_back():
+    """Frozen parts too."""
+    model = DeepLabV3Plus("resnet10t", 5, **SMALL).train()
+    model.backbone.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert model.training
+    assert model.decode.training
+    assert not any(module.training for module in model.backbone.modules())
 
 
 @pytest.mark.parametrize(("old", "new"), [((9, 13), (65, 97)), ((5, 4), (31, 17)), ((1, 3), (4, 4)), ((6, 6), (6, 6))])

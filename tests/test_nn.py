@@ -115,6 +115,25 @@ class Segmenter(torch.nn.Module):
         return large if out.masks is None else (large, out.masks.packed)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("num_masks", [0, 5])
+def test_export_of_the_head(head, num_masks, dynamic, tmp_path):
+    """With all it returns, through a file."""
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) if dynamic else None
+    arguments = (torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37))
+    options = {"num_masks": num_masks}
+    shapes = {"feature": sizes, "logits": sizes, "num_masks": None}
+    program = torch.export.export(head.eval(), arguments, options, dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "head.pt2")
+    loaded = torch.export.load(tmp_path / "head.pt2").module()
+    if dynamic:
+        arguments = (torch.randn(3, 12, 5, 9), torch.randn(3, 5, 21, 19))
+    found = loaded(*arguments, **options)
+    assert isinstance(found, nn.CorrelationOutput)
+    torch.testing.assert_close(found.propagated, head(*arguments).propagated)
+    assert found.masks is None if num_masks == 0 else found.masks.size == tuple(arguments[1].shape[2:])
+
+
 @pytest.mark.parametrize("num_masks", [0, 5])
 def test_export_of_a_model_with_the_head(num_masks, tmp_path):
     """With dynamic batch and size, through a file."""
@@ -181,6 +200,79 @@ def test_threshold_forward():
     assert not confidence.requires_grad
 
 
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "to": lambda module: module.to(torch.bfloat16),
+    "to the device": lambda module: module.to("cpu", torch.float16),
+    "within a model": lambda module: torch.nn.Sequential(torch.nn.Linear(2, 2), module).bfloat16()[1],
+    "there and back": lambda module: module.half().float(),
+    "a copy": lambda module: copy.deepcopy(module).half(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_leaves_the_threshold_alone(cast):
+    """With a momentum of 0.999 it would not move in bfloat16."""
+    theta = nn.DynamicThreshold(0.85, 0.999)
+    for _ in range(3):
+        theta.update(torch.tensor([0.99, 0.97, 0.0]))
+    before = theta.threshold.clone()
+    theta = CASTS[cast](theta)
+    assert theta.threshold.dtype == torch.float32
+    assert torch.equal(theta.threshold, before)
+    assert [name for name, _ in theta.named_buffers()] == ["threshold"]
+    moved = theta.update(torch.tensor([0.99, 0.97, 0.0]))
+    assert moved.item() == pytest.approx(0.999 * before.item() + 0.001 * 0.98, abs=1e-7)
+
+
+def test_a_cast_in_place_moves_what_was_given():
+    theta = nn.DynamicThreshold(0.85)
+    given = theta.threshold
+    theta.half().update(torch.ones(2))
+    assert given is theta.threshold
+
+
+def test_a_cast_and_a_move_at_once():
+    assert nn.DynamicThreshold().to("meta", torch.float16).threshold.device.type == "meta"
+    filled = nn.DynamicThreshold().to("meta").half().to_empty(device="cpu")
+    filled.load_state_dict(nn.DynamicThreshold(0.6).state_dict())
+    assert filled.threshold.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_threshold_of_a_checkpoint_in_another_precision(dtype, assign):
+    theta = torch.nn.ModuleDict({"theta": nn.DynamicThreshold(0.85)})
+    theta.load_state_dict({"theta.threshold": torch.tensor(0.5, dtype=dtype)}, assign=assign)
+    assert theta["theta"].threshold.dtype == torch.float32
+    assert theta["theta"].threshold.item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_peaks_of_another_precision(dtype):
+    """Their mean is that of float32: the sum of a thousand peaks in float16 is not."""
+    peaks = torch.full((1000,), 0.75, dtype=dtype)
+    assert nn.DynamicThreshold(0.0, 0.5).update(peaks).item() == pytest.approx(0.375, abs=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_peak_that_is_no_number_counts_as_absent(bad):
+    theta, peaks = nn.DynamicThreshold(0.6, momentum=0.9), torch.tensor([bad, 0.8, 0.0, 0.4])
+    assert theta.update(peaks).item() == pytest.approx(0.9 * 0.6 + 0.1 * 0.6, abs=1e-6)
+    before = theta.threshold.clone()
+    assert torch.equal(theta.update(torch.tensor([bad, bad, 0.0])), before)
+    assert peaks[0].isnan() or peaks[0] == bad, "the argument stays"
+
+
+def test_a_batch_of_nan_leaves_the_threshold():
+    """From the logits on; the batch after it moves the threshold again."""
+    theta, logits = nn.DynamicThreshold(0.6, momentum=0.5), torch.full((1, 3, 4, 5), float("nan"))
+    assert theta(logits)[2].item() == pytest.approx(0.6)
+    assert theta(torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 5))[2].item() > 0.79
+
+
 def test_threshold_state_and_pickle():
     theta = nn.DynamicThreshold(0.6, momentum=0.9)
     theta.update(torch.tensor([1.0]))
@@ -205,7 +297,8 @@ peaks = torch.tensor([[0.5, 0.0, 0.9, 0.0], [0.7, 0.3, 0.0, 0.0]])
 mine = peaks[rank].clone()
 theta.update(mine)
 assert torch.equal(mine, peaks[rank]), "the argument stays"
-theta.update(torch.zeros(4) if rank == 0 else torch.tensor([0.0, 0.0, 0.0, 0.4]))
+bad = torch.tensor([float("nan"), 0.0, float("inf"), 0.0])
+theta.update(bad if rank == 0 else torch.tensor([0.0, 0.0, 0.0, 0.4]))
 print(repr(theta.threshold.item()))
 dist.destroy_process_group()
 """

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 # Tracked, but of no use without the repository.
 LEFT_OUT = {".gitignore", ".ci/run", ".ci/packages"}

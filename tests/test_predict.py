@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from torch import nn
 from training import SMALL, shorten
 
 from corrmatch import cli
-from corrmatch.data.datasets import IGNORE
+from corrmatch.config import Config
+from corrmatch.data.datasets import IGNORE, DataError
+from corrmatch.models.deeplab import Prediction
 from corrmatch.training import pictures
-from corrmatch.training.predict import KINDS, load_model
+from corrmatch.training.predict import KINDS, load_model, predict
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,100 @@ def trained(tmp_path_factory):
     return folder
 
 
+class Stripes(nn.Module):
+    """Three classes by the column: a network of these tests."""
+
+    def forward(self, images):
+        column = torch.arange(images.shape[3]) // 5 % 3
+        return Prediction(
+            3 * nn.functional.one_hot(column, 3).permute(1, 0).unsqueeze(1).expand(1, -1, *images.shape[2:])
+        )
+
+
+def segmented(source, out):
+    return predict(Stripes(), Config(), ["background", "a", "b"], source, out, torch.device("cpu"))
+
+
+def written(out):
+    """The names, which are the same for all kinds, and the sizes."""
+    sizes = [{path.name: Image.open(path).size for path in (out / kind).iterdir()} for kind in KINDS]
+    assert sizes[0] == sizes[1] == sizes[2]
+    return sizes[0]
+
+
+def draw(folder, **sizes):
+    folder.mkdir(exist_ok=True)
+    for name, size in sizes.items():
+        Image.effect_noise(size, 60).convert("RGB").save(folder / name.replace("_", "."))
+
+
+def test_one_broken_picture_stops_no_other(tmp_path, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    draw(source, a_jpg=(8, 9), c_png=(5, 4), e_jpg=(1, 30), f_png=(40, 1))
+    whole = (source / "c.png").read_bytes()
+    (source / "b.png").write_bytes(whole[: len(whole) // 2])
+    (source / "d.jpg").write_bytes(b"")
+    Image.new("F", (4, 4)).save(source / "g.tif")
+    (source / "._a.jpg").write_bytes(b"\0\5\26\7")
+    (source / "Thumbs.db").write_bytes(b"\0")
+    (source / "folder.png").mkdir()
+    with pytest.raises(DataError) as caught:
+        segmented(source, out)
+    first, *broken = str(caught.value).splitlines()
+    assert first == f"4 pictures: {out}; 3 cannot be used:"
+    assert [line.split(":")[0].strip() for line in broken] == [
+        str(source / name) for name in ("b.png", "d.jpg", "g.tif")
+    ]
+    assert written(out) == {"a.png": (8, 9), "c.png": (5, 4), "e.png": (1, 30), "f.png": (40, 1)}
+    assert f"{source}: 2 files are no pictures, passed over: ._a.jpg, Thumbs.db\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jpg", "b.png", "a.b.gif"], ["a.png", "b.png", "a.b.png"]),
+        (["a.jpg", "a.png", "b.tif"], ["a.jpg.png", "a.png.png", "b.png"]),
+        (["a.JPG", "A.jpg", "b.tif"], ["a.JPG.png", "A.jpg.png", "b.png"]),
+        (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg.png", "a.png.png", "a.jpg.png.png"]),
+        (["a.jpg", "a.jpg.bmp"], ["a.png", "a.jpg.bmp.png"]),
+    ],
+)
+def test_results_do_not_overwrite_each_other(tmp_path, names, expected):
+    source, out = tmp_path / "in", tmp_path / "out"
+    sizes = [(4 + i, 9 - i) for i in range(len(names))]
+    source.mkdir()
+    for name, size in zip(names, sizes, strict=True):
+        Image.new("RGB", size).save(source / name)
+    assert segmented(source, out) == len(names)
+    assert written(out) == dict(zip(expected, sizes, strict=True))
+
+
+def test_predictions_lie_as_people_see_the_picture(tmp_path):
+    (tmp_path / "in").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (60, 36)).save(tmp_path / "in" / "a.jpg", exif=turned)
+    segmented(tmp_path / "in", tmp_path / "out")
+    assert written(tmp_path / "out") == {"a.png": (36, 60)}
+
+
+def test_home_and_places_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    draw(tmp_path / "in", a_jpg=(8, 9))
+    assert segmented(Path("~/in"), Path("~/out")) == 1
+    assert written(tmp_path / "out") == {"a.png": (8, 9)}
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "color").write_text("x")
+    for out in (tmp_path / "file" / "out", tmp_path / "file", tmp_path / "half", Path("/proc/nowhere")):
+        with pytest.raises(DataError, match=f"^{out}/(index|color): cannot be written: "):
+            segmented(tmp_path / "in", out)
+    assert cli.main(["sample", str(tmp_path / "file" / "data")]) == 1
+    assert capsys.readouterr().err.startswith("corrmatch sample: [Errno 20] Not a directory: ")
+    assert cli.main(["sample", "~/drawn"]) == 0
+    assert (tmp_path / "drawn" / "classes.txt").exists()
+
+
 def test_predictions_are_written_at_original_size(trained, capsys):
     run, source, out = trained / "run" / "best.pt", trained / "pictures", trained / "out"
     assert cli.main(["predict", str(run), str(source), str(out)]) == 0
@@ -62,7 +162,7 @@ def test_the_averaged_weights_are_what_is_used(trained):
     model, config, classes = load_model(trained / "run" / "last.pt")
     content = torch.load(trained / "run" / "last.pt", map_location="cpu", weights_only=True)
     weight = model.state_dict()["decode.2.weight"]
-    assert torch.equal(weight, content["ema"]["module.decode.2.weight"])
+    assert torch.equal(weight, content["method"]["average.network.decode.2.weight"])
     assert not torch.equal(weight, content["method"]["model.decode.2.weight"])
     assert not model.training
     assert config.train.ema == 0.5
@@ -86,7 +186,14 @@ def test_evaluation_of_a_checkpoint_is_that_of_its_run(trained, capsys):
         (["train", "sample", "data.rot=x"], "corrmatch train: data.rot: no such key; did you mean data.root?\n"),
         (["train", "sample", "data.root=none"], "corrmatch train: data.root: none is not a folder\n"),
         (
-            ["train", "sample", "data.root={root}", "work_dir={root}/new", "model.backbone=resnt18"],
+            [
+                "train",
+                "sample",
+                "data.root={root}",
+                "work_dir={root}/new",
+                "data.check=false",
+                "model.backbone=resnt18",
+            ],
             "corrmatch train: model.backbone: timm has no model 'resnt18'; did you mean 'resnet18'?\n",
         ),
         (["eval", "none.pt"], "corrmatch eval: none.pt: there is no such checkpoint\n"),

@@ -127,6 +127,66 @@ def test_toolkit_without_its_static_runtime(names, monkeypatch, tmp_path):
         names["Cuda"].detect()
 
 
+@pytest.mark.parametrize(
+    "words", ["fatal: Value 'c++20' is not defined for option 'std'", "error: static assertion failed"]
+)
+def test_an_nvcc_without_the_language(names, monkeypatch, tmp_path, words):
+    """The CPU part is built, and what was left out is said with its reason."""
+    nvcc = nvcc_in(tmp_path / "home/bin", tmp_path / "home")
+    script = Path(nvcc).read_text()
+    Path(nvcc).write_text(f'{script}case " $* " in *std=c++20*) echo "{words}" >&2; exit 1;; esac\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}/home/bin:/bin:/usr/bin")
+    cuda = names["Cuda"].detect()
+    assert cuda.nvcc == ""
+    assert (
+        cuda.status == f"not built: when it was installed, {nvcc} compiles no C++20; that of CUDA 12.0 and newer does"
+    )
+    monkeypatch.setenv("CORRMATCH_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"CORRMATCH_BUILD_CUDA=1, but .* compiles no C\+\+20"):
+        names["Cuda"].detect()
+
+
+def test_an_nvcc_that_cannot_be_run(names, monkeypatch, tmp_path):
+    nvcc = nvcc_in(tmp_path / "home/bin", tmp_path / "home")
+    Path(nvcc).write_text("#!/no/such/interpreter\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/home/bin:/bin:/usr/bin")
+    assert names["Cuda"].detect().status.startswith("not built: the toolkit of")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "'c++' cannot be run"),
+        ("", "'c++' cannot be run"),
+        ("gone -O2", "'gone' cannot be run"),
+        ("old", "'old' is none"),
+    ],
+)
+def test_without_a_compiler_of_the_language(names, monkeypatch, tmp_path, compiler, said):
+    (tmp_path / "old").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "old").chmod(0o755)
+    if compiler is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", compiler)
+    build = names["NinjaBuild"](setuptools.Distribution())
+    with pytest.raises(SystemExit, match=r"^corrmatch needs a C\+\+20 compiler") as caught:
+        build.build_file(tmp_path / "x.so")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["-std=c++17 -O0", "-std=gnu++14", "-fmessage-length=0 -ansi"])
+def test_flags_of_the_user_do_not_choose_the_language(names, monkeypatch, tmp_path, given):
+    monkeypatch.setenv("CXXFLAGS", given)
+    monkeypatch.setitem(names["NinjaBuild"].build_file.__globals__, "accepts", lambda *_: True)
+    sys.modules["pybind11"].get_include = lambda: str(tmp_path)
+    build = names["NinjaBuild"](setuptools.Distribution())
+    build.compiler = types.SimpleNamespace(include_dirs=[])
+    (line,) = [line for line in build.build_file(tmp_path / "x.so").splitlines() if line.startswith("flags = ")]
+    assert f" {given} " in line
+    assert line.endswith(" -std=c++20")
+
+
 def test_narrowest_instruction_set_first(names):
     """The linker keeps the first of equal inline functions, so no wider code may come before."""
     variants = names["X86_VARIANTS"]
@@ -144,7 +204,7 @@ def test_max_jobs_is_honoured(names, monkeypatch, tmp_path, jobs, expected):
     commands = []
     sys.modules["ninja"].BIN_DIR = str(tmp_path)
     sys.modules["pybind11"].get_include = lambda: str(tmp_path)
-    done = types.SimpleNamespace(returncode=0)
+    done = types.SimpleNamespace(returncode=0, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
     monkeypatch.delenv("MAX_JOBS", raising=False)
     if jobs:

@@ -9,6 +9,8 @@ import torch
 from child import run_python
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 
+pytestmark = pytest.mark.slow
+
 # Large enough for many groups of row blocks, strips and chunks.
 LARGE = {"pixel_propagate": (23, 19), "region_masks": (19, 23), "connected_components": (130, 150)}
 
@@ -111,6 +113,52 @@ def test_workers_of_a_data_loader(threads):
         str(threads),
     )
     assert out.strip() == "same"
+
+
+@pytest.mark.parametrize("before", ["nothing", "ops", "torch", "both"])
+def test_forked_process(before):
+    """Whatever ran on several threads before a fork, calls end after it, on several threads, in a child's child too."""
+    out = run_python(
+        """
+        import os
+        import signal
+        import sys
+        import torch
+        from corrmatch import ops
+
+        torch.set_num_threads(2)
+        image = torch.ones(1, 300, 300, dtype=torch.uint8)
+        maps = [torch.ones(1, 5, 40, 41, requires_grad=i == 0) for i in range(3)]
+
+        def compute():
+            labels, z = ops.connected_components(image), ops.pixel_propagate(*maps)
+            torch.autograd.grad(z, maps[0], maps[1])
+            several = len(os.listdir("/proc/self/task")) > 1
+            print(labels[0, 9, 9].item(), round(z[0, 0, 3, 4].item(), 3), several, flush=True)
+
+        def fork(then):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # ends it where it hangs
+                then()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+
+        def twice():
+            compute()
+            fork(compute)
+
+        if sys.argv[1] in ("torch", "both"):
+            torch.randn(500, 500) @ torch.randn(500, 500)
+            torch.ones(1000, 1000).exp()
+        if sys.argv[1] in ("ops", "both"):
+            ops.pixel_propagate(*maps)
+        fork(twice)
+        compute()
+    """,
+        before,
+    )
+    assert out.splitlines() == ["1 1.0 True"] * 3
 
 
 def test_no_result_depends_on_fresh_memory(monkeypatch):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -15,42 +15,33 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import CONFIGS
-from torch import nn
-from training import TINY, scalars, shorten, small_config
+from training import TINY, scalars, small_config, stop_after
 
-from corrmatch.config import CHOICES, ConfigError
+from corrmatch import cli
+from corrmatch.config import ConfigError, to_yaml
 from corrmatch.data.datasets import DataError
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams, batches
-from corrmatch.training import checkpoint, methods, trainer
-from corrmatch.training.methods import METHODS
+from corrmatch.methods import METHODS
+from corrmatch.training import trainer
 from corrmatch.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    """Four steps an epoch."""
-    folder = tmp_path_factory.mktemp("sample")
-    draw_sample(folder)
-    shorten(folder, labeled=5, unlabeled=8, val=3)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """As each command has it: accelerate keeps its settings for the life of a process. Memory is not filled, which
-    slows a network several times down."""
-    torch.use_deterministic_algorithms(False)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def sample(small_sample):
+    return small_sample
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_configuration_trains(sample, tmp_path, name):
     config = small_config(sample, tmp_path / "run", name=name)
     run = Trainer(config)
-    run.steps = 2
+    stop_after(run, 2)
     scores = run.run()
     assert 0 < scores.accuracy < 1
     lines = scalars(tmp_path / "run")
@@ -73,75 +64,81 @@ def test_training_lowers_the_supervised_loss(sample, tmp_path, method):
         assert len({line["threshold"] for line in lines}) == len(lines)
 
 
-RESUMED = ("train.ema=0.9", "train.epochs=2", "train.save_every=3", "train.eval_every=2")
-
-
-def test_kill_and_resume_is_bit_for_bit_an_uninterrupted_run(sample, tmp_path, monkeypatch):
-    whole = small_config(sample, tmp_path / "whole", *RESUMED)
-    Trainer(whole).run()
-
-    halves = small_config(sample, tmp_path / "halves", *RESUMED)
-    killed = Trainer(halves)
-    advance = killed.advance
-
-    def die_in_step_six(loader):
-        if killed.step == 5:
-            raise KeyboardInterrupt
-        advance(loader)
-
-    monkeypatch.setattr(killed, "advance", die_in_step_six)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
-    assert scalars(tmp_path / "halves")[-1]["step"] == 5
-    for scramble in (torch.manual_seed, random.seed, np.random.seed):
-        scramble(12345)
-    resumed = Trainer(halves, resume=True)
-    assert resumed.step == 3
-    resumed.run()
-
-    for kind in ("train", "val"):
-        assert scalars(tmp_path / "halves", kind) == scalars(tmp_path / "whole", kind)
-    ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "halves")]
-    for content in ends:
-        content.pop("config")
-    assert ends[0]["step"] == 8
-    assert_equal(*ends)
-
-
-def assert_equal(a, b, path=""):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{path}/{i}")
-    else:
-        assert a == b, path
-
-
-def test_a_checkpoint_holds_what_it_should(sample, tmp_path):
-    run = Trainer(small_config(sample, tmp_path / "run", "train.ema=0.9"))
-    run.run()
-    content = checkpoint.load(tmp_path / "run" / "last.pt")
-    assert {"config", "classes", "step", "best", "method", "optimizer", "schedule", "ema", "random"} == set(content)
-    assert content["method"]["theta.threshold"] == run.method.theta.threshold != 0.5
-    averaged = content["ema"]["module.backbone.conv1.0.weight"]
-    assert not torch.equal(averaged, content["method"]["model.backbone.conv1.0.weight"])
-
-
-def test_resume_refuses_other_settings_and_a_new_run_an_old_folder(sample, tmp_path):
-    Trainer(small_config(sample, tmp_path / "run")).save(["last.pt"])
-    with pytest.raises(ConfigError, match=r"train\.lr: the run to be resumed had 0\.05, not 0\.1"):
-        Trainer(small_config(sample, tmp_path / "run", "train.lr=0.1"), resume=True)
+def test_a_work_dir_that_cannot_be_written_shows_before_files_are_read(sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "check_files", None)
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/nowhere"):
+        with pytest.raises(ConfigError, match=f"^work_dir: {place}: cannot be written: "):
+            Trainer(small_config(sample, place))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "last.pt").write_bytes(b"")
     with pytest.raises(ConfigError, match="add --resume"):
-        Trainer(small_config(sample, tmp_path / "run"))
-    with pytest.raises(ConfigError, match="no such checkpoint"):
-        Trainer(small_config(sample, tmp_path / "other"), resume=True)
-    Trainer(small_config(sample, tmp_path / "run", "train.log_every=7"), resume=True)
+        Trainer(small_config(sample, tmp_path / "old"))
+    with pytest.raises(ConfigError, match="not a checkpoint"):
+        Trainer(small_config(sample, tmp_path / "old"), resume=True)
+
+
+def test_home_is_expanded(sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = Trainer(small_config(sample, "~/run"))
+    run.save(["last.pt"])
+    assert (tmp_path / "run" / "last.pt").exists()
+    with pytest.raises(ConfigError, match=str(tmp_path / "weights.pth")):
+        Trainer(small_config(sample, "~/next", "model.pretrained=~/weights.pth"))
+
+
+def things(sample, folder, paint):
+    """The sample with two classes, its masks painted from where the second is; makes configurations of it."""
+    shutil.copytree(sample, folder / "data")
+    for path in (folder / "data" / "SegmentationClass").iterdir():
+        Image.fromarray(paint(np.array(Image.open(path)) % 255 > 0).astype(np.uint8)).save(path)
+    return lambda *more: small_config(folder / "data", folder / "run", "data.classes=[ground,thing]", *more)
+
+
+def test_classes_without_a_label_are_refused_before_a_network_is_built(sample, tmp_path, monkeypatch, capsys):
+    config = things(sample, tmp_path, lambda thing: 255 * thing)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "build_method", None)
+        with pytest.raises(DataError, match=r"no pixel of thing: .* 255 \(.*ignored\); .*set data\.ids=\[0,255\]"):
+            Trainer(config())
+    assert re.search(r"^thing +0 +0\.0% +0$", capsys.readouterr().err, re.MULTILINE)
+    Trainer(config("data.allow_absent=true"))
+    Trainer(config("data.ids=[0,255]", "data.ignore=[]"))
+    assert re.search(r"^thing +[1-9]\d+ +[1-9].*% +[1-9]\d+$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_no_score_is_not_the_best(sample, tmp_path, capsys):
+    config = things(sample, tmp_path, lambda thing: thing)
+    for name in (tmp_path / "data" / "splits" / "val.txt").read_text().split():
+        Image.new("L", (160, 120), 255).save(tmp_path / "data" / "SegmentationClass" / f"{name}.png")
+    with pytest.raises(DataError, match=r"data\.val: no pixel of any class: .* the ids 255 \(100%, ignored\)"):
+        Trainer(config())
+    (tmp_path / "run.yaml").write_text(to_yaml(config("data.check=false")))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"no mean IoU, so no best.pt: no pixel of a class in the validation masks; {tmp_path / 'run' / 'last.pt'}"
+    )
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_file_that_was_not_looked_for_is_named_in_a_line(sample, tmp_path, capsys, workers):
+    shutil.copytree(sample, tmp_path / "data")
+    for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled*"):
+        path.write_bytes(path.read_bytes()[:400])
+    config = small_config(tmp_path / "data", tmp_path / "run", f"train.workers={workers}", "data.check=false")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable picture: \S.*", last)
+
+
+def test_what_was_passed_over_is_said(sample, tmp_path, capsys):
+    shutil.copytree(sample, tmp_path / "data")
+    (tmp_path / "data" / "JPEGImages" / "._unlabeled_000.jpg").write_bytes(b"\0\5\26\7")
+    Trainer(small_config(tmp_path / "data", tmp_path / "run"))
+    assert "data.pictures: 1 files are no pictures, passed over: ._unlabeled_000.jpg\n" in capsys.readouterr().err
 
 
 def test_learning_rates_decay_and_differ(sample, tmp_path):
@@ -154,79 +151,10 @@ def test_learning_rates_decay_and_differ(sample, tmp_path):
 
 def test_every_parameter_is_in_one_group(sample, tmp_path):
     run = Trainer(small_config(sample, tmp_path / "run"))
+    assert [group["name"] for group in run.optimizer.param_groups] == ["backbone", "head"]
     backbone, head = ({id(p) for p in group["params"]} for group in run.optimizer.param_groups)
     assert backbone == {id(p) for p in run.method.model.backbone.parameters()}
     assert head == {id(p) for p in run.method.parameters()} - backbone
-
-
-def test_accumulated_batches_are_one_large_batch(sample, tmp_path, monkeypatch):
-    """Where no layer looks at the batch as a whole."""
-    monkeypatch.setattr(trainer, "build_method", build_without_batch_effects)
-    weights = []
-    for name, batch, accumulate in (("large", 4, 1), ("small", 2, 2)):
-        overrides = (f"train.batch_size={batch}", f"train.accumulate={accumulate}", "method=supervised")
-        run = Trainer(small_config(sample, tmp_path / name, *overrides))
-        ignore_nothing(run)
-        run.steps = 2
-        run.run()
-        weights.append(run.method.model.decode[-1].weight)
-    torch.testing.assert_close(weights[0], weights[1])
-
-
-def build_without_batch_effects(config, num_classes):
-    """The method with batch norms and dropouts that leave the values as they are."""
-    method = methods.build_method(config, num_classes)
-    for module in list(method.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.Dropout2d):
-                setattr(module, name, nn.Identity())
-    return method
-
-
-def ignore_nothing(run):
-    """Ignored pixels, of which each batch has its own number, become class 0."""
-    forward = run.method.forward
-
-    def without_ignored(batch, generator):
-        batch["labeled"]["label"][batch["labeled"]["label"] == 255] = 0
-        for name in batch.keys() - {"labeled"}:
-            batch[name]["ignore"][:] = False
-        return forward(batch, generator)
-
-    run.method.forward = without_ignored
-
-
-def train_without_batch_effects(data, folder, batch):
-    """Both methods, one after the other."""
-    torch.set_num_threads(1)
-    for method in METHODS:
-        overrides = (f"method={method}", f"train.batch_size={batch}", "train.cpu=true", "train.lr=0.01")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer, "build_method", build_without_batch_effects)
-            run = Trainer(small_config(data, folder / method, *overrides))
-        ignore_nothing(run)
-        run.steps = 2
-        run.run()
-
-
-def test_two_processes_are_one_with_the_doubled_batch(sample, tmp_path):
-    """Where no layer looks at the batch as a whole; the three validation pictures are not divisible by two."""
-    script = tmp_path / "two.py"
-    call = f"train_without_batch_effects({str(sample)!r}, Path({str(tmp_path / 'two')!r}), 2)"
-    script.write_text(f"from pathlib import Path\nfrom test_training import *\n{call}\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    train_without_batch_effects(sample, tmp_path / "one", 4)
-    for method in METHODS:
-        one, two = (tmp_path / name / method for name in ("one", "two"))
-        ends = [checkpoint.load(folder / "last.pt") for folder in (one, two)]
-        assert [len(content["random"]) for content in ends] == [1, 2]
-        for name, expected in ends[0]["method"].items():
-            torch.testing.assert_close(ends[1]["method"][name], expected, rtol=1e-4, atol=1e-6)
-        for kind in ("miou", "accuracy"):
-            assert scalars(two, "val")[0][kind] == pytest.approx(scalars(one, "val")[0][kind])
 
 
 def test_the_command_on_a_folder_of_pictures(sample, tmp_path):
@@ -251,7 +179,7 @@ def test_unlabelled_masks_are_never_read(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("corrmatch.data.streams.read_mask", lambda path, table: read.append(path) or torch.zeros(9, 9))
     monkeypatch.setattr("corrmatch.data.streams.labeled_view", lambda *_: {})
     run = Trainer(small_config(sample, tmp_path / "run"))
-    list(batches(Streams(run.data, run.method.streams, 49, 0), run.config.train, 0, 4, 0, 1))
+    list(batches(Streams(run.data, run.method.streams(), run.config.train), run.config.train, 0, 4))
     assert set(read) == {item.mask for item in run.data.labeled}
 
 
@@ -315,12 +243,31 @@ def test_the_example_of_the_documentation_runs():
 
 
 def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
-    """A new method needs a class and its name, and no change of the loop."""
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    code = text.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
-    exec("from __future__ import annotations\n" + code, vars(methods))
-    monkeypatch.setitem(METHODS, "pseudo_label", methods.PseudoLabel)
-    monkeypatch.delattr(methods, "PseudoLabel")
-    monkeypatch.setitem(CHOICES, "method", (*CHOICES["method"], "pseudo_label"))
-    Trainer(small_config(sample, tmp_path / "run", "method=pseudo_label")).run()
-    assert all(math.isfinite(line["loss"]) for line in scalars(tmp_path / "run"))
+    """A new method costs its file and one line."""
+    page = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text()
+    code = page.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "pseudo_label.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "pseudo_label", importlib.import_module("pseudo_label").PseudoLabel)
+    for threshold in (0.0, 0.95):
+        folder = tmp_path / str(threshold)
+        config = small_config(sample, folder, "method=pseudo_label", f"pseudo_label.threshold={threshold}")
+        Trainer(config).run()
+        assert all(math.isfinite(line["loss"]) for line in scalars(folder))
+        assert all(line["s"] > 0 for line in scalars(folder)) == (threshold == 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ((), 4),  # 8 unlabelled images in batches of 2, 5 labelled ones
+        (("train.epoch=labeled",), 3),
+        (("train.epoch=unlabeled", "train.unlabeled_batch_size=4"), 2),
+        (("train.unlabeled_batch_size=4",), 3),
+        (("train.accumulate=2",), 2),
+        (("train.epoch_steps=7",), 7),
+    ],
+)
+def test_what_an_epoch_is(sample, tmp_path, keys, steps):
+    run = Trainer(small_config(sample, tmp_path / "run", *keys))
+    assert (run.epoch_steps, run.steps) == (steps, steps)

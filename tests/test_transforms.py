@@ -13,6 +13,8 @@ from torch.library import opcheck
 import corrmatch
 from corrmatch import RegionMasks, ops
 
+pytestmark = pytest.mark.slow
+
 TRITON = corrmatch.backends()["triton"]
 
 REGISTERED = torch.ops.corrmatch
@@ -53,7 +55,7 @@ def opcheck_calls():
     saved = [x.detach() for x in REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, True, "cpu")[1:]]
     for needs in ([True, True, True], [False, True, False], [True, False, True]):
         plain = [x.detach() for x in maps]
-        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, False, 0.5, needs)
+        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, 0.5, needs)
 
     index = torch.randint(20, (2, 6))
     query, key = maps[0].detach(), maps[1].detach()
@@ -103,8 +105,8 @@ def test_opcheck(call):
             continue  # that oracle is not an op of its own
         arguments = [on(case.device, x) if isinstance(x, torch.Tensor) else x for x in arguments]
         if CALLS[call] == "pixel_propagate_backward":
-            *_, saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
-            arguments[5] = saved.detach()
+            _, *saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
+            arguments[4:7] = [x.detach() for x in saved]
         assert set(opcheck(op, (*arguments, case.name)).values()) == {"SUCCESS"}, case
 
 
@@ -223,10 +225,24 @@ def test_transforms_that_are_refused(backend, sample):
     if backend.name == "reference":
         pytest.skip("plain PyTorch has them")
     call, (query, *others) = SAMPLES[sample][1](device=backend.device, backend=backend.name)
-    with pytest.raises(RuntimeError, match=r"functorch transforms"):
-        torch.func.grad(lambda x: call(x, *others).sum())(query)
+    refused = pytest.raises(
+        RuntimeError, match=r"^(query|logits): derivatives of torch\.func .*corrmatch\.reference has"
+    )
+    loss = lambda x: call(x, *others).sum()  # noqa: E731
+    two, one = torch.stack([query, query]), torch.tensor(1.0, device=query.device)
+    leaf = query.clone().requires_grad_()
+    for transform in (
+        lambda: torch.func.grad(loss)(query),
+        lambda: torch.func.vjp(loss, query),
+        lambda: torch.func.jacrev(loss)(query),
+        lambda: torch.vmap(torch.func.grad(loss))(two),
+        lambda: torch.func.grad(lambda x: torch.vmap(loss)(x).sum())(two),
+        lambda: torch.func.grad(lambda factor: factor * loss(leaf))(one),
+    ):
+        with refused:
+            transform()
+    assert torch.func.grad(lambda factor: factor * loss(query))(one) == loss(query)  # nothing is asked of the op
     if sample != "correlation_rows":
-        leaf = query.clone().requires_grad_()
         z = torch.vmap(call)(*(torch.stack([x, x]) for x in (leaf, *others)))
         with pytest.raises(RuntimeError, match=r"^(query|logits): a gradient is asked for"):
             z.sum().backward()
@@ -259,6 +275,22 @@ def test_autocast_of_pixel_propagation(options):
         assert torch.equal(z, call(*(x.to(dtype) for x in maps)))
         gradients = torch.autograd.grad(z.float().sum(), maps)
         assert [x.dtype for x in gradients] == [F32, F32, F32]
+
+
+@only(*DIFFERENTIABLE)
+def test_backward_within_autocast(backend, sample):
+    """It is made of what the forward kept: where it is called changes nothing."""
+    if backend.name == "reference" and sample.startswith("pixel"):
+        pytest.skip("the products of plain PyTorch are cast in its backward, too")
+    call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
+    with torch.autocast(backend.device, torch.bfloat16):
+        actual = with_gradients(call, arguments)
+    expected = with_gradients(
+        lambda *x: call(*(y.bfloat16() if sample.startswith("pixel") and y.dim() == 4 else y for y in x)), arguments
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_autocast_leaves_the_confidence_alone():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from corrmatch import RegionMasks, ops
+from corrmatch import RegionMasks, nn, ops
 
 Q, K, V = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 2), torch.randn(2, 7, 4, 5)
 INDEX = torch.arange(4)
@@ -56,6 +57,10 @@ def distance(logits=LOGITS, target=LOGITS + 1, **options):
 
 def from_bool(masks):
     return RegionMasks.from_bool(masks)
+
+
+def sized(size):
+    return RegionMasks(MASKS.packed, size)
 
 
 META = torch.empty(2, 3, 4, 5, device="meta")
@@ -166,7 +171,6 @@ WRONG = [
     (region, {"valid": LABELS}, TypeError, "valid: expected dtype bool, got int64"),
     (region, {"valid": FLAGS[:1]}, ValueError, "valid: expected shape (2, 5, 6), got (1, 5, 6)"),
     (region, {"masks": MASKS.packed}, TypeError, "masks: expected RegionMasks, got Tensor"),
-    (region, {"masks": RegionMasks(MASKS.packed, None)}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed, (6, 5))}, ValueError, "masks: expected masks of (5, 6) pixels"),
     (region, {"masks": RegionMasks(MASKS.packed.long(), (5, 6))}, TypeError, "masks.packed: expected dtype int32"),
     (region, {"masks": RegionMasks(MASKS.packed[:1], (5, 6))}, ValueError, PACKED),
@@ -213,6 +217,14 @@ WRONG = [
     (distance, {"target": LOGITS[:1]}, ValueError, "target: expected a batch of 2 as the others, got 1"),
     (distance, {"target": LABELS}, TypeError, "target: expected dtype"),
     (distance, {"target": LOGITS.clone().requires_grad_()}, ValueError, "target: it is given no gradient; detach it"),
+    *[
+        (sized, {"size": size}, TypeError, f"size: expected {what}, got {size!r}")
+        for what, sizes in {
+            "(H, W)": (None, 30, torch.tensor([5, 6])),
+            "two integers (H, W)": ((5,), (5, 6, 7), (5.0, 6), "56", {5: 1}),
+        }.items()
+        for size in sizes
+    ],
     (from_bool, {"masks": LABELS[None]}, TypeError, "masks: expected a bool tensor, got torch.int64"),
     (from_bool, {"masks": FLAGS}, ValueError, "masks: expected shape (B, K, H, W), got (2, 5, 6)"),
     *[
@@ -242,3 +254,69 @@ def test_not_refused(call):
 def test_only_keywords_after_the_tensors():
     with pytest.raises(TypeError, match="positional"):
         ops.pixel_propagate(Q, K, V, 0.5)
+
+
+LAYOUTS = {
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.flatten(0, -2).to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+}
+PIXELS = torch.rand(2, 5, 6)
+GATED = {"confidence": torch.rand(2, 4, 5), "threshold": 0.5}
+# A call, its further arguments and the name of each tensor that it takes, with one that it would take were it dense.
+DENSE = [
+    *[(call, {}, name, x) for call in (pixel, rows, masks) for name, x in (("query", Q), ("key", K))],
+    *[(call, {}, "index", INDEX.expand(2, -1)) for call in (rows, masks)],
+    (pixel, {}, "value", V),
+    (pixel, GATED, "confidence", GATED["confidence"]),
+    (pixel, {}, "threshold", torch.tensor(0.5)),
+    (region, {}, "labels", LABELS),
+    (region, {}, "reliable", FLAGS),
+    (region, {}, "valid", FLAGS),
+    (region, {}, "threshold", torch.tensor(0.5)),
+    (parts, {}, "image", LABELS),
+    (parts, {}, "image", FLAGS),
+    (pseudo, {}, "logits", LOGITS),
+    (pseudo, {"size": (5, 6)}, "ignore", FLAGS),
+    (entropy, {}, "logits", LOGITS),
+    (entropy, {}, "labels", LABELS % 3),
+    (entropy, {}, "weight", PIXELS),
+    (distance, {}, "logits", LOGITS),
+    (distance, {}, "target", LOGITS),
+    (distance, {}, "weight", PIXELS),
+    (from_bool, {}, "masks", torch.rand(2, 3, 5, 6) < 0.5),
+]
+
+
+def placed(x, layout):
+    """Whether there are tensors like x of that layout."""
+    return not (layout == "mkldnn" and not x.is_floating_point()) and (x.dim() >= 2 or layout == "sparse_coo")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize(
+    ("call", "options", "name", "x", "layout"),
+    [(*case, layout) for case in DENSE for layout in LAYOUTS if placed(case[3], layout)],
+)
+def test_other_layouts_are_refused(call, options, name, x, layout):
+    """With a message that names the argument and the layout."""
+    message = rf"^{name}: expected a dense tensor \(torch\.strided\), got layout {layout}$"
+    with pytest.raises(TypeError, match=message):
+        call(**{**options, name: LAYOUTS[layout](x)})
+
+
+@pytest.mark.parametrize("layout", ["sparse_coo", "nested"])
+def test_packed_masks_of_another_layout_are_refused(layout):
+    placed = RegionMasks(LAYOUTS[layout](MASKS.packed), MASKS.size)
+    with pytest.raises(TypeError, match=rf"^masks\.packed: expected a dense tensor .*got layout {layout}$"):
+        region(masks=placed)
+
+
+@pytest.mark.parametrize("size", [[9, 8], (9, 8), torch.Size([9, 8]), np.array([9, 8])], ids=repr)
+def test_any_sequence_is_a_size(size):
+    assert masks(size=size) == masks(size=(9, 8))
+    assert pseudo(size=size)[0].shape == (2, 9, 8)
+    assert nn.DynamicThreshold()(LOGITS, size=size)[0].shape == (2, 9, 8)
+    head = nn.CorrelationHead(3, 3, hidden_channels=4)
+    assert head(LOGITS, LOGITS, num_masks=2, mask_size=size).masks.size == (9, 8)

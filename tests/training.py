@@ -1,15 +1,22 @@
-"""Helpers of the trainer's tests: a drawn sample and a configuration small enough for a test."""
+"""Helpers of the trainer's tests: a drawn sample, a configuration small enough for a test, runs that end early."""
 
 from __future__ import annotations
 
 import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
 
 from corrmatch.config import load_config
+from corrmatch.methods import build_method
 
 TINY = (
     "model.backbone=test_resnet", "model.pretrained=false", "model.output_stride=16", "model.channels=16",
     "train.crop=49", "train.batch_size=2", "train.workers=0", "train.log_every=1", "train.epochs=1",
-    "eval.panels=1", "corrmatch.num_masks=8",
+    "eval.panels=1", "propagation.num_masks=8",
 )  # fmt: skip
 SMALL = (
     *TINY, "data.pictures=JPEGImages/{}.jpg", "data.masks=SegmentationClass/{}.png",
@@ -32,3 +39,62 @@ def shorten(folder, **counts):
     for name, count in counts.items():
         path = folder / "splits" / f"{name}.txt"
         path.write_text("\n".join(path.read_text().splitlines()[:count]) + "\n")
+
+
+def stop_after(run, steps):
+    run.steps, run.ends = steps, [steps]
+
+
+def die_in_step(run, step, monkeypatch):
+    """Runs until this step begins; then everything random is somewhere else."""
+    advance = run.advance
+
+    def advance_or_die(loader):
+        if run.step == step - 1:
+            raise KeyboardInterrupt
+        advance(loader)
+
+    monkeypatch.setattr(run, "advance", advance_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    for scramble in (torch.manual_seed, random.seed, np.random.seed):
+        scramble(12345)
+
+
+def build_without_batch_effects(config, num_classes, **options):
+    """The method with batch norms and dropouts that leave the values as they are."""
+    method = build_method(config, num_classes, **options)
+    for module in list(method.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d | nn.Dropout2d):
+                setattr(module, name, nn.Identity())
+    return method
+
+
+def count_everything(run):
+    """Ignored pixels, of which each batch has its own number, become class 0."""
+    forward = run.method.forward
+
+    def without_ignored(batch, progress):
+        batch["labeled"]["label"][batch["labeled"]["label"] == 255] = 0
+        for name in batch.keys() - {"labeled"}:
+            batch[name]["ignore"][:] = False
+        return forward(batch, progress)
+
+    run.method.forward = without_ignored
+
+
+def assert_same(a, b, path=""):
+    """Equal bit for bit, whatever is nested in what."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path

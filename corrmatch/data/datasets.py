@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision import tv_tensors
 
 from corrmatch.config import DataConfig
+from corrmatch.data.files import Found, Item, read_lines, read_list, scan, shorten
+from corrmatch.data.images import (
+    IGNORE,
+    UNKNOWN,
+    DataError,
+    decode_picture,
+    read_ids,
+    read_mask,
+    read_picture,
+    unknown_ids,
+)
+from corrmatch.paths import expand
 
-IGNORE = 255
-SHOWN = 5  # names in a message
+__all__ = ["IGNORE", "Data", "DataError", "Item", "check_files", "find_data", "read_mask", "read_picture"]
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the files."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A picture and, where it has one, its mask."""
-
-    name: str
-    picture: Path
-    mask: Path | None
+Pixels = dict[str, np.ndarray]  # of the labelled and the validation pictures: pixels (256,) of each id in their masks
 
 
 @dataclass(frozen=True)
@@ -40,96 +39,86 @@ class Data:
     val: list[Item]
     classes: list[str]
     table: torch.Tensor  # (256,) uint8: the class of each id in a mask file, IGNORE, or UNKNOWN
-
-
-UNKNOWN = 254  # in the table: an id that should not occur
+    notes: tuple[str, ...] = ()  # what the user should know, a line each
+    withheld: tuple[
+        Item, ...
+    ] = ()  # unlabelled pictures whose masks are at hand, with them: `eval.pseudo_labels` alone
 
 
 def find_data(config: DataConfig) -> Data:
-    """Resolves lists and patterns to files; whatever is missing is named at once."""
-    root = Path(config.root)
-    if not root.is_dir():
+    """Resolves lists and patterns to files; whatever is missing is named at once.
+
+    No picture of `val` is in `labeled`. Pictures that `val_every` holds out are in neither of the other two.
+    """
+    root = expand(config.root)
+    if not config.root or not os.path.isdir(root):
         raise DataError(f"data.root: {root} is not a folder")
-    pictures, masks = scan(root, "data.pictures", config.pictures), scan(root, "data.masks", config.masks)
-
-    def listed(key: str, name: str, need_mask: bool) -> list[Item]:
-        return _read_list(key, root, name, pictures, masks, need_mask)
-
-    labeled = listed("data.labeled", config.labeled, True) if config.labeled is not None else [
-        Item(name, pictures[name], masks[name]) for name in sorted(pictures.keys() & masks.keys())
-    ]  # fmt: skip
-    if config.val is not None:
-        val = listed("data.val", config.val, True)
-    else:
-        val = labeled[config.val_every - 1 :: config.val_every]
-    if config.labeled is None:
-        held_out = {item.picture for item in val}
-        labeled = [item for item in labeled if item.picture not in held_out]
-    if config.unlabeled is not None:
-        unlabeled = listed("data.unlabeled", config.unlabeled, False)
-    else:
-        taken = {item.picture for item in (*labeled, *val)}
-        unlabeled = [Item(name, path, None) for name, path in sorted(pictures.items()) if path not in taken]
-    for key, items in {"labeled": labeled, "val": val}.items():
-        if not items:
-            raise DataError(f"data.{key}: no picture with a mask in {root}")
+    masks = scan(root, "data.masks", config.masks)
+    pictures = scan(root, "data.pictures", config.pictures, apart=masks.files.values())
+    lists = {
+        key: read_list(f"data.{key}", root, name, pictures, masks, need_mask=key != "unlabeled")
+        for key in ("labeled", "val", "unlabeled")
+        if (name := getattr(config, key)) is not None
+    }
+    notes = [*pictures.note(), *masks.note()]
+    labeled = lists.get("labeled") or _with_masks(root, pictures, masks)
+    val = lists.get("val") or _every(config.val_every, labeled)
+    held_out = {item.picture for item in val}
+    both = [item.name for item in labeled if item.picture in held_out]
+    if both and "labeled" in lists and "val" in lists:
+        raise DataError(f"data.labeled, data.val: pictures in both lists: {shorten(both)}")
+    labeled = [item for item in labeled if item.picture not in held_out]
+    if not labeled:
+        raise DataError("data.labeled: every picture with a mask is in data.val")
+    taken = held_out | {item.picture for item in labeled}
+    unlabeled = lists.get("unlabeled") or [
+        Item(name, path, masks.files.get(name)) for name, path in sorted(pictures.files.items()) if path not in taken
+    ]
+    both = [item.name for item in unlabeled if item.picture in held_out]
+    if both and "val" in lists:
+        notes.append(f"data.unlabeled: {len(both)} pictures are in data.val as well: {shorten(both)}")
+    elif both:
+        unlabeled = [item for item in unlabeled if item.picture not in held_out]
+    withheld = tuple(item for item in unlabeled if item.mask is not None and item.picture not in taken)
+    unlabeled = [replace(item, mask=None) for item in unlabeled]
     classes = _read_classes(config, root)
-    return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)))
+    return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)), tuple(notes), withheld)
 
 
-def scan(root: Path, key: str, pattern: str) -> dict[str, Path]:
-    """Files that match a pattern such as images/{}.*, by what stands for {}."""
-    prefix, mark, suffix = pattern.partition("{}")
-    if not mark:
-        raise DataError(f"{key}: expected a pattern with {{}} for the id, got {pattern}")
-    found: dict[str, Path] = {}
-    for path in sorted(root.glob(f"{prefix}**/*{suffix}")):
-        name = path.relative_to(root).as_posix().removeprefix(prefix)
-        name = name.rpartition(".")[0] if suffix == ".*" else name.removesuffix(suffix)
-        if name in found:
-            raise DataError(f"{key}: both {found[name].name} and {path.name} are there for {name}")
-        found[name] = path
-    return found
+def _with_masks(root: Path, pictures: Found, masks: Found) -> list[Item]:
+    names = sorted(pictures.files.keys() & masks.files.keys())
+    if not names:
+        there = (f"{len(found.files)} files match {found.pattern}" for found in (pictures, masks))
+        notes = (*pictures.note(), *masks.note())
+        raise DataError("; ".join([f"data.labeled: no picture with a mask in {root}", *there, *notes]))
+    return [Item(name, pictures.files[name], masks.files[name]) for name in names]
 
 
-def _read_list(
-    key: str, root: Path, name: str, pictures: dict[str, Path], masks: dict[str, Path], need_mask: bool
-) -> list[Item]:
-    path = root / name
-    if not path.is_file():
-        raise DataError(f"{key}: there is no list {path}")
-    items, missing = [], []
-    for line in path.read_text().splitlines():
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) > 2:
-            raise DataError(f"{key}: {path}: expected an id, or a picture and a mask, got {line!r}")
-        if len(fields) == 2:
-            picture, mask = root / fields[0], root / fields[1]
-        else:
-            picture, mask = pictures.get(fields[0], root / fields[0]), masks.get(fields[0], root / fields[0])
-        missing += [f"picture of {fields[0]}"] if not picture.is_file() else []
-        missing += [f"mask of {fields[0]}"] if need_mask and not mask.is_file() else []
-        items.append(Item(fields[0], picture, mask if need_mask else None))
-    if missing:
-        raise DataError(f"{key}: {path}: not found: {shorten(missing)}")
-    if not items:
-        raise DataError(f"{key}: {path} is empty")
-    return items
+def _every(step: int, labeled: list[Item]) -> list[Item]:
+    if len(labeled) < step:
+        raise DataError(
+            f"data.val: {len(labeled)} pictures have a mask, too few to hold out every {step}th; "
+            "set data.val_every, or list pictures in data.val"
+        )
+    return labeled[step - 1 :: step]
 
 
 def _read_classes(config: DataConfig, root: Path) -> list[str]:
     names = config.classes
     if isinstance(names, str):
-        if not (root / names).is_file():
-            raise DataError(f"data.classes: expected a list of names or a file of them, there is no {root / names}")
-        names = (root / names).read_text().splitlines()
+        path = root / expand(names)
+        if not os.path.isfile(path):
+            raise DataError(f"data.classes: expected a list of names or a file of them, there is no {path}")
+        names = read_lines("data.classes", path)
     if not isinstance(names, list):
         raise DataError(f"data.classes: expected a list of names or a file of them, got {names!r}")
-    names = [str(name).strip() for name in names if str(name).strip()]
+    others = [name for name in names if not isinstance(name, str)]
+    if others:  # YAML takes no, on and 1 for other things than names
+        raise DataError(f"data.classes: expected names, got {others[0]!r}; put such a name in quotes")
+    names = [name.strip() for name in names if name.strip()]
     if not 2 <= len(names) < UNKNOWN:
         raise DataError(f"data.classes: expected 2 to {UNKNOWN - 1} names, got {len(names)}")
+    _refuse_repeated("data.classes", names)
     return names
 
 
@@ -140,60 +129,55 @@ def _id_table(config: DataConfig, classes: int) -> torch.Tensor:
     wrong = [i for i in (*ids, *config.ignore) if not 0 <= i <= 255]
     if wrong:
         raise DataError(f"data.ids, data.ignore: expected 0 to 255, got {wrong[0]}")
+    _refuse_repeated("data.ids", ids)
+    both = sorted(set(ids) & set(config.ignore))
+    if both:
+        raise DataError(f"data.ids, data.ignore: {both[0]} is the id of a class and ignored")
     table = torch.full((256,), UNKNOWN, dtype=torch.uint8)
     table[config.ignore] = IGNORE
     table[ids] = torch.arange(classes, dtype=torch.uint8)
     return table
 
 
-def read_picture(path: Path) -> tv_tensors.Image:
-    """(3, H, W) uint8."""
-    try:
-        with Image.open(path) as file:
-            return tv_tensors.Image(file.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow's for broken files
-        raise DataError(f"{path}: not a readable picture: {error}") from error
+def _refuse_repeated(key: str, values: list[str] | list[int]) -> None:
+    twice = [str(value) for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise DataError(f"{key}: more than once: {shorten(twice)}")
 
 
-def read_mask(path: Path, table: torch.Tensor) -> tv_tensors.Mask:
-    """(H, W) uint8, classes and IGNORE."""
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "P"):
-                raise DataError(f"{path}: expected 8-bit class ids, got a picture of mode {file.mode}")
-            ids = torch.from_numpy(np.array(file))
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path}: not a readable mask: {error}") from error
-    classes = table[ids.long()]
-    if (classes == UNKNOWN).any():
-        found = sorted(ids[classes == UNKNOWN].unique().tolist())
-        raise DataError(f"{path}: ids {found} are neither classes nor in data.ignore")
-    return tv_tensors.Mask(classes)
+def check_files(data: Data) -> Pixels:
+    """Reads every picture and every mask that a run will use, and names those that are broken.
 
+    Returns how many pixels of each id the masks of `labeled` and `val` have.
+    """
+    items = [*data.labeled, *data.val, *data.unlabeled]
+    table = data.table.numpy()
 
-def check_files(data: Data) -> None:
-    """Reads every picture and every mask that a run will use, and names those that are broken."""
-
-    def problem(item: Item) -> str | None:
+    def count(item: Item) -> np.ndarray | DataError | None:
         try:
-            picture = read_picture(item.picture)
-            if item.mask is not None:
-                mask = read_mask(item.mask, data.table)
-                if mask.shape != picture.shape[1:]:
-                    sizes = f"{tuple(mask.shape)}, its picture of {tuple(picture.shape[1:])}"
-                    return f"{item.mask}: the mask is of {sizes}"
+            return _count(item, table)
         except DataError as error:
-            return str(error)
-        return None
+            return error
 
-    items = [*data.labeled, *data.unlabeled, *data.val]
     with ThreadPoolExecutor() as pool:
-        problems = [message for message in pool.map(problem, items) if message is not None]
+        counts = list(pool.map(count, items))
+    problems = [str(found) for found in counts if isinstance(found, DataError)]
     if problems:
         raise DataError(f"{len(problems)} of {len(items)} pictures cannot be used:\n  " + shorten(problems, "\n  "))
+    known, none = [found for found in counts if isinstance(found, np.ndarray)], np.zeros(256, np.int64)
+    labeled = len(data.labeled)
+    return {"labeled": sum(known[:labeled], none), "val": sum(known[labeled:], none)}
 
 
-def shorten(names: Sequence[str], separator: str = ", ") -> str:
-    """The first names and how many more there are."""
-    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return separator.join([*names[:SHOWN], *more])
+def _count(item: Item, table: np.ndarray) -> np.ndarray | None:
+    width, height = decode_picture(item.picture).size
+    if item.mask is None:
+        return None
+    ids = read_ids(item.mask)
+    if ids.shape != (height, width):
+        turned = "; both are taken as their EXIF orientation shows them" if ids.shape == (width, height) else ""
+        raise DataError(f"{item.mask}: the mask is of {ids.shape}, its picture of {(height, width)}{turned}")
+    pixels = np.bincount(ids.ravel(), minlength=256)
+    if pixels[table == UNKNOWN].any():
+        raise unknown_ids(item.mask, np.flatnonzero((pixels > 0) & (table == UNKNOWN)))
+    return pixels

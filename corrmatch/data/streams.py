@@ -3,41 +3,81 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from corrmatch.config import TrainConfig
 from corrmatch.data.datasets import Data, Item, read_mask, read_picture
-from corrmatch.data.views import labeled_view, seeded, unlabeled_views
+from corrmatch.data.views import PLAIN, WEAK_STRONG, View, labeled_view, seeded, unlabeled_views
 
-STREAMS = ("labeled", "unlabeled", "mix")  # mix: unlabelled pictures in another order, which CutMix pastes
 ORDER, VIEW = 0, 1  # what a seed is for
 
 
+@dataclass(frozen=True)
+class Stream:
+    """One part of a batch.
+
+    Attributes:
+        items: The images: "labeled", "unlabeled", or "all", which is both without their labels.
+        view: What is drawn of each.
+        order: Streams of different orders are shuffled and drawn apart.
+    """
+
+    items: str = "unlabeled"
+    view: View = WEAK_STRONG
+    order: int = 1
+
+
+LABELED = Stream("labeled", PLAIN, 0)
+UNLABELED = Stream("unlabeled", WEAK_STRONG, 1)
+MIX = Stream("unlabeled", WEAK_STRONG, 2)  # unlabelled images in another order, which CutMix pastes
+
+
 class Streams(Dataset[dict[str, dict[str, Tensor]]]):
-    """Position p of every stream: the p-th picture of an order that is shuffled anew for each pass."""
+    """Batches by number, for one process of a run.
 
-    def __init__(self, data: Data, names: tuple[str, ...], crop: int, seed: int):
-        self.data, self.names, self.crop, self.seed = data, names, crop, seed
+    Position p of a stream is the p-th image of an order that is shuffled anew for each pass, whatever the batch size
+    and the number of processes; no two processes share a position.
+    """
 
-    def __getitem__(self, position: int) -> dict[str, dict[str, Tensor]]:
-        return {name: self.sample(name, position) for name in self.names}
+    def __init__(
+        self, data: Data, streams: Mapping[str, Stream], train: TrainConfig, process: int = 0, processes: int = 1
+    ):
+        self.data, self.streams, self.crop, self.seed = data, streams, train.crop, train.seed
+        self.process, self.processes = process, processes
+        unlabeled = train.unlabeled_batch_size or train.batch_size
+        self.sizes = {name: train.batch_size if s.items == "labeled" else unlabeled for name, s in streams.items()}
+        unseen = [Item(item.name, item.picture, None) for item in data.labeled]
+        self.items = {"labeled": data.labeled, "unlabeled": data.unlabeled, "all": unseen + data.unlabeled}
+
+    def __getitem__(self, number: int) -> dict[str, dict[str, Tensor]]:
+        return {name: self.batch(name, number) for name in self.streams}
+
+    def batch(self, name: str, number: int) -> dict[str, Tensor]:
+        """Batch `number` of one stream."""
+        size = self.sizes[name]
+        first = (number * self.processes + self.process) * size
+        return default_collate([self.sample(name, position) for position in range(first, first + size)])
 
     def sample(self, name: str, position: int) -> dict[str, Tensor]:
-        """The views of one picture."""
-        stream = STREAMS.index(name)
-        items = self.data.labeled if name == "labeled" else self.data.unlabeled
+        """The views of one image, and its `index` in the list of the stream's images."""
+        stream = self.streams[name]
+        items = self.items[stream.items]
         epoch, place = divmod(position, len(items))
-        item: Item = items[shuffled(len(items), self.seed, stream, epoch)[place]]
+        index = shuffled(len(items), self.seed, stream.order, epoch)[place]
+        item = items[index]
         picture = read_picture(item.picture)
-        with seeded(self.seed, VIEW, stream, position):
+        with seeded(self.seed, VIEW, stream.order, position):
             if item.mask is not None:
-                return labeled_view(picture, read_mask(item.mask, self.data.table), self.crop)
-            return unlabeled_views(picture, self.crop)
+                views = labeled_view(picture, read_mask(item.mask, self.data.table), self.crop, stream.view)
+            else:
+                views = unlabeled_views(picture, self.crop, stream.view)
+        return views | {"index": torch.tensor(index)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -47,27 +87,13 @@ def shuffled(count: int, seed: int, stream: int, epoch: int) -> list[int]:
         return torch.randperm(count).tolist()
 
 
-class Positions(Sampler[list[int]]):
-    """The positions of the batches `start` to `stop` of one process; no two processes share one."""
-
-    def __init__(self, start: int, stop: int, batch_size: int, process: int, processes: int):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.process, self.processes = process, processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.start, self.stop):
-            first = (batch * self.processes + self.process) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def batches(streams: Streams, train: TrainConfig, start: int, stop: int, process: int, processes: int) -> Any:
-    """A loader of the batches `start` to `stop` of a run, for one of its processes."""
+def batches(streams: Streams, train: TrainConfig, start: int, stop: int) -> Any:
+    """A loader of the batches `start` to `stop` of a run."""
+    numbers: Sequence[int] = range(start, stop)
     return DataLoader(
         streams,
-        batch_sampler=Positions(start, stop, train.batch_size, process, processes),
+        batch_size=None,
+        sampler=numbers,
         num_workers=train.workers,
         pin_memory=torch.cuda.is_available() and not train.cpu,
         generator=torch.Generator().manual_seed(train.seed),  # else the loader draws a number from the global one

@@ -1,31 +1,203 @@
-"""Weak and strong views, CutMix boxes. All randomness is torch's, so that `seeded` makes a view repeatable."""
+"""Views of an image: geometry, colours, CutMix boxes.
+
+All randomness is torch's, so that `seeded` makes a view repeatable. The defaults are those of UniMatch and CorrMatch; a
+method that is published with others says so in its `View`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
 
+from corrmatch.data.boxes import Box, cut_mix_box
 from corrmatch.data.datasets import IGNORE
 
 MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which backbones expect
-SCALES = (0.5, 2.0)  # of the picture
-BOX_CHANCE, BOX_AREA, BOX_RATIO = 0.5, (0.02, 0.4), 0.3
+BLACK, GRAY = (0, 0, 0), tuple(round(255 * x) for x in MEAN)  # padding; gray is 0 after normalisation
+
+Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]
 
 normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION), v2.ToPureTensor()])
-distort = v2.Compose(
-    [
-        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(9, sigma=(0.1, 2.0))], p=0.5),
-    ]
-)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Random scale, crop and flip of an image and its labels.
+
+    Attributes:
+        scales: Of the image. Two are the ends of a range, more are a choice.
+        flip: Chance of a horizontal flip.
+        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around"; "mirror" is as
+            "right", with the mirrored image in place of a colour.
+        fill: Colour of the padding, whose label is IGNORE.
+        fit: Scales are those of the image at the largest size that fits the crop, instead of its own.
+    """
+
+    scales: Sequence[float] = (0.5, 2.0)
+    flip: float = 0.5
+    pad: str = "right"
+    fill: Sequence[int] = BLACK
+    fit: bool = False
+
+    def __call__(
+        self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int
+    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        """Both (., crop, crop)."""
+        scale, size = self._scale(), picture.shape[1:]
+        scale *= crop / max(size) if self.fit else 1
+        scaled = [max(1, round(scale * side)) for side in size]
+        picture, mask = tv.resize(picture, scaled), tv.resize(mask, scaled)
+        missing = [max(0, crop - side) for side in scaled]
+        if any(missing):
+            before = [side // 2 if self.pad == "around" else 0 for side in missing]
+            padding = [before[1], before[0], missing[1] - before[1], missing[0] - before[0]]
+            if self.pad == "mirror":
+                picture = mirrored(picture, [max(crop, side) for side in scaled])
+            else:
+                picture = tv.pad(picture, padding, fill=list(self.fill))
+            mask = tv.pad(mask, padding, fill=IGNORE)
+        top, left = (int(torch.randint(max(0, side - crop) + 1, ())) for side in scaled)
+        picture, mask = (tv.crop(x, top, left, crop, crop) for x in (picture, mask))
+        if torch.rand(()) < self.flip:
+            picture, mask = tv.horizontal_flip(picture), tv.horizontal_flip(mask)
+        return picture, mask
+
+    def _scale(self) -> float:
+        if len(self.scales) == 2:
+            return float(torch.empty(()).uniform_(*self.scales))
+        return self.scales[int(torch.randint(len(self.scales), ()))]
+
+
+def mirrored(picture: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
+    """The picture and its mirror images to the right and below, as many as it takes, cut to the size."""
+    for axis, (old, new) in enumerate(zip(picture.shape[1:], size, strict=True), start=1):
+        period = max(1, 2 * (old - 1))
+        back = torch.arange(new) % period
+        picture = tv_tensors.wrap(picture.index_select(axis, torch.minimum(back, period - back) % old), like=picture)
+    return picture
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Random changes of colour, in this order.
+
+    Attributes:
+        jitter: Brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
+        chance: Of the jitter.
+        gray: Chance of a gray image.
+        blur: Chance of a Gaussian blur.
+        sigma: Range of the blur's deviation, pixels.
+    """
+
+    jitter: Sequence[float] = (0.5, 0.5, 0.5, 0.25)
+    chance: float = 0.8
+    gray: float = 0.2
+    blur: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+        """The image in other colours."""
+        if torch.rand(()) < self.chance:
+            picture = v2.ColorJitter(*self.jitter)(picture)
+        if torch.rand(()) < self.gray:
+            picture = tv.rgb_to_grayscale(picture, num_output_channels=3)
+        if torch.rand(()) < self.blur:
+            sigma = float(torch.empty(()).uniform_(*self.sigma))
+            picture = tv.gaussian_blur(picture, 2 * math.ceil(3 * sigma) + 1, sigma)
+        return picture
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Photometric distortion of SSD (ECCV 2016, arXiv 1512.02325): each change by itself, contrast before or after hue.
+
+    Attributes:
+        brightness: At most so much of white is added or taken.
+        contrast: Colours times 1 - contrast to 1 + contrast.
+        saturation: As contrast, of the distance from the lightest channel (saturation of HSV).
+        hue: At most this share of the circle.
+        chance: Of each of the four.
+    """
+
+    brightness: float = 32 / 255
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 0.1
+    chance: float = 0.5
+
+    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+        """The image in other colours."""
+        x, early = picture / 255, bool(torch.rand(()) < 0.5)
+        if self._due():
+            x = (x + _uniform(0, self.brightness)).clamp(0, 1)
+        if early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        if self._due():
+            high = x.amax(0)
+            x = (high - (high - x) * _uniform(1, self.saturation)).clamp(0, 1)
+        if self._due():
+            x = tv.adjust_hue(x, _uniform(0, self.hue))
+        if not early and self._due():
+            x = (x * _uniform(1, self.contrast)).clamp(0, 1)
+        return tv_tensors.Image((255 * x).round().to(torch.uint8))
+
+    def _due(self) -> bool:
+        return bool(torch.rand(()) < self.chance)
+
+
+def _uniform(centre: float, radius: float) -> float:
+    return float(torch.empty(()).uniform_(centre - radius, centre + radius))
+
+
+@dataclass(frozen=True)
+class View:
+    """What is drawn of one image.
+
+    Attributes:
+        geometry: One crop, of which all views are made.
+        weak: Colours of the plain view; None leaves them.
+        strong: So many strong views.
+        colour: Colours of the strong views, drawn for each.
+        box: Draws a CutMix box; one for each strong view, or one where there are none.
+    """
+
+    geometry: Geometry = Geometry()
+    weak: Recolour | None = None
+    strong: int = 0
+    colour: Recolour = Colour()
+    box: Box | None = None
+
+    def __call__(self, picture: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int) -> dict[str, Tensor]:
+        """Of a labelled image: `image`, `label`; of an unlabelled one: `weak`, `ignore` (padding).
+
+        With strong views: `strong` (n, 3, crop, crop); with boxes: `box` (n, crop, crop).
+        """
+        labels = mask if mask is not None else tv_tensors.Mask(torch.zeros(picture.shape[1:], dtype=torch.uint8))
+        picture, labels = self.geometry(picture, labels, crop)
+        ids, plain = labels.as_subclass(Tensor), picture if self.weak is None else self.weak(picture)
+        if mask is not None:
+            views = {"image": normalize(plain), "label": ids.long()}
+        else:
+            views = {"weak": normalize(plain), "ignore": ids == IGNORE}
+        if self.strong > 0:
+            views["strong"] = torch.stack([normalize(self.colour(picture)) for _ in range(self.strong)])
+        if self.box is not None:
+            views["box"] = torch.stack([self.box((crop, crop)) for _ in range(max(1, self.strong))])
+        return views
+
+
+PLAIN = View()
+WEAK_STRONG = View(strong=1, box=cut_mix_box)
+WEAK_STRONG_STRONG = View(strong=2, box=cut_mix_box)
 
 
 @contextlib.contextmanager
@@ -40,46 +212,11 @@ def seeded(*key: int) -> Iterator[None]:
         generator.set_state(before)
 
 
-def geometry(picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-    """Random scale, crop and flip of both. What lies outside the picture is black and IGNORE."""
-    height, width = picture.shape[1:]
-    fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}
-    steps = [
-        v2.ScaleJitter((width, height), SCALES),
-        v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
-        v2.RandomHorizontalFlip(),
-    ]
-    return v2.Compose(steps)(picture, mask)
+def labeled_view(picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN) -> dict[str, Tensor]:
+    """Views of a labelled image."""
+    return view(picture, mask, crop)
 
 
-def labeled_view(picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int) -> dict[str, Tensor]:
-    """The weak view and its labels."""
-    picture, mask = geometry(picture, mask, crop)
-    return {"image": normalize(picture), "label": mask.as_subclass(Tensor).long()}
-
-
-def unlabeled_views(picture: tv_tensors.Image, crop: int) -> dict[str, Tensor]:
-    """Weak and strong view of one crop, where it is padding, and a box for CutMix."""
-    everywhere = tv_tensors.Mask(torch.zeros(picture.shape[1:], dtype=torch.uint8))
-    picture, mask = geometry(picture, everywhere, crop)
-    return {
-        "weak": normalize(picture),
-        "strong": normalize(distort(picture)),
-        "ignore": mask.as_subclass(Tensor) == IGNORE,
-        "box": cut_mix_box((crop, crop)),
-    }
-
-
-def cut_mix_box(size: tuple[int, int]) -> Tensor:
-    """True inside a box of random place, area and aspect ratio; every other time there is none."""
-    box = torch.zeros(size, dtype=torch.bool)
-    if torch.rand(()) >= BOX_CHANCE:
-        return box
-    area = float(torch.empty(()).uniform_(*BOX_AREA)) * size[0] * size[1]
-    ratio = math.exp(float(torch.empty(()).uniform_(math.log(BOX_RATIO), -math.log(BOX_RATIO))))
-    height = min(size[0], max(1, round(math.sqrt(area * ratio))))
-    width = min(size[1], max(1, round(math.sqrt(area / ratio))))
-    top = int(torch.randint(size[0] - height + 1, ()))
-    left = int(torch.randint(size[1] - width + 1, ()))
-    box[top : top + height, left : left + width] = True
-    return box
+def unlabeled_views(picture: tv_tensors.Image, crop: int, view: View = WEAK_STRONG) -> dict[str, Tensor]:
+    """Views of an image whose labels are not known or not to be used."""
+    return view(picture, None, crop)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -11,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corrmatch.masks import RegionMasks
 from corrmatch.nn import CorrelationHead
 
-LOW_LEVEL_STRIDE = 4
+LOW_LEVEL_STRIDE, LOW_LEVEL_WIDTH = 4, 48
 
 
 class Prediction(NamedTuple):
@@ -22,8 +22,15 @@ class Prediction(NamedTuple):
 
     logits: Tensor  # (B, C, h, w), of stride 4
     perturbed: Tensor | None = None  # the same, decoded from perturbed features
-    propagated: Tensor | None = None  # the logits spread along the correlation map, of the stride of the last features
-    masks: RegionMasks | None = None  # at the size of the pictures
+    query: Tensor | None = None  # (B, D, h', w') of the correlation map, of the stride of the last features
+    key: Tensor | None = None  # as query
+    features: Tensor | None = None  # (B, channels, h, w) that the classifier takes
+    fused: Tensor | None = None  # (B, channels + 48, h, w) that the decoder takes
+
+    def split(self, count: int) -> tuple[Prediction, Prediction]:
+        """The first `count` images of the batch, and the others."""
+        first = Prediction(*(None if x is None else x[:count] for x in self))  # type: ignore[arg-type]
+        return first, Prediction(*(None if x is None else x[count:] for x in self))  # type: ignore[arg-type]
 
 
 class DeepLabV3Plus(nn.Module):
@@ -36,6 +43,7 @@ class DeepLabV3Plus(nn.Module):
         atrous_rates: Of the pyramid's three 3 x 3 convolutions.
         channels: Width of pyramid and decoder: 256 as published; less for quick runs.
         correlation: Whether to have a correlation head on the backbone's last features.
+        drop_path: Stochastic depth of the backbone: the chance, rising with depth to this, that a block is left out.
         pretrained: False, True for the weights of timm's hub, or the path of a file with weights of the backbone.
     """
 
@@ -48,18 +56,19 @@ class DeepLabV3Plus(nn.Module):
         atrous_rates: Sequence[int] = (12, 24, 36),
         channels: int = 256,
         correlation: bool = True,
+        drop_path: float = 0.0,
         pretrained: bool | str = False,
     ):
         super().__init__()
-        self.backbone = build_backbone(backbone, output_stride, pretrained)
+        self.backbone = build_backbone(backbone, output_stride, pretrained, drop_path)
         strides, widths = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
         if LOW_LEVEL_STRIDE not in strides:
             raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
         self.pyramid = AtrousPyramid(widths[-1], channels, atrous_rates)
-        self.reduce = conv_block(widths[self.low_level], 48, 1)
+        self.reduce = conv_block(widths[self.low_level], LOW_LEVEL_WIDTH, 1)
         self.decode = nn.Sequential(
-            conv_block(channels + 48, channels, 3),
+            conv_block(channels + LOW_LEVEL_WIDTH, channels, 3),
             conv_block(channels, channels, 3),
             nn.Conv2d(channels, num_classes, 1),
         )
@@ -67,46 +76,52 @@ class DeepLabV3Plus(nn.Module):
         self.correlation = CorrelationHead(widths[-1], num_classes) if correlation else None
 
     def forward(
-        self,
-        images: Tensor,
-        *,
-        perturb: bool = False,
-        propagate: bool = False,
-        num_masks: int = 0,
-        connected: str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Prediction:
-        """Segments pictures.
+        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False,
+        fused: bool = False,
+    ) -> Prediction:  # fmt: skip
+        """Segments images.
 
         Args:
             images: (B, 3, H, W), normalised.
             perturb: Decode Dropout2d(0.5) of the features too, in one batch with the clean ones.
-            propagate: Spread the logits along the correlation map.
-            num_masks: So many region masks of the correlation map.
-            connected: As in `ops.region_masks`.
-            generator: Draws the positions of the masks.
+            correlate: Return query and key of the correlation head, too.
+            features: Return the decoder's features, too.
+            fused: Return what the decoder makes them of, too: pyramid and features of stride 4.
         """
         low, high = both = self.features(images)
         if perturb:
             both = (torch.cat([low, self.perturb(low)]), torch.cat([high, self.perturb(high)]))
-        logits, *perturbed = self.segment(*both).split(images.shape[0])
-        propagated = masks = None
-        if propagate and self.correlation is not None:
-            size = (images.shape[2], images.shape[3])
-            propagated, masks = self.correlation(
-                high, logits, num_masks=num_masks, mask_size=size, connected=connected, generator=generator
-            )
-        return Prediction(logits, perturbed[0] if perturbed else None, propagated, masks)
+        taken = self.fused(*both)
+        decoded = self.decode[:-1](taken)
+        logits, *perturbed = self.classifier(decoded).split(images.shape[0])
+        query = key = None
+        if correlate and self.correlation is not None:
+            query, key = self.correlation.query_key(high)
+        kept = [x[: images.shape[0]] if wanted else None for x, wanted in ((decoded, features), (taken, fused))]
+        return Prediction(logits, perturbed[0] if perturbed else None, query, key, *kept)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Those of stride 4 and the last ones."""
         found = self.backbone(images)
         return found[self.low_level], found[-1]
 
+    @property
+    def classifier(self) -> nn.Conv2d:
+        """The last layer: a 1 x 1 convolution from features to logits."""
+        return self.decode[-1]  # type: ignore[return-value]
+
+    def fused(self, low: Tensor, high: Tensor) -> Tensor:
+        """What the decoder takes, of stride 4: the enlarged pyramid, and the features of stride 4 reduced."""
+        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return torch.cat([high, self.reduce(low)], 1)
+
+    def decoded(self, low: Tensor, high: Tensor) -> Tensor:
+        """The features that the classifier takes, of stride 4."""
+        return self.decode[:-1](self.fused(low, high))
+
     def segment(self, low: Tensor, high: Tensor) -> Tensor:
         """Logits of stride 4."""
-        high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
-        return self.decode(torch.cat([high, self.reduce(low)], 1))
+        return self.classifier(self.decoded(low, high))
 
 
 class AtrousPyramid(nn.Module):
@@ -135,36 +150,52 @@ def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int =
     )
 
 
-def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=True, in float32: what is compared at every pixel should not be rounded to bfloat16.
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Inside, networks are in evaluation mode; afterwards they are in the mode they were in."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def enlarge(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:
+    """Bilinear, in float32: what is compared at every pixel should not be rounded to bfloat16.
 
     As two matrix products: their gradient is the same from run to run on a GPU, which that of `F.interpolate` is not.
     """
     with torch.autocast(x.device.type, enabled=False):
-        rows, columns = (_weights(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+        rows, columns = (_weights(old, new, x, align_corners) for old, new in zip(x.shape[2:], size, strict=True))
         return rows @ (x.float() @ columns.mT)
 
 
-def _weights(old: int, new: int, like: Tensor) -> Tensor:
+def _weights(old: int, new: int, like: Tensor, align_corners: bool) -> Tensor:
     """(new, old): what each old position gives to each new one."""
-    return F.interpolate(torch.eye(old, device=like.device)[None], new, mode="linear", align_corners=True)[0].mT
+    one = torch.eye(old, dtype=torch.float32, device=like.device)[None]
+    return F.interpolate(one, new, mode="linear", align_corners=align_corners)[0].mT
 
 
-def build_backbone(name: str, output_stride: int, pretrained: bool | str) -> Any:
+def build_backbone(name: str, output_stride: int, pretrained: bool | str, drop_path: float = 0.0) -> Any:
     """A timm backbone that returns features; a wrong name or missing weights raise ValueError."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1)
         raise ValueError(f"backbone: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    depth: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path > 0 else {}
     try:
         if isinstance(pretrained, str):
             check_weights(name, pretrained)
         return timm.create_model(
             name, features_only=True, output_stride=output_stride, pretrained=bool(pretrained),
-            pretrained_cfg_overlay=overlay,
+            pretrained_cfg_overlay=overlay, **depth,
         )  # fmt: skip
     except TypeError as error:
-        raise ValueError(f"backbone: {name} takes no output stride: {error}") from error
+        refused = "stochastic depth" if "drop_path_rate" in str(error) else "output stride"
+        raise ValueError(f"backbone: {name} takes no {refused}: {error}") from error
     except (OSError, RuntimeError, KeyError) as error:
         where = pretrained if isinstance(pretrained, str) else "timm's hub"
         raise ValueError(

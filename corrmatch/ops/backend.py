@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,6 +16,7 @@ from corrmatch import _C
 from corrmatch.ops import cuda
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+SMALL = 128 * 1024  # bytes; GPUs of compute capability 8.6, 8.9 and 12 have 99 KiB
 ALL_OPS = frozenset(
     {"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label", "pixel_loss"}
 )
@@ -29,6 +32,7 @@ class Backend:
         ops: Names of the ops it has.
         dtypes: Floating dtypes that it takes; None for any. Integers it takes all.
         channels: The most channels that it takes; None for any number.
+        narrow: The most of pixel_propagate in float32 and float16 where a block has less than SMALL shared memory.
         capability: The least compute capability of a GPU that it takes, 80 for 8.0; None for any.
         automatic: Whether it may be chosen where no backend is named.
         missing: Why it cannot run in this installation; None where it can.
@@ -42,6 +46,7 @@ class Backend:
     detail: str = ""
     dtypes: tuple[torch.dtype, ...] | None = None
     channels: int | None = None
+    narrow: int | None = None
     capability: int | None = None
     automatic: bool = True
 
@@ -60,16 +65,28 @@ class Backend:
         if self.devices is not None and device not in self.devices:
             return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
         if self.capability is not None and device == "cuda" and not torch.compiler.is_compiling():
-            gpu = torch.cuda.get_device_properties(tensors[0].device)
-            if 10 * gpu.major + gpu.minor < self.capability:
-                least = f"{self.capability // 10}.{self.capability % 10}"
-                return f"it takes GPUs of compute capability {least} or more, not {gpu.major}.{gpu.minor}"
+            reason = self._refusal_of_gpu(op, *tensors)
+            if reason is not None:
+                return reason
         for tensor in tensors:
             if self.dtypes is not None and tensor.is_floating_point() and tensor.dtype not in self.dtypes:
                 return f"it does not take {str(tensor.dtype).removeprefix('torch.')}"
             if self.channels is not None and tensor.shape[1] > self.channels:
                 return f"it takes at most {self.channels} channels, not {tensor.shape[1]}"
         return None
+
+    def _refusal_of_gpu(self, op: str, *tensors: Tensor) -> str | None:
+        gpu = torch.cuda.get_device_properties(tensors[0].device)
+        if self.capability is not None and 10 * gpu.major + gpu.minor < self.capability:
+            least = f"{self.capability // 10}.{self.capability % 10}"
+            return f"it takes GPUs of compute capability {least} or more, not {gpu.major}.{gpu.minor}"
+        if self.narrow is None or op != "pixel_propagate":
+            return None
+        most = max(tensor.shape[1] for tensor in tensors)
+        shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's annotations lack it
+        if most <= self.narrow or shared >= SMALL or all(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return None
+        return f"on {gpu.name} it takes at most {self.narrow} channels of float32 or float16, not {most}"
 
 
 def _known(*, gpu: bool) -> tuple[Backend, ...]:
@@ -115,6 +132,8 @@ def _triton(gpu: bool) -> Backend:
         detail="interpreted on the CPU; for checks" if interpreted else "",
         dtypes=HALF_AND_SINGLE,
         channels=256,
+        narrow=128,
+        capability=80,
         automatic=not interpreted,
     )
 
@@ -160,6 +179,24 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
     return backend
 
 
-def threads() -> int:
-    """Number of threads the CPU kernels may use."""
-    return torch.get_num_threads()
+def run_on_cpu(kernel: Callable[..., None], *arguments: object) -> None:
+    """Calls a kernel for CPUs, which takes the number of threads last: as many as torch uses."""
+    threads = torch.get_num_threads()
+    if _forked is None or threads == 1:
+        kernel(*arguments, threads)
+    else:
+        _forked.submit(kernel, *arguments, threads).result()
+
+
+# OpenMP keeps the threads that it has started for the thread that calls it. A fork copies that thread and not those, so
+# that it would wait for them for good; a thread that begins after the fork has none yet, and starts its own.
+_forked: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = ThreadPoolExecutor(1, "corrmatch")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from corrmatch.dtypes import dense
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_PIXELS = 2**31 - 1024  # of a picture: kernels count them in 32 bits, some in whole blocks
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -23,14 +25,32 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
     if x.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {str(x.dtype).removeprefix('torch.')}")
+    dense(name, x)
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} as the others, got {x.device}")
 
 
-def no_tangent(name: str, x: Tensor) -> None:
-    """Forward-mode derivatives, which torch would take for 0, are refused."""
+def backward_only(name: str, x: Tensor) -> None:
+    """Derivatives other than those that backward() and torch.autograd.grad take are refused.
+
+    Those of forward mode torch would take for 0; of those of torch.func it would say that a function lacks a method.
+    """
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{name}: forward-mode derivatives are not supported; backend='reference' has them")
+        raise RuntimeError(f"{name}: forward-mode derivatives are not supported; corrmatch.reference has them")
+    if torch._C._are_functorch_transforms_active() and _within_func_grad(x):
+        raise RuntimeError(
+            f"{name}: derivatives of torch.func (grad, vjp, jacrev) are not supported; corrmatch.reference has them"
+        )
+
+
+def _within_func_grad(x: Tensor) -> bool:
+    """Whether a transform of torch.func will want the gradient of x, possibly around a vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    stack = functorch.get_interpreter_stack() or ()
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    return wanted and any(level.key() == functorch.TransformType.Grad for level in stack)
 
 
 def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
@@ -89,6 +109,7 @@ def image_size(size: Any) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {size!r}")
     pixels("size", height, width)  # type: ignore[arg-type]
+    height, width = (x if isinstance(x, torch.SymInt) else int(x) for x in (height, width))
     return height, width  # type: ignore[return-value]
 
 
@@ -133,6 +154,7 @@ def scale(x: Any, query: Tensor) -> float:
 def threshold_tensor(x: Any, like: Tensor) -> Tensor:
     """The threshold as a 0-d float64 tensor on the device of `like`; a tensor is never read on the host."""
     if isinstance(x, Tensor):
+        dense("threshold", x)
         if x.dim() != 0 or not x.dtype.is_floating_point:
             raise ValueError(f"threshold: expected a number or a 0-d floating tensor, got {tuple(x.shape)} {x.dtype}")
         if x.device not in (like.device, torch.device("cpu")):

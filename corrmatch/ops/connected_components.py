@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -56,7 +56,7 @@ def connected_components_op(image: Tensor, connectivity: int, background: int, b
         arguments = (borrow(pictures), connectivity, background, borrow(results))
         cuda.launch(cuda.KERNELS.connected_components, image, scratch, *arguments)
         return out
-    _C.cpu.connected_components(borrow(pictures), connectivity, background, borrow(results), threads())
+    run_on_cpu(_C.cpu.connected_components, borrow(pictures), connectivity, background, borrow(results))
     return out
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -114,7 +114,7 @@ def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
 def _fused(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    checks.no_tangent("logits", logits)
+    checks.backward_only("logits", logits)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, pixels, _ = torch.ops.corrmatch.pixel_loss(logits, labels, target, weight, gradient, backend)
     return loss, pixels.detach()
@@ -137,9 +137,9 @@ def pixel_loss_op(
             checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
         kernels.loss(logits, labels, target, weight, loss, pixels, grad if gradient else None)
         return loss, pixels, grad
-    _C.cpu.pixel_loss(
-        borrow(logits), borrow(labels), borrow(target), borrow(weight), borrow(pixels), borrow(loss),
-        borrow(grad) if gradient else None, threads(),
+    run_on_cpu(
+        _C.cpu.pixel_loss, borrow(logits), borrow(labels), borrow(target), borrow(weight), borrow(pixels), borrow(loss),
+        borrow(grad) if gradient else None,
     )  # fmt: skip
     return loss, pixels, grad
 
@@ -181,7 +181,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if not ctx.gradient:
-        raise RuntimeError("logits: a gradient is asked for, but the op was called with gradient=False")
+        raise RuntimeError(
+            "logits: a gradient is asked for, but the op was called with gradient=False, as vmap calls it"
+        )
     if grad_loss is None:
         return (None,) * 6
     return torch.ops.corrmatch.pixel_loss_backward(grad_loss, *ctx.saved_tensors, ctx.dtype), *[None] * 5

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype, autocast_dtype, confidence_gate, without_autocast
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -84,14 +84,14 @@ def pixel_propagate(
             )
 
     for name, x in (("query", query), ("key", key), ("value", value)):
-        checks.no_tangent(name, x)
+        checks.backward_only(name, x)
     gate = None
     if confidence is not None and threshold is not None:
         gate = confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])
         threshold = None
     maps = (_as_map(query), _as_map(key), _as_map(value))
     gradient = torch.is_grad_enabled() and query.requires_grad
-    out, _, _ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, gradient, backend)
+    out, *_ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, gradient, backend)
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
         none = mass == 0  # a NaN has arrived
@@ -121,41 +121,55 @@ def pixel_propagate_op(
     mass: bool,
     gradient: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Forward of 4-d maps; `gradient`: whether query will be given one.
 
     Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
-    with the arriving mass last; and for the backward the normalizer (B, 2, N_q), shift and sum of each row:
-    P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed; and, for the backward of "triton",
-    the mean key (B, D, N_q), sum_j P_ij key_j, 0 where the gate is closed.
+    with the arriving mass last; and for the backward, of "cpu", the normalizer (B, 2, N_q), shift and sum of each row:
+    P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed. Of "triton" the normalizer has the
+    open rows alone and, with `gradient`, their mean key sum_j P_ij key_j behind it; the packed maps and, with a gate,
+    which rows are open come after it (`kernels.plan.Layout`): 3 x 32 numbers a position at 21 channels, in half types
+    of two bytes, in float32 of six. What a backend does not need is empty.
     """
-    out, normalizer, mean_key = _empty_results(query, key, value, mass, gradient, backend)
+    out, normalizer, packed, open_rows = results = _empty_results(
+        query, key, value, gate is not None or threshold is not None, mass, gradient, backend
+    )
     if out.numel() > 0 and backend == "triton":
         from corrmatch.kernels import pixel_propagate as kernels
 
-        kernels.forward(query, key, value, gate, threshold, scale, out, normalizer, mean_key if gradient else None)
+        gated = open_rows if open_rows.numel() > 0 else None
+        kernels.forward(query, key, value, gate, threshold, scale, out, packed, normalizer, gated)
     elif out.numel() > 0:
-        _C.cpu.pixel_propagate_forward(
-            borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold), scale,
-            borrow(out), borrow(normalizer), threads(),
+        run_on_cpu(
+            _C.cpu.pixel_propagate_forward, borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold),
+            scale, borrow(out), borrow(normalizer),
         )  # fmt: skip
-    return out, normalizer, mean_key
+    return results
 
 
 def _empty_results(
-    query: Tensor, key: Tensor, value: Tensor, mass: bool, gradient: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, gated: bool, mass: bool, gradient: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(query, key, value)
     shape = (value.shape[0], value.shape[1] + int(mass), *key.shape[2:])
     out = torch.empty(shape, dtype=dtype if mass else value.dtype, device=value.device)
-    batch, depth, positions = query.shape[0], query.shape[1], query.shape[2] * query.shape[3]
-    normalizer = torch.empty(batch, 2, positions, dtype=dtype, device=query.device)
-    mean_key = (batch, depth, positions) if gradient and backend == "triton" else (0,)
-    return out, normalizer, torch.empty(mean_key, dtype=dtype, device=query.device)
+    if backend != "triton":
+        normalizer = out.new_empty((query.shape[0], 2, query.shape[2] * query.shape[3]), dtype=dtype)
+        return out, normalizer, out.new_empty(0), out.new_empty(0, dtype=torch.int32)
+    from corrmatch.kernels.plan import Layout
+
+    layout = Layout.of(query, key, value, mass, gradient)
+    open_rows = (query.shape[0], layout.rows[2] + 1) if gated else (0,)
+    return (
+        out,
+        out.new_empty(layout.rows, dtype=dtype),
+        out.new_empty(layout.packed, dtype=layout.dtype),
+        out.new_empty(open_rows, dtype=torch.int32),
+    )
 
 
 def _fake(query, key, value, gate, threshold, scale, mass, gradient, backend):
-    return _empty_results(query, key, value, mass, gradient, backend)
+    return _empty_results(query, key, value, gate is not None or threshold is not None, mass, gradient, backend)
 
 
 def pixel_propagate_backward_op(
@@ -164,8 +178,8 @@ def pixel_propagate_backward_op(
     key: Tensor,
     value: Tensor,
     normalizer: Tensor,
-    mean_key: Tensor,
-    gated: bool,
+    packed: Tensor,
+    open_rows: Tensor,
     scale: float,
     needs: list[bool],
     backend: str,
@@ -178,11 +192,12 @@ def pixel_propagate_backward_op(
     if backend == "triton":
         from corrmatch.kernels import pixel_propagate_backward as kernels
 
-        kernels.backward(grad_out, query, key, value, normalizer, mean_key, gated, scale, dquery, dkey, dvalue)
+        gated = open_rows if open_rows.numel() > 0 else None
+        kernels.backward(grad_out, query, key, value, packed, normalizer, gated, scale, dquery, dkey, dvalue)
     else:
-        _C.cpu.pixel_propagate_backward(
-            borrow(grad_out), borrow(query), borrow(key), borrow(value), borrow(normalizer), scale,
-            borrow(dquery), borrow(dkey), borrow(dvalue), threads(),
+        run_on_cpu(
+            _C.cpu.pixel_propagate_backward, borrow(grad_out), borrow(query), borrow(key), borrow(value),
+            borrow(normalizer), scale, borrow(dquery), borrow(dkey), borrow(dvalue),
         )  # fmt: skip
     return grads
 
@@ -195,23 +210,25 @@ def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, needs: list[bool
     return dquery, dkey, dvalue
 
 
-def _fake_backward(grad_out, query, key, value, normalizer, mean_key, gated, scale, needs, backend):
+def _fake_backward(grad_out, query, key, value, normalizer, packed, open_rows, scale, needs, backend):
     return _empty_gradients(query, key, value, needs)
 
 
 def _save(ctx, inputs, output):
-    query, key, value, gate, threshold, ctx.scale, _, ctx.gradient, ctx.backend = inputs
-    ctx.gated = gate is not None or threshold is not None
+    query, key, value, _, _, ctx.scale, _, ctx.gradient, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output[1:])
+    ctx.set_materialize_grads(False)  # of the results, only the first has a gradient; zeros for the others take time
 
 
 def _backward(ctx, grad_out, *_):
     needs = list(ctx.needs_input_grad[:3])
+    if grad_out is None:
+        return (None,) * 9
     if needs[0] and not ctx.gradient:
-        raise RuntimeError("query: a gradient is asked for, but the op was called with gradient=False")
-    grads = torch.ops.corrmatch.pixel_propagate_backward(
-        grad_out, *ctx.saved_tensors, ctx.gated, ctx.scale, needs, ctx.backend
-    )
+        raise RuntimeError(
+            "query: a gradient is asked for, but the op was called with gradient=False, as vmap calls it"
+        )
+    grads = torch.ops.corrmatch.pixel_propagate_backward(grad_out, *ctx.saved_tensors, ctx.scale, needs, ctx.backend)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
 
 
@@ -224,7 +241,7 @@ register("pixel_propagate_backward", pixel_propagate_backward_op, fake=_fake_bac
 
 
 def _register_autocast(device_type: str) -> None:
-    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    def autocast(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, ...]:
         maps = _autocast_maps(query, key, value)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.corrmatch.pixel_propagate(*maps, *rest)

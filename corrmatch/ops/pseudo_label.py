@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -59,8 +59,8 @@ def pseudo_label_op(
 
         kernels.label(logits, ignore, labels, confidence, class_peak)
         return labels, confidence, class_peak
-    _C.cpu.pseudo_label(
-        borrow(logits), borrow(ignore), borrow(labels), borrow(confidence), borrow(class_peak), threads()
+    run_on_cpu(
+        _C.cpu.pseudo_label, borrow(logits), borrow(ignore), borrow(labels), borrow(confidence), borrow(class_peak)
     )
     return labels, confidence, class_peak
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -105,7 +105,7 @@ def region_masks_op(
         scratch = functools.partial(cuda.KERNELS.region_masks_scratch, *rows, connected)
         cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, *options)
     else:
-        _C.cpu.region_masks(*rows, *options, threads())
+        run_on_cpu(_C.cpu.region_masks, *rows, *options)
     return packed
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, threads
+from corrmatch.ops.backend import choose, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -98,7 +98,7 @@ def region_propagate_op(
         scratch = functools.partial(cuda.KERNELS.region_propagate_scratch, borrow(labels), borrow(packed), num_classes)
         cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *arguments)
     else:
-        _C.cpu.region_propagate(*arguments, threads())
+        run_on_cpu(_C.cpu.region_propagate, *arguments)
     return out_labels, out_reliable
 
 

@@ -14,9 +14,13 @@ import torch
 from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 
-from corrmatch.config import Config, ConfigError, keys, parse, to_yaml
+from corrmatch.config import Config, ConfigError, from_arguments, keys, parse, to_yaml
 
-FREE = ("train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir")
+VERSION = 2  # of what a checkpoint holds
+FREE = (
+    "train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir",
+    "eval.pseudo_labels",
+)  # fmt: skip
 
 
 def random_state() -> dict[str, Any]:
@@ -56,27 +60,40 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such checkpoint")
     try:
-        if not zipfile.is_zipfile(path):  # torch would take it for its format of old, and fail in any way
-            raise RuntimeError("not what torch.save writes")
+        with zipfile.ZipFile(path) as file:  # torch takes other files for its format of old, and checks no sums
+            rotten = file.testzip()
+        if rotten is not None:
+            raise RuntimeError(f"{rotten} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise ConfigError(f"{path}: not a checkpoint, or a broken one") from error
     if not isinstance(content, dict) or not {"config", "classes", "method"} <= content.keys():
         raise ConfigError(f"{path}: not a checkpoint of corrmatch")
+    if content.get("version", 1) > VERSION:
+        raise ConfigError(f"{path}: written by a later version of corrmatch")
     return content
 
 
 def config_of(content: dict[str, Any], overrides: list[str] | None = None) -> Config:
     """The configuration of the run that wrote a checkpoint."""
-    return parse([OmegaConf.create(content["config"]), OmegaConf.from_dotlist(overrides or [])])
+    return parse([OmegaConf.create(content["config"]), from_arguments(overrides or [])])
+
+
+def check_classes(trained: list[str], classes: list[str]) -> None:
+    """Refuses classes that are not those of the training, in their order."""
+    if trained != classes:
+        then, now = (", ".join(names) for names in (trained, classes))
+        raise ConfigError(f"data.classes: the checkpoint was trained with {then}, not with {now}")
 
 
 def check_same(config: Config, content: dict[str, Any], processes: int) -> None:
     """Refuses to go on with other settings than those the checkpoint was written with."""
-    now, then = (OmegaConf.create(text) for text in (to_yaml(config), content["config"]))
-    changed = [key for key in keys() if key not in FREE and OmegaConf.select(now, key) != OmegaConf.select(then, key)]
-    if changed:
-        was, key = OmegaConf.select(then, changed[0]), changed[0]
-        raise ConfigError(f"{key}: the run to be resumed had {was}, not {OmegaConf.select(now, key)}")
+    if content.get("version", 1) != VERSION:
+        raise ConfigError("the run to be resumed was written by an earlier version of corrmatch; it can only be used")
+    now, then = (OmegaConf.create(to_yaml(x)) for x in (config, config_of(content)))
+    for key in keys(config):
+        was, wanted = OmegaConf.select(then, key), OmegaConf.select(now, key)
+        if key not in FREE and was != wanted:
+            raise ConfigError(f"{key}: the run to be resumed had {was}, not {wanted}")
     if processes != len(content["random"]):
         raise ConfigError(f"the run to be resumed had {len(content['random'])} processes, not {processes}")

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
-from torchvision.transforms.v2 import functional as tv
 
 from corrmatch.config import Config, EvalConfig
-from corrmatch.data.datasets import IGNORE, Data, Item, read_mask, read_picture
-from corrmatch.data.views import normalize
-from corrmatch.models.deeplab import enlarge
-from corrmatch.training.methods import evaluating
+from corrmatch.data.datasets import IGNORE, Data
+from corrmatch.data.whole import Labelled
+from corrmatch.models.deeplab import enlarge, evaluating
 
 STRIDE = 16  # the largest of a network
 
@@ -29,13 +27,15 @@ class Scores:
     iou: list[float]
     accuracy: float
     pictures: int
+    confusion: list[list[int]]  # pixels: truth in rows, prediction in columns
 
     @classmethod
     def of(cls, confusion: Tensor, classes: list[str], pictures: int) -> Scores:
         """From a confusion matrix, truth in rows."""
-        confusion = confusion.double().cpu()
-        hits, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-        return cls(classes, (hits / union).tolist(), float(hits.sum() / confusion.sum()), pictures)
+        confusion = confusion.cpu()
+        pixels = confusion.double()
+        hits, union = pixels.diag(), pixels.sum(0) + pixels.sum(1) - pixels.diag()
+        return cls(classes, (hits / union).tolist(), float(hits.sum() / pixels.sum()), pictures, confusion.tolist())
 
     @property
     def miou(self) -> float:
@@ -49,26 +49,6 @@ class Scores:
         rows = [*zip(self.classes, self.iou, strict=True), ("mean IoU", self.miou), ("accuracy", self.accuracy)]
         lines = [f"{name:<{width}}  {'n/a' if math.isnan(value) else f'{100 * value:.2f}':>6}" for name, value in rows]
         return "\n".join([f"{self.pictures} pictures", *lines])
-
-
-class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Whole pictures, normalised, and their masks."""
-
-    def __init__(self, items: list[Item], table: Tensor, crop: int | None):
-        self.items, self.table, self.crop = items, table, crop
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        item = self.items[i]
-        if item.mask is None:
-            raise ValueError(f"{item.name} has no mask")
-        picture, mask = normalize(read_picture(item.picture)), read_mask(item.mask, self.table).as_subclass(Tensor)
-        if self.crop is not None:  # of pictures that are smaller in one direction, all of that direction
-            size = [min(self.crop, side) for side in mask.shape]
-            picture, mask = tv.center_crop(picture, size), tv.center_crop(mask.unsqueeze(0), size)[0]
-        return picture, mask.long()
 
 
 @torch.inference_mode()

@@ -1,10 +1,14 @@
-"""What a run writes down: TensorBoard, and the same scalars as JSON lines."""
+"""What a run writes down: TensorBoard, the same scalars as JSON lines, and the last evaluation as files."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -12,24 +16,34 @@ from torchvision.transforms.v2 import functional as tv
 
 from corrmatch.config import Config
 from corrmatch.data.datasets import Data
-from corrmatch.training.evaluate import Labelled, Scores
-from corrmatch.training.methods import Method, evaluating
-from corrmatch.training.pictures import denormalize, palette, panel
+from corrmatch.data.whole import Labelled
+from corrmatch.methods.base import Method
+from corrmatch.models.deeplab import evaluating
+from corrmatch.training import snapshot
+from corrmatch.training.evaluate import Scores
+from corrmatch.training.pictures import denormalize, palette, side_by_side, views
+from corrmatch.training.snapshot import Panel, Snapshot
 
 
 class Log:
     """Sums scalars on the device; reading them, which waits for it, is left to `write`.
 
     Args:
-        folder: Gets `scalars.jsonl` and `tensorboard/`. What lies there from steps after `step` is dropped.
+        folder: Gets `scalars.jsonl`, `tensorboard/`, `evaluation/`. What lies there from steps after `step` is dropped.
         step: Where the run starts or goes on.
     """
 
     def __init__(self, folder: Path, step: int):
-        self.path, self.sums, self.count = folder / "scalars.jsonl", dict[str, Tensor](), 0
+        self.folder, self.path = folder, folder / "scalars.jsonl"
+        self.sums, self.count = dict[str, Tensor](), 0
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        lines = self.path.read_text().splitlines() if self.path.exists() and step > 0 else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() and step > 0 else []
+        draft = self.path.with_suffix(".partial")
+        draft.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        os.replace(draft, self.path)
+        kept = snapshot.read(folder) if step > 0 else None
+        if kept is None or kept.step > step:
+            snapshot.discard(folder)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Counts one batch."""
@@ -45,10 +59,30 @@ class Log:
         self._put(step, "train", values)
         return values
 
-    def scores(self, step: int, scores: Scores) -> None:
-        """Writes an evaluation."""
-        classes = {f"iou_{name}": value for name, value in zip(scores.classes, scores.iou, strict=True)}
-        self._put(step, "val", {"miou": scores.miou, "accuracy": scores.accuracy} | classes)
+    def evaluation(
+        self, step: int, scores: dict[str, Scores], method: Method, model: nn.Module, data: Data, config: Config,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """Writes an evaluation: all of the first network, the means of the others, and panels.
+
+        A panel is one of the first validation pictures, cropped, beside what the method makes of it and the truth.
+        """
+        first, *others = scores.items()
+        classes = {f"iou_{name}": value for name, value in zip(first[1].classes, first[1].iou, strict=True)}
+        means = {f"miou_{name}": x.miou for name, x in others} | {f"accuracy_{name}": x.accuracy for name, x in others}
+        self._put(step, "val", {"miou": first[1].miou, "accuracy": first[1].accuracy} | means | classes)
+        panels = []
+        for i, (name, shown) in enumerate(_panels(method, model, data, config, device)):
+            row = side_by_side(list(shown.values()))
+            self.board.add_image(f"picture {i}/{', '.join(shown)}", row, step, dataformats="HWC")
+            panels.append(Panel(name, {key: snapshot.encode(view) for key, view in shown.items()}))
+        self.board.flush()
+        counts = (len(data.labeled), len(data.unlabeled))
+        snapshot.write(self.folder, Snapshot(step, *counts, data.classes, first[1].confusion, panels))
+
+    def pseudo_labels(self, step: int, values: dict[str, float]) -> None:
+        """Writes what pseudo-labels are worth."""
+        self._put(step, "pseudo", values)
 
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -56,21 +90,28 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
 
-    @torch.no_grad()
-    def panels(
-        self, step: int, method: Method, model: nn.Module, data: Data, config: Config, device: torch.device
-    ) -> None:
-        """Shows the first validation pictures, cropped, beside what the method makes of them and the truth."""
-        colors, crop = palette(data.classes), config.train.crop
-        pictures = Labelled(data.val[: config.eval.panels], data.table, None)
-        for i in range(len(pictures)):
-            image, truth = (tv.center_crop(x, [crop, crop]) for x in _with_channel(*pictures[i]))
-            with evaluating(model):
-                maps = method.panels(model, image.unsqueeze(0).to(device))
-            shown = {name: x[0].cpu() for name, x in maps.items()}
-            row = panel(denormalize(image.unsqueeze(0))[0], shown, truth[0], colors)
-            self.board.add_image(f"picture {i}/{', '.join(['picture', *shown, 'truth'])}", row, step, dataformats="HWC")
-        self.board.flush()
+
+@torch.no_grad()
+def _panels(
+    method: Method, model: nn.Module, data: Data, config: Config, device: torch.device
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    colors, crop = palette(data.classes), config.train.crop
+    items = data.val[: config.eval.panels]
+    pictures = Labelled(items, data.table, None)
+    for i, item in enumerate(items):
+        image, truth = (tv.center_crop(x, [crop, crop]) for x in _with_channel(*pictures[i]))
+        with evaluating(model):
+            maps = method.panels(model, image.unsqueeze(0).to(device))
+        shown = {name: x[0].cpu() for name, x in maps.items()}
+        yield item.name, views(denormalize(image.unsqueeze(0))[0], shown, truth[0], colors)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that a stop or a full disk has cut, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _with_channel(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,13 +50,13 @@ def denormalize(images: Tensor) -> Tensor:
     return ((images.cpu() * deviation + mean) * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def panel(picture: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> np.ndarray:
-    """Picture, maps and truth side by side: (H, n W, 3) uint8.
+def views(picture: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> dict[str, np.ndarray]:
+    """Picture, maps and truth by name, to look at: (H, W, 3) uint8.
 
     Label maps are painted, bool maps show the picture where they are true, masks each in a colour of its own.
     """
-    views = [picture]
-    for x in (*maps.values(), truth):
+    shown = {"picture": picture}
+    for name, x in (maps | {"truth": truth}).items():
         if x.dim() == 3:
             view = (0.35 * picture.float()).to(torch.uint8)
             for k, mask in enumerate(x, start=1):
@@ -65,6 +65,11 @@ def panel(picture: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tenso
             view = torch.where(x.unsqueeze(-1), picture, torch.tensor(0, dtype=torch.uint8))
         else:
             view = paint(x, colors)
-        views.append(view)
-    gap = torch.full((picture.shape[0], 4, 3), 255, dtype=torch.uint8)
-    return torch.cat([part for view in views for part in (view, gap)][:-1], 1).numpy()
+        shown[name] = view
+    return {name: view.numpy() for name, view in shown.items()}
+
+
+def side_by_side(images: list[np.ndarray]) -> np.ndarray:
+    """(H, n W, 3), with gaps of 4 pixels."""
+    gap = np.full((images[0].shape[0], 4, 3), 255, np.uint8)
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], 1)

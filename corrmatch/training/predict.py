@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ from torch import nn
 from tqdm import tqdm
 
 from corrmatch.config import Config
-from corrmatch.data.datasets import DataError, read_picture
+from corrmatch.data.files import shorten
+from corrmatch.data.images import DataError, is_picture, read_picture
 from corrmatch.data.views import normalize
+from corrmatch.methods import build_method
+from corrmatch.paths import expand, make_folder
 from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import segment
-from corrmatch.training.methods import build_method
 from corrmatch.training.pictures import overlay, paint, palette
 
 KINDS = ("index", "color", "overlay")
@@ -25,33 +29,60 @@ def load_model(path: Path, overrides: list[str] | None = None) -> tuple[nn.Modul
     """The network that a run evaluated, its configuration and the names of the classes."""
     content = checkpoint.load(path)
     config, classes = checkpoint.config_of(content, overrides), content["classes"]
-    model = build_method(config, len(classes), pretrained=False).model
-    prefix, states = ("module.", content["ema"]) if content["ema"] is not None else ("model.", content["method"])
-    weights = {name.removeprefix(prefix): x for name, x in states.items() if name.startswith(prefix)}
-    model.load_state_dict(weights)
-    return model.eval(), config, classes
+    method = build_method(config, len(classes), pretrained=False)
+    method.load_state_dict(content["method"])
+    return next(iter(method.scored.values())).eval(), config, classes
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, config: Config, classes: list[str], source: Path, out: Path, device: torch.device) -> int:
-    """Writes index, color and overlay PNGs of every picture in a folder, at its size; returns how many pictures."""
-    if not source.is_dir():
-        raise DataError(f"{source}: expected a folder of pictures")
-    known = Image.registered_extensions()
-    paths = [path for path in sorted(source.iterdir()) if path.suffix.lower() in known]
-    if not paths:
-        raise DataError(f"{source}: there are no pictures")
-    for kind in KINDS:
-        (out / kind).mkdir(parents=True, exist_ok=True)
+    """Writes index, color and overlay PNGs of every picture in a folder, at its size; returns how many pictures.
+
+    Pictures that cannot be read are named in a DataError when all others are written.
+    """
+    source, out = expand(source), expand(out)
+    results = result_names(pictures_of(source))
+    try:
+        for kind in KINDS:
+            make_folder(out / kind)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     model.to(device)
-    colors = palette(classes)
-    for path in tqdm(paths, desc="predict", disable=None):
-        picture = read_picture(path)
+    colors, broken = palette(classes), list[str]()
+    for path, name in tqdm(results.items(), desc="predict", disable=None):
+        try:
+            picture = read_picture(path)
+        except DataError as error:
+            broken.append(str(error))
+            continue
         labels = segment(model, normalize(picture).to(device), config.eval).cpu()
         index = Image.fromarray(labels.numpy().astype(np.uint8))
         index.putpalette(colors.flatten().tolist())
         shown = overlay(picture.permute(1, 2, 0).as_subclass(torch.Tensor), labels, classes, colors)
         images = (index, Image.fromarray(paint(labels, colors).numpy()), Image.fromarray(shown.numpy()))
         for kind, image in zip(KINDS, images, strict=True):
-            image.save(out / kind / f"{path.stem}.png")
-    return len(paths)
+            image.save(out / kind / name)
+    if broken:
+        written = len(results) - len(broken)
+        raise DataError("\n  ".join([f"{written} pictures: {out}; {len(broken)} cannot be used:", *broken]))
+    return len(results)
+
+
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures in a folder; of its other files a line is said."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of pictures")
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    pictures = [path for path in files if is_picture(path.name)]
+    if not pictures:
+        raise DataError(f"{folder}: there are no pictures")
+    others = [path.name for path in files if not is_picture(path.name)]
+    if others:
+        tqdm.write(f"{folder}: {len(others)} files are no pictures, passed over: {shorten(others)}", file=sys.stderr)
+    return pictures
+
+
+def result_names(paths: list[Path]) -> dict[Path, str]:
+    """a.png for a.jpg, but a.jpg.png where another picture would give that name, too. Case makes no difference."""
+    count = Counter(name.lower() for path in paths for name in (path.stem, path.name))
+    return {path: f"{path.stem if count[path.stem.lower()] == 1 else path.name}.png" for path in paths}

@@ -1,29 +1,35 @@
-"""The training loop: devices, optimisation, evaluation, checkpoints. It knows no method."""
+"""The loop: batches, steps, logs, evaluations, checkpoints. It knows no method."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from corrmatch.config import Config, ConfigError, to_yaml
+from corrmatch.data import classes
 from corrmatch.data.datasets import check_files, find_data
 from corrmatch.data.streams import Streams, batches
-from corrmatch.training import checkpoint
+from corrmatch.methods import build_method
+from corrmatch.methods.base import Batch, Method, Progress, Run
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.paths import expand, make_folder
+from corrmatch.training import checkpoint, diagnostics
 from corrmatch.training.evaluate import Scores, evaluate
 from corrmatch.training.log import Log
-from corrmatch.training.methods import Batch, Method, build_method
+from corrmatch.training.optimization import make_optimizer, make_schedule, rates
+from corrmatch.training.predict import load_model
 
 LAST, BEST = "last.pt", "best.pt"
-GROUPS = ("backbone", "head")
 
 
 class Trainer:
@@ -36,40 +42,39 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False):
         train = config.train
-        self.config, self.folder = config, Path(config.work_dir)
+        self.config, self.folder = config, expand(config.work_dir)
         self.accelerator = Accelerator(
             cpu=train.cpu, mixed_precision=train.precision, gradient_accumulation_steps=train.accumulate
         )
         self.process, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.data = find_data(config.data)
-        if config.data.check and self.accelerator.is_main_process:
-            check_files(self.data)
+        self.withheld = diagnostics.choose(self.data) if config.eval.pseudo_labels else []
+        saved = self._open_folder(resume)
+        if self.accelerator.is_main_process:
+            self._check_data()
         set_seed(train.seed)
-        method = build_method(config, len(self.data.classes))
-        if not self.data.unlabeled and "unlabeled" in method.streams:
-            raise ConfigError(f"data.unlabeled: method {config.method} needs unlabelled pictures, there are none")
-        self.method = self._dress(method)
-        self.ema = None
-        if train.ema is not None:
-            self.ema = AveragedModel(method.model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
-        groups: tuple[list[nn.Parameter], ...] = ([], [])  # backbones, and all else, of whatever networks there are
-        for name, parameter in method.named_parameters():
-            groups["backbone" not in name.split(".")].append(parameter)
-        self.optimizer = torch.optim.SGD(
-            [{"params": groups[0], "lr": train.lr}, {"params": groups[1], "lr": train.lr * train.lr_multi}],
-            momentum=train.momentum, weight_decay=train.weight_decay,
-        )  # fmt: skip
-        pictures = max(len(self.data.labeled), len(self.data.unlabeled))
-        self.epoch_steps = math.ceil(pictures / (train.batch_size * train.accumulate * self.processes))
-        self.steps = train.epochs * self.epoch_steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: (1 - step / self.steps) ** train.power if step < self.steps else 0.0
-        )
-        self.wrapped, self.stepper = self.accelerator.prepare(self.method, self.optimizer)
-        self.step, self.best, self.rates = 0, -1.0, [0.0] * len(GROUPS)
+        self.method = self._dress(build_method(config, len(self.data.classes), init=self._initial_weights()))
+        self._check_streams()
+        self.epoch_steps = self._epoch_steps()
+        self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]
+        self.steps, self.step, self.phase, self.best = self.ends[-1], 0, 0, -math.inf
+        self.rates: dict[str, float] = {}
         set_seed(train.seed + 1, device_specific=True)
-        self._open_folder(resume)
+        if saved is None:
+            self.start_phase(0)
+        else:
+            self.restore(saved)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (self.folder / "config.yaml").write_text(to_yaml(self.config))
         self.log = Log(self.folder, self.step) if self.accelerator.is_main_process else None
+
+    def _initial_weights(self) -> dict[str, Tensor] | None:
+        if self.config.model.init is None:
+            return None
+        network, _, classes = load_model(expand(self.config.model.init))
+        checkpoint.check_classes(classes, self.data.classes)
+        return network.state_dict()
 
     def _dress(self, method: Method) -> Method:
         if self.config.train.channels_last:
@@ -77,35 +82,82 @@ class Trainer:
         if self.processes > 1 and self.accelerator.device.type == "cuda":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(self.accelerator.device)
-        if self.config.train.compile:
-            method.model.compile()
+        for module in method.modules() if self.config.train.compile else ():
+            if isinstance(module, DeepLabV3Plus):
+                module.compile()
         return method
 
-    def _open_folder(self, resume: bool) -> None:
+    def _check_streams(self) -> None:
+        if not self.data.unlabeled and any(stream.items == "unlabeled" for stream in self.method.streams().values()):
+            raise ConfigError(f"data.unlabeled: method {self.config.method} needs unlabelled pictures, there are none")
+
+    def _epoch_steps(self) -> int:
+        train = self.config.train
+        if train.epoch_steps is not None:
+            return train.epoch_steps
+        unlabeled = train.unlabeled_batch_size or train.batch_size
+        passes = {"labeled": len(self.data.labeled) / train.batch_size,
+                  "unlabeled": len(self.data.unlabeled) / unlabeled}  # fmt: skip
+        batches = max(passes.values()) if train.epoch == "longest" else passes[train.epoch]
+        return max(1, math.ceil(batches / (train.accumulate * self.processes)))
+
+    def _open_folder(self, resume: bool) -> dict[str, Any] | None:
+        """What a run to be resumed has saved. Whatever is wrong with the folder shows before the files are read."""
+        saved = None
         if resume:
-            self.restore(checkpoint.load(self.folder / LAST))
+            saved = checkpoint.load(self.folder / LAST)
+            checkpoint.check_same(self.config, saved, self.processes)
+            checkpoint.check_classes(saved["classes"], self.data.classes)
         elif (self.folder / LAST).exists():
             raise ConfigError(
                 f"work_dir: {self.folder} holds a run; add --resume to go on with it, or name another one"
             )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        try:
+            make_folder(self.folder)
+        except ValueError as error:
+            raise ConfigError(f"work_dir: {error}") from error
+        return saved
+
+    def _check_data(self) -> None:
+        """Reads every file, and says what there is to learn from."""
+        for note in self.data.notes:
+            tqdm.write(note, file=sys.stderr)
+        if self.config.data.check:
+            pixels = check_files(self.data)
+            tqdm.write(classes.table(self.data, pixels), file=sys.stderr)
+            if not self.config.data.allow_absent:
+                classes.require_labels(self.data, pixels)
+            classes.require_truth(self.data, pixels)
+            check_files(replace(self.data, labeled=[], unlabeled=[], val=self.withheld))
+
+    def start_phase(self, phase: int, *, begin: bool = True) -> None:
+        """Sets out on a phase: the work before it, then an optimiser and a schedule of its own."""
+        self.phase = phase
+        if begin:
+            device = self.accelerator.device
+            self.method.begin(phase, Run(self.data, self.config, self.folder, device, self.process, self.processes))
+        trained = {id(p) for p in self.method.trains(phase)}
+        for p in self.method.parameters():
+            p.requires_grad_(id(p) in trained)
+        start = self.ends[phase - 1] if phase > 0 else 0
+        self.optimizer = make_optimizer(self.method.parameter_groups(self.config.train), self.config.train)
+        self.schedule = make_schedule(self.optimizer, self.config.train, self.ends[phase] - start)
+        self.wrapped, self.stepper = self.accelerator.prepare(self.method, self.optimizer)
 
     def run(self) -> Scores | None:
         """Trains to the end; returns the last scores."""
         train, scores = self.config.train, None
-        streams = Streams(self.data, self.method.streams, train.crop, train.seed)
-        first, end = self.step * train.accumulate, self.steps * train.accumulate
-        loader = iter(batches(streams, train, first, end, self.process, self.processes))
+        streams = Streams(self.data, self.method.streams(), train, self.process, self.processes)
+        loader = iter(batches(streams, train, self.step * train.accumulate, self.steps * train.accumulate))
         bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=None if self.log is not None else True)
         while self.step < self.steps:
+            if self.step >= self.ends[self.phase]:
+                self.start_phase(self.phase + 1)
             self.advance(loader)
             bar.update()
             if self.step % train.log_every == 0 or self.step == self.steps:
                 bar.set_postfix(self.write_log())
-            if self.step % (train.eval_every * self.epoch_steps) == 0 or self.step == self.steps:
+            if self.step % (train.eval_every * self.epoch_steps) == 0 or self.step in self.ends:
                 scores = self.evaluate()
             elif self.step % train.save_every == 0:
                 self.save([LAST])
@@ -116,61 +168,76 @@ class Trainer:
         """One step of the optimiser. Nothing here waits for the device."""
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(self.config.train.seed * 1_000_003 + self.step)
+        progress = Progress(self.step, self.steps, self.epoch_steps, self.phase, generator)
         self.wrapped.train()
         for _ in range(self.config.train.accumulate):
             batch = send_to_device(next(loader), device, non_blocking=True)
             with self.accelerator.accumulate(self.wrapped):
-                loss, scalars = self.wrapped(batch, generator)
+                loss, scalars = self.wrapped(batch, progress)
                 self.accelerator.backward(loss)
                 self.stepper.step()
                 self.stepper.zero_grad()
             if self.log is not None:
                 self.log.add(scalars)
-        self.rates = [float(rate) for rate in self.schedule.get_last_lr()]
+        self.rates = rates(self.optimizer)
         self.schedule.step()
+        self.method.finish_step(progress)
         self.step += 1
-        if self.ema is not None:
-            self.ema.update_parameters(self.method.model)
 
     def write_log(self) -> dict[str, str]:
         """Means since the last time, to the log; for the progress bar a few of them."""
         if self.log is None:
             return {}
-        rates = {f"lr_{name}": rate for name, rate in zip(GROUPS, self.rates, strict=True)}
-        means = self.log.write(self.step, rates)
+        means = self.log.write(self.step, self.rates)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the loss is {means['loss']} at step {self.step}; try a lower train.lr")
-        return {name: f"{means[name]:.3f}" for name in ("loss", "threshold", "reliable") if name in means}
+        return {name: f"{means[name]:.3f}" for name in ("loss", *self.method.bar) if name in means}
 
     def evaluate(self) -> Scores:
-        """Scores the network, averaged where it is, writes them and the checkpoints."""
-        model = self.method.model if self.ema is None else self.ema.module
+        """Scores the networks that the method has scored, writes the scores and the checkpoints."""
+        networks = list(self.method.scored.items())
+        config, device = self.config, self.accelerator.device
         with self.accelerator.autocast():
-            scores = evaluate(model, self.data, self.config, self.accelerator.device, self.process, self.processes)
+            scores = {
+                name: evaluate(network, self.data, config, device, self.process, self.processes)
+                for name, network in (networks if self.method.score_all else networks[:1])
+            }
             if self.log is not None:
-                self.log.scores(self.step, scores)
-                self.log.panels(self.step, self.method, model, self.data, self.config, self.accelerator.device)
-        better = scores.miou > self.best
-        self.best = max(self.best, scores.miou)
+                self.log.evaluation(self.step, scores, self.method, networks[0][1], self.data, config, device)
+        self._measure_pseudo_labels()
+        first = scores[networks[0][0]]
+        better = first.miou > self.best
+        self.best = max(self.best, first.miou)
         self.save([LAST, BEST] if better else [LAST])
-        return scores
+        return first
+
+    def _measure_pseudo_labels(self) -> None:
+        """Holds pseudo-labels against masks that training never sees, and writes what they are worth."""
+        if not self.withheld:
+            return
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            sums = diagnostics.count(
+                self.method, self.withheld, self.data, self.config, device, self.process, self.processes
+            )
+        sums = self.accelerator.reduce(sums, "sum")
+        if self.log is not None:
+            self.log.pseudo_labels(self.step, diagnostics.rates(sums, self.data.classes))
 
     def save(self, names: list[str]) -> None:
         """Writes checkpoints."""
         content = {
-            "config": to_yaml(self.config), "classes": self.data.classes, "step": self.step, "best": self.best,
-            "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(), "ema": None if self.ema is None else self.ema.state_dict(),
+            "version": checkpoint.VERSION, "config": to_yaml(self.config), "classes": self.data.classes,
+            "step": self.step, "phase": self.phase, "best": self.best, "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
         }  # fmt: skip
         checkpoint.save([self.folder / name for name in names], content, self.accelerator.is_main_process)
 
     def restore(self, content: dict[str, Any]) -> None:
         """Goes back to where a checkpoint was written."""
-        checkpoint.check_same(self.config, content, self.processes)
         self.method.load_state_dict(content["method"])
+        self.start_phase(content["phase"], begin=False)
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
-        if self.ema is not None:
-            self.ema.load_state_dict(content["ema"])
         self.step, self.best = content["step"], content["best"]
         checkpoint.set_random_state(content["random"][self.process])

@@ -1,0 +1,127 @@
+"""One case under measurement: contenders are verified, weighed and raced; what is known can be asked at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import measure
+import torch
+import workload
+from measure import Contender
+
+QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
+FIELDS = ("op", "size", "exponentials", "workload", "positions", "batch", "elements", "unit", "tolerance")
+
+
+class Measurement:
+    """What has been found of a case so far: a row for every contender that had its turn, and the seconds of its rounds.
+
+    Whatever a contender raises ends that contender alone: the others can still be measured.
+    """
+
+    def __init__(self, case: workload.Case, device: str):
+        self.case, self.device = case, device
+        self.expected = case.expected()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.samples: dict[str, dict[str, list[float]]] = {}
+        self.trials: dict[str, float] = {}  # seconds of those that have a family
+
+    def contenders(self, *, compiled: bool) -> list[Contender]:
+        """Those that do not compile or, where any does, those that do and corrmatch, to compare them with."""
+        wanted = [c for c in self.case.contenders if c.compiles == compiled]
+        ours = [c for c in self.case.contenders if c.ours]
+        return [*ours, *wanted] if compiled and wanted else wanted
+
+    def measure(self, contenders: Sequence[Contender], seconds: float) -> Iterator[None]:
+        """Verifies those that are new, weighs and races them; comes back after each step, for the caller to save."""
+        for contender in contenders:
+            if contender.name not in self.rows:
+                self._verify(contender)
+                yield
+        for contender in self._sound(contenders):
+            if "peak_extra_bytes" not in self.rows[contender.name]:
+                self._attempt(contender, lambda contender=contender: self._prepare(contender))
+                yield
+        racing = self._sound(contenders)
+        for i, outcome in measure.race(racing, seconds, self.device):
+            name = racing[i].name
+            if isinstance(outcome, Exception):
+                self._failed(racing[i], outcome)
+                continue
+            for timed, taken in outcome.items():
+                self.samples.setdefault(name, {}).setdefault(timed, []).append(taken)
+            yield
+
+    def result(self) -> dict[str, Any]:
+        """The case as the JSON holds it; "untimed" is what agrees with the oracle and was not timed yet."""
+        rows = [dict(row) for row in self.rows.values()]
+        for row in rows:
+            if row["status"] == "ok" and row["name"] in self.samples:
+                samples = self.samples[row["name"]]
+                row["times"] = {timed: measure.summary(seconds) for timed, seconds in samples.items()}
+            elif row["status"] == "ok":
+                row["status"] = "untimed"
+        return {name: getattr(self.case, name) for name in FIELDS} | {"contenders": rows}
+
+    def _sound(self, contenders: Sequence[Contender]) -> list[Contender]:
+        return [contender for contender in contenders if self.rows[contender.name]["status"] == "ok"]
+
+    def _verify(self, contender: Contender) -> None:
+        """Compares a contender with the oracle; of a family only the fastest stays."""
+        row: dict[str, Any] = {"name": contender.name, "ours": contender.ours, "family": contender.family}
+        row["status"] = "ok"
+        self.rows[contender.name] = row
+        if contender.missing is not None:
+            row["status"] = contender.missing
+            return
+        trial = self._attempt(contender, lambda: self._trial(contender, row))
+        if trial is None or contender.family is None or row["status"] != "ok":
+            return
+        self.trials[contender.name] = trial
+        family = [r for r in self.rows.values() if r["family"] == row["family"] and r["status"] == "ok"]
+        for slower in sorted(family, key=lambda r: self.trials[r["name"]])[1:]:
+            slower["status"] = "slower variant"
+
+    def _trial(self, contender: Contender, row: dict[str, Any]) -> float:
+        start = measure.now(self.device)
+        answer = contender.both() if contender.answer is None else contender.answer()
+        trial = measure.now(self.device) - start
+        row["error"] = self.case.error(answer, self.expected)
+        if not row["error"] <= self.case.tolerance:  # NaN is not
+            row["status"] = "wrong"
+        elif contender.family is not None and trial < QUICK:
+            start = measure.now(self.device)
+            contender.both()
+            trial = min(trial, measure.now(self.device) - start)
+        return trial
+
+    def _prepare(self, contender: Contender) -> None:
+        row = self.rows[contender.name]
+        peak: dict[str, int | None] = {}
+        with torch.no_grad():
+            peak["forward"] = measure.peak_extra_bytes(contender.forward, self.device)
+        if contender.leaves:
+            peak["both"] = measure.peak_extra_bytes(contender.both, self.device)
+        if self.device == "cuda" and not contender.on_host:
+            try:
+                contender.capture()
+            except Exception as error:  # noqa: BLE001 - a peer may do what a graph cannot hold
+                contender.graphs.clear()
+                row["no_graph"] = first_line(error)
+        row["peak_extra_bytes"] = peak
+
+    def _attempt(self, contender: Contender, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 - out of memory, no code for this device, a compiler's error
+            self._failed(contender, error)
+            return None
+
+    def _failed(self, contender: Contender, error: Exception) -> None:
+        self.rows[contender.name] |= {"status": "failed", "reason": first_line(error)}
+
+
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

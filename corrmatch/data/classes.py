@@ -1,0 +1,58 @@
+"""How many labelled pixels there are of each class, and whether a run can do with them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from corrmatch.data.datasets import Data, Pixels
+from corrmatch.data.files import shorten
+from corrmatch.data.images import IGNORE, DataError
+
+MUCH = 0.5  # of the labelled pixels ignored: worth a warning
+
+
+def table(data: Data, pixels: Pixels) -> str:
+    """Pixels of each class in the masks of labelled and of validation pictures, and a warning if many are ignored."""
+    labeled, val = (_by_class(data, pixels[name]) for name in ("labeled", "val"))
+    rows = [*enumerate(data.classes), (IGNORE, "ignored")]
+    width = max(len(name) for _, name in rows)
+    lines = [f"{'pixels':<{width}}  {'labelled':>12}  {'share':>6}  {'validation':>12}"]
+    for c, name in rows:
+        share = labeled[c] / max(1, labeled.sum())
+        lines.append(f"{name:<{width}}  {labeled[c]:>12}  {share:>6.1%}  {val[c]:>12}")
+    if labeled[IGNORE] > MUCH * labeled.sum():
+        lines.append(f"warning: {labeled[IGNORE] / labeled.sum():.0%} of the labelled pixels are ignored (data.ignore)")
+    return "\n".join(lines)
+
+
+def require_labels(data: Data, pixels: Pixels) -> None:
+    """Refuses classes without a labelled pixel: nothing could teach them."""
+    count = _by_class(data, pixels["labeled"])
+    absent = [name for c, name in enumerate(data.classes) if count[c] == 0]
+    if absent:
+        raise DataError(
+            f"data.labeled: no pixel of {shorten(absent)}: {_ids(data, pixels['labeled'])}; "
+            "data.allow_absent=true trains nevertheless"
+        )
+
+
+def require_truth(data: Data, pixels: Pixels) -> None:
+    """Refuses validation masks in which nothing counts."""
+    if _by_class(data, pixels["val"])[: len(data.classes)].sum() == 0:
+        raise DataError(f"data.val: no pixel of any class: {_ids(data, pixels['val'])}")
+
+
+def _by_class(data: Data, pixels: np.ndarray) -> np.ndarray:
+    count = np.zeros(256, np.int64)
+    np.add.at(count, data.table.numpy(), pixels)
+    return count
+
+
+def _ids(data: Data, pixels: np.ndarray) -> str:
+    """What the masks hold instead."""
+    present = np.flatnonzero(pixels).tolist()
+    shares = [f"{i} ({pixels[i] / pixels.sum():.0%}{', ignored' if data.table[i] == IGNORE else ''})" for i in present]
+    text = f"the masks hold the ids {shorten(shares)}"
+    if present == [0, 255] and data.table[255] == IGNORE:
+        text += "; where 255 is a class, as in black and white masks, set data.ids=[0,255] data.ignore=[]"
+    return text

@@ -1,0 +1,158 @@
+"""Which files there are: patterns with {} for the id, and lists."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corrmatch.data.images import DataError, is_picture
+from corrmatch.paths import expand, read_text
+
+SHOWN = 5  # names in a message
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # hold thumbnails and the like, not pictures of the user's
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture and, where it has one, its mask."""
+
+    name: str
+    picture: Path
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files that match a pattern: pictures by their id, and what was passed over."""
+
+    key: str
+    pattern: str
+    files: dict[str, Path]
+    passed: list[str]
+
+    def note(self) -> list[str]:
+        """A line about what was passed over, if anything was."""
+        count = len(self.passed)
+        return [f"{self.key}: {count} files are no pictures, passed over: {shorten(self.passed)}"] if count else []
+
+
+def scan(root: Path, key: str, pattern: str, apart: Collection[Path] = ()) -> Found:
+    """Pictures that match a pattern such as images/{}.*, but for those in `apart`.
+
+    {} stands for the id, which may name folders: in `masks/a/mask_b.png` it is `a/b` if `masks/mask_{}.png` is the
+    pattern. All else in a pattern means itself; a last `.*` is any extension.
+    """
+    if pattern.count("{}") != 1:
+        raise DataError(f"{key}: expected a pattern with one {{}} for the id, got {pattern}")
+    before, _, end = pattern.partition("{}")
+    folder, start = os.path.split(before)
+    base = root / expand(folder)
+    found, passed, apart = dict[str, Path](), list[str](), set(apart)
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{key}: {error.filename}: cannot be read: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(base, onerror=unreadable) if os.path.isdir(base) else ():
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in SYSTEM_FOLDERS)
+        inside = os.path.relpath(parent, base).replace(os.sep, "/")
+        for name in sorted(names):
+            file = name if inside == "." else f"{inside}/{name}"
+            entry, path = _id(file, start, end), Path(parent, name)
+            if entry is None or path in apart:
+                continue
+            if not is_picture(name) or not path.is_file():
+                passed.append(file)
+            elif entry in found:
+                raise DataError(f"{key}: both {found[entry].name} and {name} are there for {entry}")
+            elif entry:
+                found[entry] = path
+    return Found(key, pattern, found, passed)
+
+
+def _id(file: str, start: str, end: str) -> str | None:
+    if end.endswith(".*"):
+        file, dot, extension = file.rpartition(".")
+        end = end.removesuffix(".*")
+        if not dot or "/" in extension:
+            return None
+    folders, slash, name = file.removesuffix(end).rpartition("/")
+    if not file.endswith(end) or not name.startswith(start):
+        return None
+    return folders + slash + name.removeprefix(start)
+
+
+def read_list(key: str, root: Path, name: str, pictures: Found, masks: Found, need_mask: bool) -> list[Item]:
+    """The pictures of a list, with their masks: all of them where they are needed, else those that are there.
+
+    A line is an id, a picture where no mask is needed, or a picture and a mask, with a tab or blanks between; quotes
+    hold together what contains blanks. What is missing, and what is there more than once, is named at once.
+    """
+    path = root / expand(name)
+    if not os.path.isfile(path):
+        raise DataError(f"{key}: there is no list {path}")
+    items, missing = [], []
+    for line in read_lines(key, path):
+        fields = _fields(line, root, pictures)
+        if len(fields) > 2:
+            raise DataError(f"{key}: {path}: expected an id, or a picture and a mask with a tab between, got {line!r}")
+        entry, *beside = fields
+        picture = pictures.files.get(entry) if not beside else None
+        picture = picture or _place(root, entry)
+        mask = _place(root, beside[0]) if beside else masks.files.get(entry)
+        if need_mask and mask is None and os.path.isfile(picture) and entry not in pictures.files:
+            raise DataError(
+                f"{key}: {path}: {entry} is a picture without its mask; expected an id, or a picture and a mask"
+            )
+        missing += [f"picture of {entry}"] if not os.path.isfile(picture) else []
+        if mask is None or not os.path.isfile(mask):
+            missing += [f"mask of {entry}"] if need_mask else []
+            mask = None
+        items.append(Item(entry, picture, mask))
+    if missing:
+        raise DataError(f"{key}: {path}: not found: {shorten(missing)}")
+    if not items:
+        raise DataError(f"{key}: {path} is empty")
+    same = [item.name for item in items if item.mask is not None and os.path.samefile(item.picture, item.mask)]
+    if same:
+        raise DataError(f"{key}: {path}: pictures are their own masks: {shorten(same)}")
+    twice = [str(picture) for picture, count in Counter(item.picture for item in items).items() if count > 1]
+    if twice:
+        raise DataError(f"{key}: {path}: more than once: {shorten(twice)}")
+    return items
+
+
+def read_lines(key: str, path: Path) -> list[str]:
+    """The lines that are not blank."""
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise DataError(f"{key}: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _fields(line: str, root: Path, pictures: Found) -> list[str]:
+    """An id or a path, or a picture and a mask. Names may hold blanks: what is there decides."""
+    if line in pictures.files or os.path.isfile(_place(root, line)):
+        return [line]
+    if "\t" in line:
+        return [field.strip().strip("\"'") for field in line.split("\t") if field.strip()]
+    fields = [a or b or c for a, b, c in re.findall(r""""([^"]*)"|'([^']*)'|(\S+)""", line)]
+    if len(fields) > 2:
+        pairs = [(line[: gap.start()], line[gap.end() :]) for gap in re.finditer(r"\s+", line)]
+        there = [list(pair) for pair in pairs if os.path.isfile(_place(root, pair[0]))]
+        return there[0] if len(there) == 1 else fields
+    return fields
+
+
+def _place(root: Path, path: str) -> Path:
+    return Path(os.path.normpath(root / expand(path)))
+
+
+def shorten(names: Sequence[str], separator: str = ", ") -> str:
+    """The first names and how many more there are."""
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return separator.join([*names[:SHOWN], *more])

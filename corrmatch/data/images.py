@@ -1,0 +1,101 @@
+"""Reading pictures and masks."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torchvision import tv_tensors
+
+IGNORE = 255
+UNKNOWN = 254  # in the table of a data set: an id that should not occur
+
+EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # modes that convert to RGB as seen
+SPREAD = {"L;2": np.uint8(85), "L;4": np.uint8(17)}  # Pillow spreads 2 and 4 bits over 8: a factor by packing
+NOT_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow leaves these to other programs, if there are any
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the files."""
+
+
+@functools.cache
+def formats() -> list[str]:
+    """What Pillow decodes by itself."""
+    Image.init()
+    return [kind for kind in Image.ID if kind not in NOT_PICTURES]
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Of the formats."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is a picture: one of a suffix that Pillow opens, and not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes()
+
+
+def decode_picture(path: Path) -> Image.Image:
+    """A picture in 8-bit RGB, upright. Of 16 bits of grey the upper eight are taken, as Pillow does with colours."""
+    image, _ = _decode(path, "picture")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in EIGHT_BITS:
+        raise DataError(f"{path}: expected a picture of 8 or 16 bits, got one of mode {image.mode}")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_picture(path: Path) -> tv_tensors.Image:
+    """(3, H, W) uint8."""
+    return tv_tensors.Image(decode_picture(path))
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """(H, W) uint8: the ids in a mask file, upright."""
+    image, packing = _decode(path, "mask")
+    if image.mode not in ("1", "L", "P"):
+        raise DataError(f"{path}: expected 8-bit class ids, got a picture of mode {image.mode}")
+    ids = np.array(image, np.uint8)
+    return ids // SPREAD[packing[:3]] if image.mode == "L" and packing[:3] in SPREAD else ids
+
+
+def read_mask(path: Path, table: torch.Tensor) -> tv_tensors.Mask:
+    """(H, W) uint8, classes and IGNORE."""
+    ids = read_ids(path)
+    classes = table.numpy()[ids]
+    unknown = ids[classes == UNKNOWN]
+    if unknown.size:
+        raise unknown_ids(path, unknown)
+    return tv_tensors.Mask(torch.from_numpy(classes))
+
+
+def unknown_ids(path: Path, ids: np.ndarray) -> DataError:
+    """What is said about ids that should not occur."""
+    return DataError(f"{path}: ids {np.unique(ids).tolist()} are neither classes nor in data.ignore")
+
+
+def _decode(path: Path, kind: str) -> tuple[Image.Image, str]:
+    """The first picture of a file, turned as EXIF says, and how its pixels are packed in the file."""
+    try:
+        with Image.open(path, formats=formats()) as file:
+            packing = file.tile[0][3] if file.tile else ""
+            file.load()
+            turned = _orientation(file) != 1
+            image = ImageOps.exif_transpose(file) if turned else file
+    except Exception as error:  # Pillow's readers raise anything, if only the file is broken enough
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not a readable {kind}: {said}") from error
+    return image, str(packing[0] if isinstance(packing, tuple) else packing)
+
+
+def _orientation(file: Image.Image) -> int:
+    try:
+        return file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001  # a broken EXIF block turns nothing, in viewers neither
+        return 1

@@ -1,0 +1,181 @@
+"""What a training method is: streams that it draws, networks and state that it holds, a loss from a batch.
+
+The loop knows two verbs: `forward` for each batch, `finish_step` after each step of the optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corrmatch.config import Config, TrainConfig
+from corrmatch.data.datasets import Data
+from corrmatch.data.streams import Stream
+from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.propagation import Propagation
+from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.models.deeplab import enlarge
+from corrmatch.models.factory import NetworkFactory
+
+Batch = dict[str, dict[str, Tensor]]
+
+
+class Progress(NamedTuple):
+    """Where a run stands; the same in all processes."""
+
+    step: int  # steps of the optimiser made so far
+    steps: int  # of the whole run
+    epoch_steps: int  # of an epoch
+    phase: int  # index into `Method.phases`
+    generator: torch.Generator  # on the device; a function of the run's seed and the step
+
+    @property
+    def epoch(self) -> int:
+        """Counted from 0."""
+        return self.step // self.epoch_steps
+
+
+class Step(NamedTuple):
+    """The loss of one batch and what is to be logged: 0-d tensors, left on the device."""
+
+    loss: Tensor
+    scalars: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, loss: Tensor, scalars: dict[str, Tensor]) -> Step:
+        """The loss is logged beside the scalars, of which none keeps a graph."""
+        return cls(loss, {"loss": loss.detach()} | {name: value.detach() for name, value in scalars.items()})
+
+
+class Run(NamedTuple):
+    """What work between phases can use."""
+
+    data: Data
+    config: Config
+    folder: Path
+    device: torch.device
+    process: int
+    processes: int
+
+
+@dataclass
+class NoOptions:
+    """A method without keys of its own."""
+
+
+class Method(nn.Module):
+    """Base of all methods. Networks, teachers, banks and thresholds are attributes: all of them are saved and resumed.
+
+    Attributes:
+        Options: A dataclass of `config.key`s: the section of a configuration that carries the method's name.
+        renamed: Keys of earlier versions, and what they are called now.
+        correlation: Whether the method is published with a correlation head and regions.
+        pseudo_labels: Whether it makes labels that regions could propagate.
+        score_all: Score all networks of `evaluated` in training, not only the first.
+        bar: Scalars that the progress bar shows beside the loss.
+        model: A network that is trained. Further ones are further attributes, from the same factory.
+        average: The averaged network that `train.ema` asks for.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    renamed: ClassVar[Mapping[str, str]] = {}
+    correlation: ClassVar[bool] = False
+    pseudo_labels: ClassVar[bool] = True
+    score_all: ClassVar[bool] = False
+    bar: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, build: NetworkFactory, config: Config):
+        super().__init__()
+        self.options: Any = config.options
+        self.propagation = Propagation(config.propagation)
+        self.hard_pixels = config.train.ohem_pixels if config.train.ohem else None
+        self.model = build()
+        self.average: Teacher | None = None
+
+    # What every method says.
+
+    def streams(self) -> Mapping[str, Stream]:
+        """What a batch consists of: name -> images and views."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """The loss of a batch."""
+        raise NotImplementedError
+
+    # What most methods leave as it is.
+
+    def after_step(self, progress: Progress) -> None:
+        """Called once after each step of the optimiser, `progress.step` being the number of steps before it."""
+
+    @property
+    def evaluated(self) -> dict[str, nn.Module]:
+        """Networks by name; the first is scored, saved as the one to predict with, and shown."""
+        return {"model": self.model}
+
+    @property
+    def labeller(self) -> nn.Module:
+        """The network whose pseudo-labels `eval.pseudo_labels` measures: the first of `evaluated`."""
+        return next(iter(self.evaluated.values()))
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """Confidence from which a pseudo-label counts: the key of that name, 0 in methods without one."""
+        return getattr(self.options, "threshold", 0.0)
+
+    def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
+        return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
+
+    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
+        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it.
+
+        A group may say a `least_lr`, which the schedule keeps to.
+        """
+        groups = [{"name": "backbone", "lr": train.lr}, {"name": "head", "lr": train.lr * train.lr_multi}]
+        for group in groups:
+            inside = group["name"] == "backbone"
+            group["params"] = [p for name, p in self.trained() if ("backbone" in name.split(".")) == inside]
+        return groups
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are not frozen, by name: those that the optimiser moves."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    # Methods in several phases, each with an optimiser and a schedule of its own.
+
+    def phases(self, epochs: int) -> Sequence[int]:
+        """Epochs of each phase."""
+        return (epochs,)
+
+    def trains(self, phase: int) -> list[nn.Parameter]:
+        """What a phase trains: all but teachers. The loop freezes the rest, also when a run is resumed."""
+        teachers = {id(p) for module in self.modules() if isinstance(module, Teacher) for p in module.parameters()}
+        return [p for p in self.parameters() if id(p) not in teachers]
+
+    def begin(self, phase: int, run: Run) -> None:
+        """Work before a phase, and before its optimiser exists; not done again when the phase is resumed."""
+
+    # What the loop calls.
+
+    def finish_step(self, progress: Progress) -> None:
+        """Everything that follows a step of the optimiser."""
+        self.after_step(progress)
+        if self.average is not None:
+            self.average.follow(next(iter(self.evaluated.values())), progress.step)
+
+    @property
+    def scored(self) -> dict[str, nn.Module]:
+        """`evaluated`, behind the averaged network where there is one."""
+        averaged = {} if self.average is None else {"average": self.average.network}
+        return averaged | self.evaluated
+
+    # What methods share.
+
+    def supervised(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """Cross-entropy with labels (B, H, W); of hard pixels only where `train.ohem` says so."""
+        return losses.supervised(logits, truth, hard_pixels=self.hard_pixels)

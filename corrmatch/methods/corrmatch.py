@@ -1,0 +1,215 @@
+r"""CorrMatch (CVPR 2024, arXiv 2306.04300): weak-to-strong consistency with propagated labels.
+
+.. math::
+    L = \tfrac12 \left( \tfrac12 L_x + \tfrac12 L_{x,\mathrm{corr}} + \tfrac14 L_s + \tfrac14 L_{kl} + \tfrac14 L_{fp}
+    + \tfrac14 L_{\mathrm{corr}} \right)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from corrmatch import ops
+from corrmatch.config import Config, key
+from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
+from corrmatch.masks import RegionMasks
+from corrmatch.methods.base import Batch, Method, Progress, Step
+from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.propagation import Propagation
+from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
+from corrmatch.methods.parts.teacher import MODES, Teacher, answer
+from corrmatch.methods.parts.threshold import StepThreshold
+from corrmatch.models.deeplab import Prediction
+from corrmatch.models.factory import NetworkFactory
+from corrmatch.nn import DynamicThreshold
+
+WEIGHTS = {"x": 0.25, "x_corr": 0.25, "s": 0.125, "kl": 0.125, "fp": 0.125, "corr": 0.125}
+SHOWN_MASKS = 6
+SAMPLED_MASKS = 16  # whose area is logged: their positions are drawn at random, so the first are as good as all
+
+
+class Targets(NamedTuple):
+    """What the logits of a step are held against."""
+
+    logits: Tensor  # (B, C, h, w) of the weak views
+    weak: PseudoLabels  # what they say, and where it reaches the threshold:
+    weak_reliable: Tensor
+    labels: Tensor  # (B, H, W), of the strong views: cut and mixed, then propagated in regions
+    reliable: Tensor  # after region propagation
+    reliable_before: Tensor
+    counted: Tensor  # not padding
+
+
+class CorrMatch(Method):
+    """CorrMatch. Without `propagation.head` it has no terms `x_corr` and `corr`."""
+
+    @dataclass
+    class Options:
+        """The dynamic threshold, and who labels."""
+
+        threshold: float = key(0.85, "confidence from which a label is reliable, before the first step", low=0, high=1)
+        momentum: float = key(0.999, "of the threshold; 1 keeps it where it is", low=0, high=1)
+        teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
+                                  choices=(None, *MODES))  # fmt: skip
+        decay: float = key(0.996, "of the averaged network", low=0, high=1)
+
+    renamed: ClassVar[Mapping[str, str]] = {
+        "corrmatch.num_masks": "propagation.num_masks",
+        "corrmatch.connected": "propagation.connected",
+    }
+    correlation = True
+    bar = ("threshold", "reliable")
+
+    def __init__(self, build: NetworkFactory, config: Config):
+        super().__init__(build, config)
+        self.theta = StepThreshold(build.num_classes, self.options.threshold, self.options.momentum)
+        self.teacher = None
+        if self.options.teacher is not None:
+            mode = self.options.teacher
+            self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Labelled, unlabelled, and what CutMix pastes."""
+        return {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """The six terms."""
+        labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
+        truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
+        count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
+        pasted = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
+        both = torch.cat([labeled["image"], unlabeled["weak"]])
+        weak = self.model(both, perturb=True, correlate=part.head)
+        labelling = weak.split(count)[1]
+        if self.teacher is not None:
+            labelling = self.teacher(unlabeled["weak"], correlate=part.regions)
+        images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
+        strong = self.model(images, correlate=part.head)
+        masks = part.masks(labelling, size, progress.generator)
+        targets = make_targets(labelling.logits, pasted, unlabeled["ignore"], box, masks, self.theta, part)
+        propagated = (part.logits(weak), part.logits(strong)) if part.head else None
+        parts = terms(weak, strong, propagated, targets, truth, hard_pixels=self.hard_pixels)
+        loss = total(parts)
+        counted = targets.counted.count_nonzero().clamp(min=1)
+        scalars = parts | {
+            "threshold": self.theta.threshold.clone(),
+            "reliable": targets.reliable_before.count_nonzero() / counted,
+            "reliable_after": targets.reliable.count_nonzero() / counted,
+        }
+        if masks is not None:
+            some = RegionMasks(masks.packed[:1, :SAMPLED_MASKS], masks.size)
+            scalars["mask_area"] = some.area().float().mean() / box[0].numel()
+        return Step.of(loss, scalars)
+
+    def after_step(self, progress: Progress) -> None:
+        """The next batch moves the threshold on; the averaged network follows."""
+        self.theta.finish_step()
+        if self.teacher is not None:
+            self.teacher.follow(self.model, progress.step)
+
+    @property
+    def evaluated(self) -> dict[str, nn.Module]:
+        """The averaged network before the trained one."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.network}
+        return teacher | {"model": self.model}
+
+    @property
+    def threshold(self) -> Tensor:
+        """Where the dynamic threshold stands."""
+        return self.theta.threshold
+
+    def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """What the images would be given as pseudo-labels."""
+        out = model(images, correlate=self.propagation.head)
+        size = (images.shape[2], images.shape[3])
+        padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
+        pseudo = PseudoLabels.of(out.logits, padding)
+        shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.theta.threshold)}
+        masks = self.propagation.masks(out, size, torch.Generator(images.device).manual_seed(0))
+        if masks is None:
+            return shown
+        propagated, after = self.propagation.targets(pseudo, self.theta.threshold, masks, ~padding, out.logits.shape[1])
+        some = RegionMasks(masks.packed[:, :SHOWN_MASKS].contiguous(), masks.size)
+        return shown | {"propagated": propagated, "reliable after": after, "regions": some.to_bool()}
+
+
+def total(parts: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms."""
+    return torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
+
+
+def terms(
+    weak: Prediction,
+    strong: Prediction,
+    propagated: tuple[Tensor, Tensor] | None,
+    targets: Targets,
+    truth: Tensor,
+    *,
+    hard_pixels: int | None = None,
+) -> dict[str, Tensor]:
+    """Every term of the loss by name, unweighted.
+
+    Args:
+        weak: Of the weak views, labelled images first, with perturbed logits.
+        strong: Of the strong views.
+        propagated: The logits of both, spread along their correlation maps; None leaves out the terms of it.
+        targets: What they are held against.
+        truth: (B, H, W), labels of the labelled images.
+        hard_pixels: As in `losses.supervised`.
+    """
+    count, t = truth.shape[0], targets
+    weak_target = (t.weak.labels, t.weak_reliable, t.weak.counted)
+    strong_target = (t.labels, t.reliable, t.counted)
+    parts = {
+        "x": losses.supervised(weak.logits[:count], truth, hard_pixels=hard_pixels),
+        "s": losses.pseudo_supervised(strong.logits, *strong_target),
+        "kl": losses.consistency(strong.logits, t.logits, t.reliable_before, t.counted),
+        "fp": losses.pseudo_supervised(weak.perturbed[count:], *weak_target),  # type: ignore[index]
+    }
+    if propagated is not None:
+        along_weak, along_strong = propagated
+        parts["x_corr"] = losses.supervised(along_weak[:count], truth, hard_pixels=hard_pixels)
+        parts["corr"] = 0.5 * (
+            losses.pseudo_supervised(along_strong, *strong_target)
+            + losses.pseudo_supervised(along_weak[count:], *weak_target)
+        )
+    return parts
+
+
+@torch.no_grad()
+def make_targets(
+    weak_logits: Tensor, pasted: PseudoLabels, ignore: Tensor, box: Tensor, masks: RegionMasks | None,
+    theta: DynamicThreshold, propagation: Propagation,
+) -> Targets:  # fmt: skip
+    """Targets of the losses; moves the threshold `theta`.
+
+    Args:
+        weak_logits: (B, C, h, w) of the unlabelled images.
+        pasted: Of the images that CutMix pastes.
+        ignore: bool (B, H, W), padding of the unlabelled images.
+        box: bool (B, H, W), where CutMix pastes.
+        masks: Region masks of the unlabelled images; None leaves the labels as they are.
+        theta: The dynamic threshold; sees the weak logits where the *mixed* image is not padded, as published.
+        propagation: Sends labels through the masks.
+    """
+    labels, confidence, class_peak = ops.pseudo_label(
+        weak_logits, size=(box.shape[1], box.shape[2]), ignore=torch.where(box, pasted.ignore, ignore)
+    )
+    weak = PseudoLabels(labels, confidence, ignore)
+    mixed = weak.paste(pasted, box)
+    threshold = theta.update(class_peak)
+    after_labels, after = propagation.targets(mixed, threshold, masks, ~box & mixed.counted, weak_logits.shape[1])
+    return Targets(
+        weak_logits.detach(),
+        weak,
+        weak.reliable(threshold),
+        after_labels,
+        after,
+        mixed.reliable(threshold),
+        mixed.counted,
+    )

@@ -1,0 +1,59 @@
+"""Pseudo-labels: what a network says of unlabelled images, and how they are cut and mixed. No gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from corrmatch import ops
+
+
+class PseudoLabels(NamedTuple):
+    """Labels of unlabelled images (B, H, W), how sure they are, and where the images are padding."""
+
+    labels: Tensor
+    confidence: Tensor
+    ignore: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, ignore: Tensor) -> PseudoLabels:
+        """From logits (B, C, h, w), enlarged to the size of `ignore`."""
+        labels, confidence, _ = ops.pseudo_label(logits.detach(), size=(ignore.shape[1], ignore.shape[2]))
+        return cls(labels, confidence, ignore)
+
+    def paste(self, other: PseudoLabels, box: Tensor) -> PseudoLabels:
+        """CutMix: inside the box (B, H, W) the other's."""
+        return PseudoLabels(*(torch.where(box, theirs, mine) for theirs, mine in zip(other, self, strict=True)))
+
+    def taken(self, images: Tensor) -> PseudoLabels:
+        """Those of the images of these numbers (B,)."""
+        return PseudoLabels(*(x[images] for x in self))
+
+    def reversed(self) -> PseudoLabels:
+        """The batch in reverse order."""
+        return PseudoLabels(*(x.flip(0) for x in self))
+
+    @property
+    def counted(self) -> Tensor:
+        """Where there is no padding."""
+        return ~self.ignore
+
+    def reliable(self, threshold: float | Tensor) -> Tensor:
+        """Where the confidence reaches the threshold and there is no padding."""
+        return (self.confidence >= threshold) & ~self.ignore
+
+
+def paste(base: Tensor, other: Tensor, box: Tensor) -> Tensor:
+    """CutMix of images (B, 3, H, W): inside the box (B, H, W) the other's."""
+    return torch.where(box.unsqueeze(1), other, base)
+
+
+def nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels or masks (B, H, W) on a grid (h, w): position i takes that of floor(i H / h), exactly."""
+    rows, columns = (
+        torch.arange(new, device=maps.device) * old // new for old, new in zip(maps.shape[1:], size, strict=True)
+    )
+    return maps[:, rows[:, None], columns]

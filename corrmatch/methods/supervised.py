@@ -1,0 +1,29 @@
+"""Training on the labelled images alone: what every other method is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from corrmatch.data.streams import LABELED, Stream
+from corrmatch.methods.base import Batch, Method, Progress, Step
+
+
+class Supervised(Method):
+    """Cross-entropy on labelled images."""
+
+    pseudo_labels = False
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Labelled images."""
+        return {"labeled": LABELED}
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """Cross-entropy; with a correlation head that of the propagated logits beside it."""
+        image, truth = batch["labeled"]["image"], batch["labeled"]["label"]
+        out = self.model(image, correlate=self.propagation.head)
+        loss = self.supervised(out.logits, truth)
+        scalars = {"x": loss}
+        if self.propagation.head:
+            scalars["x_corr"] = self.supervised(self.propagation.logits(out), truth)
+            loss = loss + self.propagation.weight * scalars["x_corr"]
+        return Step.of(loss, scalars)

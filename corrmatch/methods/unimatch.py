@@ -1,0 +1,71 @@
+r"""UniMatch (CVPR 2023, arXiv 2208.09910): two strong views and perturbed features under one weak view.
+
+.. math:: L = \tfrac12 \left( L_x + \tfrac14 L_1 + \tfrac14 L_2 + \tfrac12 L_{fp} \right)
+
+L_k is the cross-entropy of strong view k, cut and mixed, with what the weak views are labelled; L_fp that of the weak
+view decoded from perturbed features. Both run over the pixels whose confidence reaches the threshold, divided by the
+number of pixels that are no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from corrmatch.config import key
+from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
+from corrmatch.data.views import WEAK_STRONG_STRONG
+from corrmatch.methods.base import Batch, Method, Progress, Step
+from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
+from corrmatch.methods.parts.teacher import answer
+
+
+class UniMatch(Method):
+    """UniMatch."""
+
+    @dataclass
+    class Options:
+        """The threshold."""
+
+        threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
+
+    bar = ("reliable",)
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Labelled, unlabelled with two strong views, and what CutMix pastes."""
+        views = {"unlabeled": UNLABELED, "mix": MIX}
+        return {"labeled": LABELED} | {name: replace(s, view=WEAK_STRONG_STRONG) for name, s in views.items()}
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """The four terms; with a correlation head those of the propagated logits besides."""
+        labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
+        truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
+        count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
+        other = PseudoLabels.of(answer(self.model, None, mix["weak"]).logits, mix["ignore"])
+        plain = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), perturb=True, correlate=part.head)
+        labelled, weak = plain.split(count)
+        pairs = zip(unlabeled["strong"].unbind(1), mix["strong"].unbind(1), boxes, strict=True)
+        strong = self.model(torch.cat([paste(*pair) for pair in pairs]), correlate=part.head)
+        along = part.logits(strong).chunk(2) if part.head else (None, None)
+
+        pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
+        masks = part.masks(weak, size, progress.generator)
+        scalars = {"x": self.supervised(labelled.logits, truth)}
+        if part.head:
+            scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
+        for k, (logits, propagated, box) in enumerate(zip(strong.logits.chunk(2), along, boxes, strict=True), start=1):
+            mixed = pseudo.paste(other, box)
+            labels, reliable = part.targets(mixed, theta, masks, ~box & mixed.counted, logits.shape[1])
+            scalars[f"s{k}"] = losses.pseudo_supervised(logits, labels, reliable, mixed.counted)
+            if propagated is not None:
+                scalars[f"corr{k}"] = losses.pseudo_supervised(propagated, labels, reliable, mixed.counted)
+        reliable = pseudo.reliable(theta)
+        scalars["fp"] = losses.pseudo_supervised(weak.perturbed, pseudo.labels, reliable, pseudo.counted)
+        loss = (scalars["x"] + (scalars["s1"] + scalars["s2"]) / 4 + scalars["fp"] / 2) / 2
+        if part.head:
+            loss = loss + part.weight * (scalars["x_corr"] + (scalars["corr1"] + scalars["corr2"]) / 4) / 2
+        scalars["reliable"] = reliable.sum() / pseudo.counted.sum().clamp(min=1)
+        return Step.of(loss, scalars)

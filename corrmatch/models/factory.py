@@ -1,0 +1,60 @@
+"""Networks as a configuration describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from corrmatch.config import ConfigError, ModelConfig
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.paths import expand
+
+
+@dataclass(frozen=True)
+class NetworkFactory:
+    """Makes networks; each call one with random weights of its own where no file or hub gives them.
+
+    Attributes:
+        model: What they are like.
+        num_classes: Channels of their logits.
+        correlation: Whether they have a correlation head.
+        pretrained: False leaves `model.pretrained` aside: the weights come from a checkpoint.
+        init: Weights that every network starts from; a correlation head that they lack starts at random.
+    """
+
+    model: ModelConfig
+    num_classes: int
+    correlation: bool = False
+    pretrained: bool = True
+    init: Mapping[str, Tensor] | None = None
+
+    def __call__(self, *, drop_path: float = 0.0) -> DeepLabV3Plus:
+        """A network in training mode, with stochastic depth where it is asked for."""
+        model = self.model
+        try:
+            network = DeepLabV3Plus(
+                model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
+                channels=model.channels, correlation=self.correlation, drop_path=drop_path, pretrained=self._weights(),
+            )  # fmt: skip
+        except ValueError as error:  # it names one of these keys
+            raise ConfigError(f"model.{error}") from error
+        if self.init is not None:
+            self._start_from(network, self.init)
+        return network
+
+    @staticmethod
+    def _start_from(network: DeepLabV3Plus, weights: Mapping[str, Tensor]) -> None:
+        try:
+            missing, unknown = network.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise ConfigError(f"model.init: the run had a network of another shape: {error}") from error
+        other = [name for name in (*missing, *unknown) if not name.startswith("correlation.")]
+        if other:
+            raise ConfigError(f"model.init: the run had another network, without or with {other[0]}")
+
+    def _weights(self) -> bool | str:
+        if not self.pretrained or self.init is not None:
+            return False
+        return str(expand(self.model.pretrained)) if isinstance(self.model.pretrained, str) else self.model.pretrained

@@ -1,0 +1,140 @@
+"""How one problem is computed: dtypes, padded sizes and tiles, from what the inputs look like."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from corrmatch.kernels.configs import Configs, architecture, configs
+from corrmatch.kernels.language import LOG2E
+
+ALIGNMENT = 128  # positions; a multiple of every block size
+MOST_NUMBERS = 2**31  # of a packed map of one picture: kernels count within it in 32 bits
+SPARE = 3  # channels that hold one number in three pieces
+
+
+def padded(positions: int) -> int:
+    """Positions of a packed map."""
+    return (positions + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def padded_channels(channels: int) -> int:
+    """Channels of a packed map: the next power of two from 16, the least that tensor cores take."""
+    size = 16
+    while size < channels:  # of a symbolic number it asks for no more than the range
+        size *= 2
+    return size
+
+
+@functools.cache
+def packed_form(query: torch.dtype, key: torch.dtype, value: torch.dtype, mass: bool) -> tuple[torch.dtype, int]:
+    """The dtype of packed maps, and in how many pieces they hold a number.
+
+    Half types stay as they are, but for float16 with the mass: divided by that, a gradient leaves its range. float32 is
+    three pieces of bfloat16, exactly; two hold the 11 bits of float16, too.
+    """
+    dtype = torch.promote_types(torch.promote_types(query, key), value)
+    if dtype == torch.float32:
+        return torch.bfloat16, 3
+    return (torch.bfloat16, 2) if dtype == torch.float16 and mass else (dtype, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one problem is computed.
+
+    Attributes:
+        dtype: Of the packed maps.
+        kept: Pieces of a number in the packed maps.
+        pieces: Those that products take: fewer where torch may multiply float32 in tf32, which has 11 bits.
+        depth: Channels of the packed query and key.
+        channels: Channels of the packed value.
+        query_factor: What the packed query is multiplied by.
+        factor: What turns the product of packed query and key into an exponent of 2.
+        exact: Whether the shift of a row is its largest score and V is divided by its sum; otherwise it is the lse.
+        folded: Whether the shift fits behind the channels of the query; otherwise the kernels subtract it.
+        bias: P is 2^bias times what it is, so that the small entries of float16 keep their digits.
+        configs: Tile shapes.
+    """
+
+    dtype: torch.dtype
+    kept: int
+    pieces: int
+    depth: int
+    channels: int
+    query_factor: float
+    factor: float
+    exact: bool
+    folded: bool
+    bias: float
+    configs: Configs
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, scale: float, mass: bool) -> Plan:
+        """For these inputs; `mass`: the value gets one more channel, of ones."""
+        # Not allow_tf32, which raises once a program has set fp32_precision; this one can be read after either.
+        rough = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        dtypes = (query.dtype, key.dtype, value.dtype)
+        return _plan(dtypes, query.shape[1], value.shape[1], scale, mass, rough, architecture(query))
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], depth: int, values: int, scale: float, mass: bool,
+    rough: bool, arch: int,
+) -> Plan:  # fmt: skip
+    dtype, kept = packed_form(*dtypes, mass)
+    padded_depth, channels = padded_channels(depth), padded_channels(values + mass)
+    exact = kept > 1
+    # A product with the query rounds once a channel, one with the score rounds it as a whole; half types cannot.
+    query_factor, factor = (scale * LOG2E, 1.0) if exact else (1.0, scale * LOG2E)
+    # Folding divides by the factor, and float16 ends at 65504.
+    folded = padded_depth - depth >= SPARE and abs(factor) >= 2**-20 and dtype == torch.bfloat16 and not exact
+    return Plan(
+        dtype,
+        kept,
+        min(kept, 2) if rough else kept,
+        padded_depth,
+        channels,
+        query_factor,
+        factor,
+        exact,
+        folded,
+        8.0 if dtype == torch.float16 else 0.0,
+        configs(arch, exact, max(padded_depth, channels)),
+    )
+
+
+class Layout(NamedTuple):
+    """Shapes of what the forward leaves for the backward, in functions of the inputs' shapes alone.
+
+    Attributes:
+        packed: (B, numbers): query, key and value of a picture behind one another, each (pieces, channels, padded
+            positions), in `dtype`.
+        rows: (B, 2, padded N_q) or, with the mean key, (B, 2 + D, padded N_q), float32: shift, sum and mean key.
+        dtype: Of the packed maps.
+    """
+
+    packed: tuple[int, int]
+    rows: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, mass: bool, mean: bool) -> Layout:
+        """For these inputs; raises ValueError where a picture is too large."""
+        dtype, pieces = packed_form(query.dtype, key.dtype, value.dtype, mass)
+        n_q, n_k = padded(query.shape[2] * query.shape[3]), padded(key.shape[2] * key.shape[3])
+        depth, channels = padded_channels(query.shape[1]), padded_channels(value.shape[1] + mass)
+        for name, count, positions in (("query", depth, n_q), ("key", depth, n_k), ("value", channels, max(n_q, n_k))):
+            if pieces * count * positions > MOST_NUMBERS:
+                raise ValueError(
+                    f"{name}: 'triton' takes pictures of at most 2^31 numbers, channels padded to a power of two and "
+                    f"positions to a multiple of {ALIGNMENT}; got {pieces * count} x {positions}"
+                )
+        numbers = pieces * (depth * (n_q + n_k) + channels * n_q)
+        rows = 2 + query.shape[1] if mean else 2
+        return cls((query.shape[0], numbers), (query.shape[0], rows, n_q), dtype)

@@ -1,0 +1,255 @@
+"""What every method has to do: the same bodies for all of them, with correlation propagation and without."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from child import in_two_processes
+from training import (
+    assert_same,
+    build_without_batch_effects,
+    count_everything,
+    die_in_step,
+    scalars,
+    small_config,
+    stop_after,
+)
+
+from corrmatch.config import ConfigError, load_config
+from corrmatch.data.streams import Streams
+from corrmatch.methods import METHODS, build_method
+from corrmatch.methods.base import Progress
+from corrmatch.methods.parts.teacher import Teacher
+from corrmatch.models.deeplab import evaluating
+from corrmatch.training import checkpoint, trainer
+from corrmatch.training.predict import load_model
+from corrmatch.training.trainer import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
+
+# Options under which a method's terms do not vanish on a network that knows nothing yet.
+ALIVE = {
+    "corrmatch": ("corrmatch.threshold=0.2",),
+    "fixmatch": ("fixmatch.threshold=0.2",),
+    "unimatch": ("unimatch.threshold=0.2",),
+    "color_augmentation": ("color_augmentation.threshold=0.2", "color_augmentation.frozen_norms=false"),
+    "fuzzy_positive": (),
+    "dual_teacher": ("dual_teacher.threshold=0.2",),
+    # With the published weights, networks that know nothing agree on one class before they learn another one.
+    "mutual_distillation": ("mutual_distillation.teacher_weight=0.5", "mutual_distillation.student_weight=0.3"),
+    "prcl": (
+        "prcl.anchors=8",
+        "prcl.negatives=16",
+        "prcl.dimensions=16",
+        "prcl.threshold=0.2",
+        "prcl.weak_threshold=0.2",
+    ),
+    "cross_teacher": ("cross_teacher.threshold=0.2",),
+}
+# Forms of methods that are published besides.
+FORMS = {
+    "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
+    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+    "cross_teacher, contrast": (
+        "cross_teacher",
+        (
+            "cross_teacher.contrast=0.1",
+            "cross_teacher.mix=true",
+            "cross_teacher.bank=2",
+            "cross_teacher.bank_threshold=0",
+        ),
+    ),
+}
+# One number for a batch: two batches are not one of twice the size.
+BATCH_WIDE = {
+    "color_augmentation": "the confidence rate is a mean over the batch of one process",
+    "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
+    "dual_teacher": "images are mixed within the batch of one process",
+    "mutual_distillation": "images are mixed with the next one of the batch of one process",
+    "prcl": "images are mixed with the next one of the batch of one process",
+    "cross_teacher": "the rate of confident pixels is a mean over the batch of one process",
+}
+
+
+def cases(skipped=()):
+    """Method, its form, and whether propagation is on."""
+    found = []
+    named = {name: (name, ()) for name in METHODS} | FORMS
+    for label, (name, form) in named.items():
+        if name in skipped:
+            continue
+        for on in (False, True):
+            regions = on and METHODS[name].pseudo_labels
+            switches = (f"propagation.head={on}", f"propagation.regions={regions}")
+            overrides = (f"method={name}", *form, *switches, *ALIVE.get(name, ()))
+            found.append(pytest.param(name, overrides, id=f"{label}-{'propagation' if on else 'plain'}"))
+    return found
+
+
+all_methods = pytest.mark.parametrize(("name", "overrides"), cases())
+
+
+@pytest.fixture(scope="module")
+def sample(small_sample):
+    return small_sample
+
+
+@all_methods
+def test_gradients_and_teachers(sample, tmp_path, name, overrides):
+    """Every trained parameter gets a gradient; a teacher gets none, and moves only between steps."""
+    run = Trainer(small_config(sample, tmp_path / "run", *overrides))
+    method = run.method.train()
+    teachers = [module for module in method.modules() if isinstance(module, Teacher)]
+    before = [p.clone() for teacher in teachers for p in teacher.parameters()]
+    loss, values = method(next(iter(loader(run))), Progress(0, 4, 4, 0, torch.Generator().manual_seed(0)))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(value.isfinite() and not value.requires_grad and value.dim() == 0 for value in values.values())
+    trained = dict(method.trained())
+    groups = [p for group in method.parameter_groups(run.config.train) for p in group["params"]]
+    assert {id(p) for p in groups} == {id(p) for p in trained.values()}
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
+    for teacher in teachers:
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(map(torch.equal, before, [p for teacher in teachers for p in teacher.parameters()]))
+
+
+def loader(run):
+    streams = Streams(run.data, run.method.streams(), run.config.train)
+    return (streams[number] for number in range(4))
+
+
+@all_methods
+def test_kill_and_resume_is_bit_for_bit_an_uninterrupted_run(sample, tmp_path, monkeypatch, name, overrides):
+    ends = []
+    for folder in ("whole", "halves"):
+        config = small_config(sample, tmp_path / folder, *overrides, "train.save_every=2", "train.eval_every=4")
+        run = Trainer(config)
+        if folder == "halves":
+            die_in_step(run, 4, monkeypatch)
+            run = Trainer(config, resume=True)
+            assert run.step == 2
+        run.run()
+        ends.append(checkpoint.load(tmp_path / folder / "last.pt"))
+        ends[-1].pop("config")
+    assert_same(*ends)
+    for kind in ("train", "val"):
+        assert scalars(tmp_path / "halves", kind) == scalars(tmp_path / "whole", kind)
+
+
+@all_methods
+def test_what_is_predicted_with_is_what_was_scored(sample, tmp_path, name, overrides):
+    run = Trainer(small_config(sample, tmp_path / "run", *overrides, "train.ema=0.5"))
+    stop_after(run, 2)
+    run.run()
+    assert next(iter(run.method.scored)) == "average"
+    model, _, _ = load_model(tmp_path / "run" / "last.pt")
+    images = torch.randn(2, 3, 49, 49)
+    with evaluating(run.method.average.network), torch.no_grad():
+        torch.testing.assert_close(model(images).logits, run.method.average.network(images).logits, rtol=0, atol=0)
+    assert {"miou", "accuracy"} < scalars(tmp_path / "run", "val")[0].keys()
+
+
+@pytest.mark.parametrize(("name", "overrides"), cases(skipped=BATCH_WIDE))
+def test_accumulated_batches_are_one_large_batch(sample, tmp_path, monkeypatch, name, overrides):
+    """Where no layer looks at the batch as a whole; without regions, whose positions each batch draws for itself."""
+    monkeypatch.setattr(trainer, "build_method", build_without_batch_effects)
+    weights = []
+    for folder, batch, accumulate in (("large", 4, 1), ("small", 2, 2)):
+        sizes = (f"train.batch_size={batch}", f"train.accumulate={accumulate}")
+        fixed = (*overrides, "propagation.regions=false", "corrmatch.momentum=1", "fixmatch.partner=stream")
+        run = Trainer(small_config(sample, tmp_path / folder, *fixed, *sizes, "train.lr=0.01"))
+        count_everything(run)
+        stop_after(run, 2)
+        run.run()
+        weights.append(run.method.state_dict())
+    assert_close(weights[1], weights[0])
+
+
+def assert_close(states, expected):
+    for key, value in expected.items():
+        torch.testing.assert_close(states[key], value, rtol=1e-4, atol=1e-5, msg=f"{key} differs")
+
+
+def train_without_batch_effects(data, folder, batch):
+    """All methods, one after the other."""
+    torch.set_num_threads(1)
+    for case in cases(skipped=BATCH_WIDE):
+        _, overrides = case.values
+        fixed = ("fixmatch.partner=stream", f"train.batch_size={batch}", "train.cpu=true", "train.lr=0.01")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "build_method", build_without_batch_effects)
+            run = Trainer(small_config(data, folder / case.id, *overrides, *fixed))
+        count_everything(run)
+        stop_after(run, 2)
+        run.run()
+
+
+def test_two_processes_are_one_with_the_doubled_batch(sample, tmp_path):
+    """Where no layer looks at the batch as a whole; the three validation images are not divisible by two."""
+    call = f"train_without_batch_effects({str(sample)!r}, Path({str(tmp_path / 'two')!r}), 2)"
+    in_two_processes(__file__, call, tmp_path)
+    train_without_batch_effects(sample, tmp_path / "one", 4)
+    for case in (case.id for case in cases(skipped=BATCH_WIDE)):
+        one, two = (tmp_path / name / case for name in ("one", "two"))
+        ends = [checkpoint.load(folder / "last.pt") for folder in (one, two)]
+        assert [len(content["random"]) for content in ends] == [1, 2]
+        assert_close(ends[1]["method"], ends[0]["method"])
+        for kind in ("miou", "accuracy"):
+            assert scalars(two, "val")[0][kind] == pytest.approx(scalars(one, "val")[0][kind])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrong_key_is_named(name):
+    with pytest.raises(ConfigError, match=rf"^{name}\.no_such: no such key"):
+        load_config("sample", ["data.root=x", f"method={name}", f"{name}.no_such=1"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_propagation_is_off_unless_published_or_asked_for(name):
+    """Off means that nothing of it is there: no head, no keys in a checkpoint."""
+    config = load_config("sample", ["data.root=x", f"method={name}", "model.channels=8"])
+    method = build_method(config, 6)
+    parts = (method.propagation.head, method.propagation.regions)
+    assert parts == ((True, True) if METHODS[name].correlation else (False, False))
+    assert any("correlation" in key for key in method.state_dict()) == METHODS[name].correlation
+
+
+def test_regions_need_a_head_and_pseudo_labels():
+    for overrides in (
+        ("method=fixmatch", "propagation.regions=true"),
+        ("propagation.head=false", "propagation.regions=true"),
+    ):
+        with pytest.raises(ConfigError, match=r"propagation\.regions: expected propagation\.head=true"):
+            build_method(load_config("sample", ["data.root=x", *overrides]), 6)
+    supervised = ["data.root=x", "method=supervised", "propagation.head=true", "propagation.regions=true"]
+    with pytest.raises(ConfigError, match=r"propagation\.regions: the method makes no pseudo-labels"):
+        build_method(load_config("sample", supervised), 6)
+
+
+def test_every_method_has_a_page_and_a_test():
+    root = Path(__file__).parents[2]
+    for name in METHODS:
+        assert (root / "docs" / "methods" / f"{name}.md").is_file(), name
+        assert name == "supervised" or (Path(__file__).parent / f"test_{name}.py").is_file(), name
+        assert (root / "corrmatch" / "methods" / f"{name}.py").is_file(), name
+
+
+def test_loss_falls(sample, tmp_path):
+    """Of labelled images, whatever else a method asks."""
+    for name in METHODS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        overrides = (f"method={name}", *ALIVE.get(name, ()), "train.epochs=6", "train.eval_every=6")
+        Trainer(small_config(sample, tmp_path / name, *overrides)).run()
+        lines = scalars(tmp_path / name)
+        first, last = (sum(line["x"] for line in part) / 4 for part in (lines[:4], lines[-4:]))
+        assert last < 0.95 * first, name
+        assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_names_are_those_of_the_files():
+    assert list(METHODS) == [kind.__module__.rpartition(".")[2] for kind in METHODS.values()]
