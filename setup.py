@@ -10,6 +10,7 @@ Environment:
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -74,8 +75,11 @@ class Cuda:
             return cls(f"not built: the toolkit of {nvcc} had no libcudart_static.a when it was installed")
         archs = os.environ.get("CORRMATCH_CUDA_ARCHS") or cls.known(nvcc, CUDA_ARCHS)
         flags = [*cls.gencode(archs), "-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        if not cls.compiles(nvcc, host):
-            reason = f"{nvcc} compiles no C++20; that of CUDA 12.0 and newer does"
+        complaint = cls.complaint(nvcc, host)
+        if complaint is not None:
+            reason = (
+                f"{nvcc} compiles no C++20, as that of CUDA 12.0 and newer does with a compiler it knows: {complaint}"
+            )
             if wanted == "1":
                 raise SystemExit(f"CORRMATCH_BUILD_CUDA=1, but {reason}")
             return cls(f"not built: when it was installed, {reason}")
@@ -97,12 +101,16 @@ class Cuda:
         return next((lib.resolve() for lib in found if (lib / "libcudart_static.a").exists()), None)
 
     @staticmethod
-    def compiles(nvcc: str, host: Sequence[str]) -> bool:
-        """Whether nvcc and its host compiler know C++20, by trying."""
+    def complaint(nvcc: str, host: Sequence[str]) -> str | None:
+        """What nvcc or its host compiler says of a little C++20; None where it compiles."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cu"
             source.write_text("#include <concepts>\nstatic_assert(std::integral<int>);\n__global__ void kernel() {}\n")
-            return run([nvcc, *host, "-std=c++20", "-c", str(source), "-o", "probe.o"], folder).returncode == 0
+            done = run([nvcc, *host, "-std=c++20", "-c", str(source), "-o", "probe.o"], folder)
+        if done.returncode == 0:
+            return None
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search("error|fatal", line, re.I)]
+        return " ".join(lines[0].split()) if lines else f"it ended with exit code {done.returncode}"
 
     @staticmethod
     def known(nvcc: str, archs: str) -> str:
@@ -163,7 +171,10 @@ class NinjaBuild(build_ext):
         if jobs:
             command += ["-j", jobs]
         if subprocess.run(command, check=False).returncode:
-            raise SystemExit("corrmatch: compiling csrc/ failed; the compiler's message stands above")
+            raise SystemExit(
+                "corrmatch: compiling csrc/ failed; the compiler's message stands above. Where it is nvcc's, "
+                "CORRMATCH_BUILD_CUDA=0 leaves the CUDA kernels out"
+            )
 
     def build_file(self, target: Path) -> str:
         """The text of build.ninja."""
@@ -194,9 +205,9 @@ class NinjaBuild(build_ext):
             rules.append(f"build {name}.o: {rule} {escape(source)}\n  extra = {' '.join(extra)}")
             objects.append(f"{name}.o")
 
-        define = f'-DCORRMATCH_CUDA_STATUS="{cuda.status}"'
+        define = f"-DCORRMATCH_CUDA_STATUS={json.dumps(cuda.status)}"  # a literal of C++ as well
         with_cuda = ["-DCORRMATCH_CUDA"] if cuda.nvcc else []
-        edge("cxx", ROOT / "csrc/binding.cpp", "binding", [shlex.quote(define), *with_cuda])
+        edge("cxx", ROOT / "csrc/binding.cpp", "binding", [shlex.quote(define).replace("$", "$$"), *with_cuda])
         edge("cxx", ROOT / "csrc/cpu/dispatch.cpp", "dispatch", [])
         sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
         for variant, variant_flags in (X86_VARIANTS if x86 else GENERIC).items():

@@ -5,12 +5,11 @@ The keys of a method stand in the method's own file, in a section that carries t
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import importlib.resources
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, ClassVar, Protocol, cast, get_type_hints
 
@@ -298,16 +297,12 @@ def _with_new_names(part: dict[str, Any], methods: Methods) -> dict[str, Any]:
 
 
 def _check_values(section: Any, prefix: str = "") -> None:
-    for entry, value in _entries(section):
-        name = f"{prefix}{entry.name}"
+    for entry in fields(section):
+        value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
         if is_dataclass(value):
             _check_values(value, f"{name}.")
         elif value is not None:
             _check_value(name, value, entry.metadata)
-
-
-def _entries(section: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
-    return ((entry, getattr(section, entry.name)) for entry in fields(section))
 
 
 def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:

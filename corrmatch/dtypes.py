@@ -34,10 +34,9 @@ def dense(name: str, x: Tensor) -> None:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, where it is on; None elsewhere. The meta device, for one, has no autocast."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    """The dtype of autocast, where it is on; None elsewhere. The meta device has no autocast to be asked for."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -39,7 +39,9 @@ class RegionMasks:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", _plain(self.size))
+        size = self.size
+        if type(size) is not tuple or len(size) != 2 or type(size[0]) is not int or type(size[1]) is not int:
+            object.__setattr__(self, "size", _plain(size))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RegionMasks):
@@ -65,8 +67,6 @@ class RegionMasks:
     @classmethod
     def from_bool(cls, masks: Tensor) -> RegionMasks:
         """Packs a bool tensor (B, K, H, W)."""
-        if masks.layout is not torch.strided:
-            raise TypeError(f"masks: expected a dense tensor (torch.strided), got layout {masks.layout}")
         if masks.dtype != torch.bool:
             raise TypeError(f"masks: expected a bool tensor, got {masks.dtype}")
         dense("masks", masks)

@@ -259,54 +259,6 @@ def test_plot_without_its_op_is_refused_first():
         bench_corr.main(["--plot", "figure.png", "--ops", "pseudo_label"])
 
 
-def race(racing, seconds):
-    """Number of rounds of each."""
-    outcomes = list(measure.race(racing, seconds, "cpu"))
-    assert all(times["forward"] > 0 for _, times in outcomes)
-    return [sum(i == j for j, _ in outcomes) for i in range(len(racing))]
-
-
-def test_race_shares_time_and_keeps_minimum_rounds():
-    calls = []
-
-    def contender(name, seconds, ours=False):
-        return measure.Contender(name, lambda: (calls.append(name), time.sleep(seconds)), ours=ours)
-
-    racing = [contender("ours", 0.002, ours=True), contender("near", 0.004), contender("far", 0.05)]
-    rounds = race(racing, 0.2)
-    assert rounds == [calls.count(name) for name in ("ours", "near", "far")]
-    assert rounds[0] > rounds[1] > rounds[2] >= measure.LEAST_ROUNDS_SLOW
-    assert rounds[1] >= measure.LEAST_ROUNDS
-    between = calls.index("far", calls.index("far") + 1) - calls.index("far")
-    assert between > 5  # the fast ones run while the slow one waits for its turn
-
-
-def test_race_without_time_still_has_minimum_rounds():
-    racing = [measure.Contender(name, lambda: time.sleep(0.005)) for name in "ab"]
-    assert race(racing, 0.0) == [measure.LEAST_ROUNDS] * 2
-
-
-def test_peak_counts_what_a_call_takes_and_returns():
-    size = 64 * 2**20
-    peak = measure.peak_extra_bytes(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
-    assert peak is None or 0.99 * size < peak < 1.25 * size
-    assert (peak is None) == (sys.platform != "linux")
-
-
-def test_summary_of_known_samples():
-    summary = measure.summary([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert summary["median"] == 3.0
-    assert summary["spread"] == pytest.approx(1 / 3)
-
-
-def test_ratio_of_known_times():
-    def row(name, seconds, ours=False):
-        return {"name": name, "ours": ours, "times": {"forward": {"median": seconds}}}
-
-    rows = [row("corrmatch", 2.0, ours=True), row("near", 3.0), row("far", 40.0)]
-    assert [report.ratio(r, rows, "forward").strip() for r in rows] == ["1.50x", "1.50", "20.0"]
-
-
 def test_a_graph_has_a_row_and_the_floor_a_line():
     times = {name: {"median": 2e-3, "spread": 0.0} for name in ("forward", "backward", "both")}
     graphs = {name: {"median": 1e-3, "spread": 0.0} for name in ("forward_graph", "both_graph")}
@@ -325,27 +277,3 @@ def test_a_graph_has_a_row_and_the_floor_a_line():
         "share of the exp floor: forward 25 %, forward in a graph 50 %, forward + backward 50 %, "
         "forward + backward in a graph 100 %"
     )
-
-
-def attention(query, key, value, scale):
-    scores = scale * (query.float() @ key.float().mT)
-    return (scores.softmax(-1) @ value.float()).to(value.dtype), scores.logsumexp(-1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_composition_of_attentions_has_the_gradients_of_the_published_form(dtype):
-    """With an attention whose lse is differentiable, as FlexAttention's is on a GPU."""
-    maps = [torch.randn(2, c, 5, 7, dtype=dtype).requires_grad_() for c in (21, 21, 6)]
-    wide = [x.detach().double().requires_grad_() for x in maps]
-    upstream = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    out = peers.attention_composition(attention, power_of_two=True)(*maps)
-    expected = peers.published(*wide)
-    found = (out.detach(), *torch.autograd.grad(out, maps, upstream.to(dtype)))
-    wanted = (expected.detach(), *torch.autograd.grad(expected, wide, upstream))
-    assert cases.largest_relative_error(found, wanted) < cases.TOLERANCE[dtype] + 1e-5
-
-
-def test_components_are_renumbered_in_raster_order():
-    labels = np.array([[0, 7, 7], [3, 0, 0], [3, 0, 5]])
-    assert cases.raster_order(labels).tolist() == [[0, 1, 1], [2, 0, 0], [2, 0, 3]]
-    assert cases.raster_order(np.array([[4, 2]])).tolist() == [[1, 2]]

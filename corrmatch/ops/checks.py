@@ -30,17 +30,21 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
         raise ValueError(f"{name}: expected a tensor on {like.device} as the others, got {x.device}")
 
 
-def backward_only(name: str, x: Tensor) -> None:
+def backward_only(**maps: Tensor) -> None:
     """Derivatives other than those that backward() and torch.autograd.grad take are refused.
 
     Those of forward mode torch would take for 0; of those of torch.func it would say that a function lacks a method.
     """
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(f"{name}: forward-mode derivatives are not supported; corrmatch.reference has them")
-    if torch._C._are_functorch_transforms_active() and _within_func_grad(x):
-        raise RuntimeError(
-            f"{name}: derivatives of torch.func (grad, vjp, jacrev) are not supported; corrmatch.reference has them"
-        )
+    forward, functions = forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()
+    if not (forward or functions):
+        return
+    for name, x in maps.items():
+        if forward and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"{name}: forward-mode derivatives are not supported; corrmatch.reference has them")
+        if functions and _within_func_grad(x):
+            raise RuntimeError(
+                f"{name}: derivatives of torch.func (grad, vjp, jacrev) are not supported; corrmatch.reference has them"
+            )
 
 
 def _within_func_grad(x: Tensor) -> bool:
@@ -104,13 +108,14 @@ def image_size(size: Any) -> tuple[int, int]:
         height, width = size
     except (TypeError, ValueError):
         raise TypeError(f"size: expected (H, W), got {size!r}") from None
-    if not (isinstance(height, Integral | torch.SymInt) and isinstance(width, Integral | torch.SymInt)):
-        raise TypeError(f"size: expected two integers (H, W), got {size!r}")
+    if not (type(height) is int and type(width) is int):
+        if not (isinstance(height, Integral | torch.SymInt) and isinstance(width, Integral | torch.SymInt)):
+            raise TypeError(f"size: expected two integers (H, W), got {size!r}")
+        height, width = (x if isinstance(x, torch.SymInt) else int(x) for x in (height, width))
     if height < 1 or width < 1:
         raise ValueError(f"size: expected at least 1 x 1, got {size!r}")
-    pixels("size", height, width)  # type: ignore[arg-type]
-    height, width = (x if isinstance(x, torch.SymInt) else int(x) for x in (height, width))
-    return height, width  # type: ignore[return-value]
+    pixels("size", height, width)
+    return height, width
 
 
 def real(name: str, x: Any) -> float:

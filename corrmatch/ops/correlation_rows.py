@@ -35,8 +35,7 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
     if key.dtype != query.dtype:
         raise TypeError(f"key: expected {query.dtype} as query, got {key.dtype}")
     checks.row_index(index, query)
-    checks.backward_only("query", query)
-    checks.backward_only("key", key)
+    checks.backward_only(query=query, key=key)
     index = index.expand(query.shape[0], -1)
     rows = torch.ops.corrmatch.correlation_rows(query.flatten(2), key.flatten(2), index, checks.scale(scale, query))
     return rows.view(*rows.shape[:2], *key.shape[2:])

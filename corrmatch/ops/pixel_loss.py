@@ -114,7 +114,7 @@ def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
 def _fused(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    checks.backward_only("logits", logits)
+    checks.backward_only(logits=logits)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, pixels, _ = torch.ops.corrmatch.pixel_loss(logits, labels, target, weight, gradient, backend)
     return loss, pixels.detach()

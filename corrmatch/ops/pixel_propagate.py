@@ -83,8 +83,7 @@ def pixel_propagate(
                 query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
             )
 
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        checks.backward_only(name, x)
+    checks.backward_only(query=query, key=key, value=value)
     gate = None
     if confidence is not None and threshold is not None:
         gate = confidence_gate(value, confidence, threshold).view(-1, 1, *_as_map(query).shape[2:])

@@ -65,7 +65,7 @@ def load(path: Path) -> dict[str, Any]:
         if rotten is not None:
             raise RuntimeError(f"{rotten} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{path}: not a checkpoint, or a broken one") from error
     if not isinstance(content, dict) or not {"config", "classes", "method"} <= content.keys():
         raise ConfigError(f"{path}: not a checkpoint of corrmatch")

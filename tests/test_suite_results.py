@@ -1,0 +1,132 @@
+"""What the GPU suite writes, and the processes that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import bench_corr
+import gpu_suite
+import pytest
+import suite_report
+import suite_results
+import suite_steps
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(gpu_suite.__file__).with_name("gpu_suite.sh")
+OPS = ["ops-bfloat16"]
+REGIONS = ["regions-masks", "regions-components"]
+LATER = ["tests-core", *OPS, *REGIONS, "train", "ops-float32", "tests-rest", "tests-sanitizer"]
+ORDER = ["build", "device", *LATER]
+GPU = {"driver": "580.1", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 85 * 10**9}
+CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
+
+
+def running(pid):
+    """Not so where it has ended and is only not yet collected by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_process_past_its_limit_ends_with_all_that_it_started(tmp_path):
+    pid, log = tmp_path / "pid", tmp_path / "log"
+    code = f"""import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(pid)!r}, "w").write(str(child.pid))
+print("started", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("asked to stop", flush=True)"""
+    start = time.monotonic()
+    with log.open("w") as file:
+        assert gpu_suite.wait(suite_steps.Step("x", [sys.executable, "-c", code]), 3, dict(os.environ), file) is None
+    assert time.monotonic() - start < 60
+    assert log.read_text().splitlines() == ["started", "asked to stop"]
+    while time.monotonic() - start < 60 and running(int(pid.read_text())):
+        time.sleep(0.1)
+    assert not running(int(pid.read_text()))
+
+
+def test_exit_code_of_a_process(tmp_path):
+    step = suite_steps.Step("x", [sys.executable, "-c", "import os, sys; print(os.getcwd()); sys.exit(7)"], tmp_path)
+    with (tmp_path / "log").open("w") as file:
+        assert gpu_suite.wait(step, 60, dict(os.environ), file) == 7
+    assert (tmp_path / "log").read_text().strip() == str(tmp_path)
+
+
+ENVIRONMENT = {
+    "date": "2027-01-02T03:04:05+00:00", "device": "NVIDIA X", "device_type": "cuda", "threads": 8, "load": 0.5,
+    "backends": {"triton": ""}, "variables": {}, "corrmatch": "0.1.0", "commit": None, "torch": "2.11.0",
+    "triton": "3.6.0", "numpy": "2.5.2", "cuda": "13.0", "python": "3.12.3", "platform": "Linux", "clocks": CLOCKS,
+    "exponentials_a_second": 4e12, "gpu": GPU,
+}  # fmt: skip
+TIMES = {"forward": {"median": 1.0, "spread": 0.1, "rounds": 3}}
+OURS = {"name": "corrmatch", "ours": True, "family": None, "status": "ok", "error": 0.0,
+        "peak_extra_bytes": {"forward": 7}, "times": TIMES, "floor_shares": {"forward": 0.5}}  # fmt: skip
+CASE = {"op": "pseudo_label", "size": "5x5", "workload": "C = 21", "positions": 25, "batch": 1, "dtype": "float32",
+        "elements": 9, "unit": "pixels", "tolerance": 1e-4, "exponentials": {}, "contenders": [OURS]}  # fmt: skip
+STEP = {"part": "ops", "name": "ops-float32", "command": ["python"], "status": "passed", "reason": None, "seconds": 1.5,
+        "limit": 9, "log": "logs/ops-float32.txt", "tests": None, "clocks": [CLOCKS, None]}  # fmt: skip
+GOOD = {"schema": 1, "dry_run": False, "environment": ENVIRONMENT, "command": [], "seconds": 2.5, "failures": 0,
+        "steps": [STEP], "cases": [CASE], "train": None}  # fmt: skip
+
+
+def test_good_results_have_no_problem():
+    assert suite_results.problems(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (["schema"], 2, "results.schema: 2, expected 1"),
+        (["dry_run"], 1, "results.dry_run: expected bool"),
+        (["failures"], True, "results.failures: expected int"),
+        (["failures"], 1, "results.failures: 1, but 0 steps"),
+        (["environment", "gpu", "driver"], 580, "results.environment.gpu.driver: expected str"),
+        (["environment", "torch"], ..., "results.environment.torch: lacking"),
+        (["steps", 0, "extra"], 1, "results.steps[0].extra: not documented"),
+        (["steps", 0, "clocks", 0, "sm_mhz"], "fast", "results.steps[0].clocks[0].sm_mhz: expected"),
+        (["cases"], {}, "results.cases: expected a list"),
+        (["cases", 0, "contenders", 0, "times", "forward", "spread"], None, "times.forward.spread: expected"),
+        (["cases", 0, "contenders", 0, "times"], [], "times: expected an object"),
+        (["cases", 0, "contenders", 0, "floor_shares"], ..., "pseudo_label 5x5, corrmatch: was timed, but has no"),
+        (["train"], {"parts": {}, "differences": []}, "results.train.setting: lacking"),
+        ([], None, "results: expected an object"),
+    ],
+)
+def test_what_is_not_as_documented_is_found(path, value, problem):
+    results = {"": json.loads(json.dumps(GOOD))}
+    at, *keys = results, "", *path
+    for key in keys[:-1]:
+        at = at[key]
+    if value is ...:
+        del at[keys[-1]]
+    else:
+        at[keys[-1]] = value
+    found = suite_results.problems(results[""])
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_every_field_is_documented():
+    """In the words above the schema, or in those of bench_corr for what it wrote."""
+    words = suite_results.__doc__
+    assert all(name in words for name in (*suite_results.RESULTS, *suite_results.STEP))
+    fields = (*suite_results.CASE, *suite_results.CONTENDER, *suite_results.TIMES, *suite_results.ENVIRONMENT)
+    assert [name for name in fields if name not in bench_corr.__doc__] == []
+
+
+def test_report_of_a_measured_case():
+    blocks = "\n".join(suite_report.figures(GOOD))
+    assert "## pseudo_label, float32" in blocks
+    assert "share of the exp floor: forward 50 %" in blocks
+    clocks = [{"sm_mhz": 1980.0}, {"sm_mhz": 1755.0}], [{"sm_mhz": None}, {"sm_mhz": None}], None
+    shown = suite_report.steps(GOOD | {"steps": [STEP | {"clocks": pair} for pair in clocks]}).splitlines()[-3:]
+    assert [line.split("|")[5].strip() for line in shown] == ["1980 to 1755", "", ""]
