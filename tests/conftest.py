@@ -30,7 +30,7 @@ hypothesis.settings.register_profile(
     max_examples=60,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
-hypothesis.settings.load_profile("corrmatch")
+hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("corrmatch"), max_examples=15)
 
 
 def pytest_addoption(parser):
@@ -49,6 +49,7 @@ def seed(text):
 def pytest_configure(config):
     # Workers inherit it. Threads that wait without spinning leave the processor to the other workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    hypothesis.settings.load_profile("fast" if config.option.fast else "corrmatch")
 
 
 def pytest_report_header(config):

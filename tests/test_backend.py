@@ -31,8 +31,17 @@ def test_the_cpu_and_the_reference_have_every_op():
 
 def test_what_is_missing_says_why():
     for backend in corrmatch.backends().values():
-        assert backend.available == (backend.missing is None)
         assert backend.available or len(backend.missing) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"), [("cpu", "csrc/cpu/*.cpp"), ("cuda", "csrc/cuda/*.cu"), ("triton", "kernels/*.py")]
+)
+def test_an_op_has_the_same_file_name_in_every_room(name, sources):
+    root = Path(__file__).resolve().parents[1]
+    served = {path.stem for path in root.glob(sources)} & ALL_OPS
+    assert served == corrmatch.backends()[name].ops
+    assert {path.stem for path in (root / "corrmatch/ops").glob("*.py")} >= served
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")

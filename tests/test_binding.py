@@ -179,6 +179,7 @@ def changed(r: random.Random, x):
     return torch.zeros(size, dtype=x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_what_reaches_a_kernel_is_true(op, reached):
     r = random.Random(torch.initial_seed())

@@ -72,6 +72,7 @@ def test_the_drawn_sample(sample):
     assert 0 < share[IGNORE] < 0.1
 
 
+@pytest.mark.slow
 def test_the_drawn_sample_follows_its_seed(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         draw_sample(tmp_path / name, seed)

@@ -13,6 +13,8 @@ from child import run_python
 
 from corrmatch import ops
 
+pytestmark = pytest.mark.slow  # the interpreter
+
 BENCHMARKS = Path(bench_host.__file__).parent
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 

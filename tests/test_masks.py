@@ -195,6 +195,7 @@ class Regions(torch.nn.Module):
         return {"larger": ops.region_masks(feature, feature, index, larger), "area": masks.area(), "same": masks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_export(dynamic):
     """Through a file, and at other sizes: those of the masks that are made follow."""
@@ -216,6 +217,7 @@ def test_export(dynamic):
         assert torch.equal(found["area"], expected["area"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     """In and out, every method in between."""

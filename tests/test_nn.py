@@ -77,6 +77,7 @@ def test_head_samples_every_position(head, monkeypatch):
     assert len({tuple(index.tolist()) for index in drawn}) == 4
 
 
+@pytest.mark.slow
 def test_head_moves_and_compiles(head):
     feature, logits = torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37)
     double = copy.deepcopy(head).double().eval()
@@ -115,6 +116,7 @@ class Segmenter(torch.nn.Module):
         return large if out.masks is None else (large, out.masks.packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("num_masks", [0, 5])
 def test_export_of_the_head(head, num_masks, dynamic, tmp_path):
@@ -134,6 +136,7 @@ def test_export_of_the_head(head, num_masks, dynamic, tmp_path):
     assert found.masks is None if num_masks == 0 else found.masks.size == tuple(arguments[1].shape[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_masks", [0, 5])
 def test_export_of_a_model_with_the_head(num_masks, tmp_path):
     """With dynamic batch and size, through a file."""
@@ -304,6 +307,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_threshold_of_two_processes(tmp_path):
     """Both hold the threshold of the classes' maxima over both."""
     with ThreadPoolExecutor(2) as pool:
