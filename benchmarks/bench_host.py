@@ -2,8 +2,8 @@
 
     python benchmarks/bench_host.py [CHECKOUT ...]
 
-Times this checkout and others (their compiled extensions must lie in them) in turns, each in a process of its own, and
-prints microseconds a call: the median over rounds. What a launch itself takes in the driver is not in it.
+Times the corrmatch that is installed, and checkouts whose compiled extensions lie in them, in turns, each in a process
+of its own, and prints microseconds a call: the median over rounds. What a launch itself takes in the driver is not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = Path(__file__).resolve().parent
 ROUNDS = 3
 CHILD = """
 import json, sys, time
@@ -49,19 +49,22 @@ print(json.dumps(found))
 """
 
 
-def measure(checkout: Path) -> dict[str, tuple[float, int]]:
-    """Microseconds and launches a call of one checkout."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-c", CHILD, str(ROOT / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=checkout, env=environment)
+def measure(checkout: Path | None) -> dict[str, tuple[float, int]]:
+    """Microseconds and launches a call of one checkout; None is what is installed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(checkout)
+    command = [sys.executable, "-c", CHILD, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=BENCHMARKS, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table."""
-    checkouts = [ROOT, *(Path(x).resolve() for x in (sys.argv[1:] if arguments is None else arguments))]
+    named = [Path(x).resolve() for x in (sys.argv[1:] if arguments is None else arguments)]
+    checkouts = [None, *named]
     rounds = [[measure(checkout) for checkout in checkouts] for _ in range(ROUNDS)]
-    print("microseconds a call (launches): this checkout" + "".join(f", {c.name}" for c in checkouts[1:]))
+    print("microseconds a call (launches): installed" + "".join(f", {checkout.name}" for checkout in named))
     for name in rounds[0][0]:
         cells = [
             (statistics.median(r[i][name][0] for r in rounds), rounds[0][i][name][1]) for i in range(len(checkouts))
