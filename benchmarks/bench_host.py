@@ -3,7 +3,7 @@
     python benchmarks/bench_host.py [CHECKOUT ...]
 
 Times the corrmatch that is installed, and checkouts whose compiled extensions lie in them, in turns, each in a process
-of its own, and prints microseconds a call: the median over rounds. What a launch itself takes in the driver is not in it.
+of its own, and prints microseconds a call: the median over rounds. What the driver takes for a launch is not in it.
 """
 
 from __future__ import annotations
