@@ -18,7 +18,7 @@ from corrmatch.data.datasets import find_data
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams
 from corrmatch.methods import METHODS, build_method
-from corrmatch.methods.base import Progress
+from corrmatch.methods.base import Progress, Run
 from corrmatch.models.deeplab import DeepLabV3Plus
 
 EPOCH_STEPS, STEP = 100, 150  # an odd epoch, and a teacher that is no longer a copy
@@ -51,6 +51,7 @@ def step_of(config: Config, device: str) -> tuple[Callable[[], Any], Passes]:
     torch.manual_seed(0)
     data = find_data(config.data)
     method = build_method(config, CHANNELS).to(device).train()
+    method.begin(0, Run(data, config, Path(config.work_dir), torch.device(device), 0, 1))
     batch = send_to_device(Streams(data, method.streams(), config.train)[0], device)
     optimizer = torch.optim.SGD([p for _, p in method.trained()], 1e-6, momentum=0.9)
 
