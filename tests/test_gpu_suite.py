@@ -15,6 +15,7 @@ import gpu_suite
 import pytest
 import suite_results
 import suite_steps
+from test_suite_results import ENVIRONMENT, GPU
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +24,6 @@ OPS = ["ops-bfloat16"]
 REGIONS = ["regions-masks", "regions-components"]
 LATER = ["tests-core", *OPS, *REGIONS, "train", "ops-float32", "tests-rest", "tests-sanitizer"]
 ORDER = ["build", "device", *LATER]
-GPU = {"driver": "580.1", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 85 * 10**9}
-CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
 
 
 def test_dry_run_goes_through_every_step(tmp_path):
@@ -69,14 +68,6 @@ def test_dry_run_goes_through_every_step(tmp_path):
     assert [line.split()[:2] for line in table[: len(ORDER)]] == [[name, "passed"] for name in ORDER]
     assert table[-2].startswith("all passed, ")
     assert table[-1] == "dry run: nothing was measured on a GPU"
-
-
-ENVIRONMENT = {
-    "date": "2027-01-02T03:04:05+00:00", "device": "NVIDIA X", "device_type": "cuda", "threads": 8, "load": 0.5,
-    "backends": {"triton": ""}, "variables": {}, "corrmatch": "0.1.0", "commit": None, "torch": "2.11.0",
-    "triton": "3.6.0", "numpy": "2.5.2", "cuda": "13.0", "python": "3.12.3", "platform": "Linux", "clocks": CLOCKS,
-    "exponentials_a_second": 4e12, "gpu": GPU,
-}  # fmt: skip
 
 
 class Machine:

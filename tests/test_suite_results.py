@@ -17,11 +17,6 @@ import suite_steps
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(gpu_suite.__file__).with_name("gpu_suite.sh")
-OPS = ["ops-bfloat16"]
-REGIONS = ["regions-masks", "regions-components"]
-LATER = ["tests-core", *OPS, *REGIONS, "train", "ops-float32", "tests-rest", "tests-sanitizer"]
-ORDER = ["build", "device", *LATER]
 GPU = {"driver": "580.1", "capability": "9.0", "multiprocessors": 132, "memory_bytes": 85 * 10**9}
 CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
 
