@@ -177,3 +177,19 @@ def test_a_run_can_start_from_another(sample, tmp_path):
     names = "data.classes=[a,b,c,d,e,f]"
     with pytest.raises(ConfigError, match=r"data\.classes: the checkpoint was trained with"):
         Trainer(small_config(sample, tmp_path / "fourth", init, names))
+
+
+def test_a_resumed_run_needs_no_other_weights(sample, tmp_path):
+    """Neither those that it started from nor those of a hub: all of its weights are in its checkpoint."""
+    first = Trainer(small_config(sample, tmp_path / "first", "method=supervised"))
+    stop_after(first, 1)
+    first.run()
+    init = tmp_path / "first" / "last.pt"
+    config = small_config(sample, tmp_path / "second", f"model.init={init}")
+    second = Trainer(config)
+    stop_after(second, 1)
+    second.run()
+    init.unlink()
+    resumed = Trainer(config, resume=True)
+    assert resumed.step == 1
+    assert_same(resumed.method.state_dict(), second.method.state_dict())

@@ -126,8 +126,7 @@ class ColorAugmentation(Method):
         confidence, labels = q.max(1)
         masks = part.masks(self.model(images, correlate=True), (q.shape[2], q.shape[3]), progress.generator)
         pseudo = PseudoLabels(labels, confidence, ~valid)
-        after, reliable = part.targets(pseudo, self.options.threshold, masks, valid & ~box, classes)
-        given = reliable & ((after != labels) | ~pseudo.reliable(self.options.threshold))
+        after, given = part.given(pseudo, self.options.threshold, masks, valid & ~box, classes)
         one_hot = F.one_hot(after, classes).movedim(-1, 1).to(q.dtype)
         return torch.where(given.unsqueeze(1), one_hot, q), given
 

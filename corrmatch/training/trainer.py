@@ -53,7 +53,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._check_data()
         set_seed(train.seed)
-        self.method = self._dress(build_method(config, len(self.data.classes), init=self._initial_weights()))
+        fresh = saved is None  # else all weights come from the checkpoint
+        init = self._initial_weights() if fresh else None
+        self.method = self._dress(build_method(config, len(self.data.classes), pretrained=fresh, init=init))
         self._check_streams()
         self.epoch_steps = self._epoch_steps()
         self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]

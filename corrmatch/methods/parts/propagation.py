@@ -63,9 +63,15 @@ class Propagation:
         """
         if masks is None:
             return pseudo
-        labels, reliable = self.targets(pseudo, threshold, masks, pseudo.counted, classes)
-        given = reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
+        labels, given = self.given(pseudo, threshold, masks, pseudo.counted, classes)
         return PseudoLabels(labels, torch.where(given, 1.0, pseudo.confidence), pseudo.ignore)
+
+    def given(
+        self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, valid: Tensor, classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """Labels after region propagation, and where a region gave them: to pixels that were unsure or said otherwise."""
+        labels, reliable = self.targets(pseudo, threshold, masks, valid, classes)
+        return labels, reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
 
 
 def resolve(config: PropagationConfig, published: bool, pseudo_labels: bool) -> PropagationConfig:
