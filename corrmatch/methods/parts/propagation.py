@@ -69,7 +69,7 @@ class Propagation:
     def given(
         self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, valid: Tensor, classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Labels after region propagation, and where a region gave them: to pixels that were unsure or said otherwise."""
+        """Labels after region propagation, and where a region gave them: to pixels unsure or of another class."""
         labels, reliable = self.targets(pseudo, threshold, masks, valid, classes)
         return labels, reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
 
