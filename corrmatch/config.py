@@ -74,6 +74,12 @@ class PropagationConfig:
     num_masks: int = key(128, "region masks an image", low=1)
     connected: str | None = key(None, "as in ops.region_masks", choices=(None, "peak", "seed"))
     mask_threshold: float = key(0.5, "of the region masks", low=0, high=1)
+    region_threshold: float | None = key(None, "of a region's reliable and dominant shares; null: that of pixels",
+                                         low=0, high=1)  # fmt: skip
+    rule: str = key("rewrite", "a region gives its label to all its pixels, or confirms those that have it already",
+                    choices=("rewrite", "confirm"))  # fmt: skip
+    regions_from: int = key(0, "the step from which regions are used", low=0)
+    corr_from: int = key(0, "the step from which pseudo-labels supervise propagated logits", low=0)
 
 
 @dataclass
@@ -97,6 +103,7 @@ class TrainConfig:
     schedule: str = key("poly", "of the rates", choices=("poly", "constant"))
     power: float = key(0.9, "of the polynomial decay", low=0)
     warmup: int = key(0, "steps in which the rates rise linearly from 0", low=0)
+    labels_first: int = key(0, "steps on labelled images alone, before the method begins", low=0)
     ohem: bool = key(False, "hard pixels only in the supervised terms")
     ohem_pixels: int = key(100_000, "of a batch that hard pixels are at least", low=1)
     ema: float | None = key(None, "decay of averaged weights, which are then what is evaluated", low=0, high=1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from corrmatch.config import Config
+from corrmatch.config import Config, ConfigError
 from corrmatch.methods.base import Method
 from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
@@ -46,6 +46,8 @@ def build_method(
     """
     kind = METHODS[config.method]
     propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
+    if config.train.labels_first and not kind.labels_first:
+        raise ConfigError(f"train.labels_first: method {config.method} has no such steps; see model.init")
     build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained, init)
     method = kind(build, dataclasses.replace(config, propagation=propagation))
     if config.train.ema is not None:

@@ -17,27 +17,13 @@ from corrmatch.config import Config, TrainConfig
 from corrmatch.data.datasets import Data
 from corrmatch.data.streams import Stream
 from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.progress import Progress as Progress
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.deeplab import enlarge
 from corrmatch.models.factory import NetworkFactory
 
 Batch = dict[str, dict[str, Tensor]]
-
-
-class Progress(NamedTuple):
-    """Where a run stands; the same in all processes."""
-
-    step: int  # steps of the optimiser made so far
-    steps: int  # of the whole run
-    epoch_steps: int  # of an epoch
-    phase: int  # index into `Method.phases`
-    generator: torch.Generator  # on the device; a function of the run's seed and the step
-
-    @property
-    def epoch(self) -> int:
-        """Counted from 0."""
-        return self.step // self.epoch_steps
 
 
 class Step(NamedTuple):
@@ -78,6 +64,7 @@ class Method(nn.Module):
         pseudo_labels: Whether it makes labels that regions could propagate.
         score_all: Score all networks of `evaluated` in training, not only the first.
         bar: Scalars that the progress bar shows beside the loss.
+        labels_first: Whether it begins with steps on labelled images where `train.labels_first` asks for them.
         model: A network that is trained. Further ones are further attributes, from the same factory.
         average: The averaged network that `train.ema` asks for.
     """
@@ -88,11 +75,13 @@ class Method(nn.Module):
     pseudo_labels: ClassVar[bool] = True
     score_all: ClassVar[bool] = False
     bar: ClassVar[Sequence[str]] = ()
+    labels_first: ClassVar[bool] = False
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__()
         self.options: Any = config.options
         self.propagation = Propagation(config.propagation)
+        self.first_steps = config.train.labels_first
         self.hard_pixels = config.train.ohem_pixels if config.train.ohem else None
         self.model = build()
         self.average: Teacher | None = None
@@ -175,6 +164,16 @@ class Method(nn.Module):
         return averaged | self.evaluated
 
     # What methods share.
+
+    def learn_labels(self, labeled: Mapping[str, Tensor]) -> Step:
+        """The supervised terms alone, for the `train.labels_first` steps before a method begins."""
+        out, truth = self.model(labeled["image"], correlate=self.propagation.head), labeled["label"]
+        loss = self.supervised(out.logits, truth)
+        scalars = {"x": loss}
+        if self.propagation.head:
+            scalars["x_corr"] = self.supervised(self.propagation.logits(out), truth)
+            loss = loss + self.propagation.weight * scalars["x_corr"]
+        return Step.of(loss, scalars)
 
     def supervised(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Cross-entropy with labels (B, H, W); of hard pixels only where `train.ohem` says so."""

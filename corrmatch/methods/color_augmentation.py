@@ -95,7 +95,7 @@ class ColorAugmentation(Method):
         loss = scalars["x"] + self.options.weight * scalars["consistency"]
         if part.head:
             scalars["x_corr"] = self.supervised(part.logits(known), truth)
-            scalars["corr"] = distance(part.logits(out))
+            scalars["corr"] = part.from_start(distance(part.logits(out)), progress)
             loss = loss + part.weight * (scalars["x_corr"] + self.options.weight * scalars["corr"])
         scalars["confident"] = (q.amax(1) >= self.options.threshold).float().mean()
         return Step.of(loss, scalars)
@@ -124,7 +124,7 @@ class ColorAugmentation(Method):
         """q, one-hot where region propagation gave a label, and where that is."""
         part, classes = self.propagation, q.shape[1]
         confidence, labels = q.max(1)
-        masks = part.masks(self.model(images, correlate=True), (q.shape[2], q.shape[3]), progress.generator)
+        masks = part.masks(self.model(images, correlate=True), (q.shape[2], q.shape[3]), progress)
         pseudo = PseudoLabels(labels, confidence, ~valid)
         after, given = part.given(pseudo, self.options.threshold, masks, valid & ~box, classes)
         one_hot = F.one_hot(after, classes).movedim(-1, 1).to(q.dtype)

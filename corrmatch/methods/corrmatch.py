@@ -23,7 +23,7 @@ from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import MODES, Teacher, answer
-from corrmatch.methods.parts.threshold import StepThreshold
+from corrmatch.methods.parts.threshold import ClassThreshold, StepThreshold, class_threshold
 from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
 from corrmatch.nn import DynamicThreshold
@@ -57,12 +57,20 @@ class CorrMatch(Method):
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
                                   choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
+        class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
+                                        "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
+        supervised_weight: float = key(0.25, "of the terms x and x_corr", low=0)
+        s_weight: float = key(0.125, "of the strong views under pseudo-labels; 0 leaves a term out", low=0)
+        kl_weight: float = key(0.125, "of the divergence from weak to strong views", low=0)
+        fp_weight: float = key(0.125, "of the perturbed features under pseudo-labels", low=0)
+        corr_weight: float = key(0.125, "of the propagated logits under pseudo-labels", low=0)
 
     renamed: ClassVar[Mapping[str, str]] = {
         "corrmatch.num_masks": "propagation.num_masks",
         "corrmatch.connected": "propagation.connected",
     }
     correlation = True
+    labels_first = True
     bar = ("threshold", "reliable")
 
     def __init__(self, build: NetworkFactory, config: Config):
@@ -72,6 +80,10 @@ class CorrMatch(Method):
         if self.options.teacher is not None:
             mode = self.options.teacher
             self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
+        self.class_theta = class_threshold(build.num_classes, self.options, self.propagation.config)
+        o = self.options
+        self.weights = {"x": o.supervised_weight, "x_corr": o.supervised_weight, "s": o.s_weight, "kl": o.kl_weight,
+                        "fp": o.fp_weight, "corr": o.corr_weight if self.propagation.head else 0.0}  # fmt: skip
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled, and what CutMix pastes."""
@@ -79,25 +91,34 @@ class CorrMatch(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """The six terms."""
+        if progress.step < self.first_steps:
+            return self.learn_labels(batch["labeled"])
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
         pasted = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
-        both = torch.cat([labeled["image"], unlabeled["weak"]])
-        weak = self.model(both, perturb=True, correlate=part.head)
-        labelling = weak.split(count)[1]
+        # The network sees the weak views where it labels them itself, or where a term is of its answers there.
+        seen = self.teacher is None or self.weights["fp"] > 0 or self.weights["corr"] > 0
+        both = torch.cat([labeled["image"], unlabeled["weak"]]) if seen else labeled["image"]
+        weak = self.model(both, perturb=self.weights["fp"] > 0, correlate=part.head)
         if self.teacher is not None:
             labelling = self.teacher(unlabeled["weak"], correlate=part.regions)
+        else:
+            labelling = weak.split(count)[1]
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
-        masks = part.masks(labelling, size, progress.generator)
-        targets = make_targets(labelling.logits, pasted, unlabeled["ignore"], box, masks, self.theta, part)
+        masks = part.masks(labelling, size, progress)
+        targets = make_targets(
+            labelling.logits, pasted, unlabeled["ignore"], box, masks, self.theta, part, self.class_theta
+        )
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
-        parts = terms(weak, strong, propagated, targets, truth, hard_pixels=self.hard_pixels)
-        loss = total(parts)
+        parts = terms(weak, strong, propagated, targets, truth, self.weights, hard_pixels=self.hard_pixels)
+        if "corr" in parts:
+            parts["corr"] = part.from_start(parts["corr"], progress)
+        loss = total(parts, self.weights)
         counted = targets.counted.count_nonzero().clamp(min=1)
         scalars = parts | {
-            "threshold": self.theta.threshold.clone(),
+            "threshold": self.threshold.mean(),
             "reliable": targets.reliable_before.count_nonzero() / counted,
             "reliable_after": targets.reliable.count_nonzero() / counted,
         }
@@ -109,6 +130,8 @@ class CorrMatch(Method):
     def after_step(self, progress: Progress) -> None:
         """The next batch moves the threshold on; the averaged network follows."""
         self.theta.finish_step()
+        if self.class_theta is not None:
+            self.class_theta.finish_step()
         if self.teacher is not None:
             self.teacher.follow(self.model, progress.step)
 
@@ -120,8 +143,8 @@ class CorrMatch(Method):
 
     @property
     def threshold(self) -> Tensor:
-        """Where the dynamic threshold stands."""
-        return self.theta.threshold
+        """Where the dynamic threshold stands, or those of the classes."""
+        return self.theta.threshold if self.class_theta is None else self.class_theta.threshold
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""
@@ -129,18 +152,18 @@ class CorrMatch(Method):
         size = (images.shape[2], images.shape[3])
         padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
         pseudo = PseudoLabels.of(out.logits, padding)
-        shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.theta.threshold)}
-        masks = self.propagation.masks(out, size, torch.Generator(images.device).manual_seed(0))
-        if masks is None:
+        shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.threshold)}
+        if not self.propagation.regions:
             return shown
-        propagated, after = self.propagation.targets(pseudo, self.theta.threshold, masks, ~padding, out.logits.shape[1])
+        masks = self.propagation.sample(out, size, torch.Generator(images.device).manual_seed(0))
+        propagated, after = self.propagation.targets(pseudo, self.threshold, masks, ~padding, out.logits.shape[1])
         some = RegionMasks(masks.packed[:, :SHOWN_MASKS].contiguous(), masks.size)
         return shown | {"propagated": propagated, "reliable after": after, "regions": some.to_bool()}
 
 
-def total(parts: dict[str, Tensor]) -> Tensor:
+def total(parts: dict[str, Tensor], weights: Mapping[str, float] = WEIGHTS) -> Tensor:
     """The weighted sum of the terms."""
-    return torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
+    return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
 
 def terms(
@@ -149,6 +172,7 @@ def terms(
     propagated: tuple[Tensor, Tensor] | None,
     targets: Targets,
     truth: Tensor,
+    weights: Mapping[str, float] = WEIGHTS,
     *,
     hard_pixels: int | None = None,
 ) -> dict[str, Tensor]:
@@ -160,31 +184,34 @@ def terms(
         propagated: The logits of both, spread along their correlation maps; None leaves out the terms of it.
         targets: What they are held against.
         truth: (B, H, W), labels of the labelled images.
+        weights: A term of weight 0 is left out.
         hard_pixels: As in `losses.supervised`.
     """
     count, t = truth.shape[0], targets
     weak_target = (t.weak.labels, t.weak_reliable, t.weak.counted)
     strong_target = (t.labels, t.reliable, t.counted)
-    parts = {
-        "x": losses.supervised(weak.logits[:count], truth, hard_pixels=hard_pixels),
-        "s": losses.pseudo_supervised(strong.logits, *strong_target),
-        "kl": losses.consistency(strong.logits, t.logits, t.reliable_before, t.counted),
-        "fp": losses.pseudo_supervised(weak.perturbed[count:], *weak_target),  # type: ignore[index]
-    }
+    parts = {"x": losses.supervised(weak.logits[:count], truth, hard_pixels=hard_pixels)}
+    if weights["s"] > 0:
+        parts["s"] = losses.pseudo_supervised(strong.logits, *strong_target)
+    if weights["kl"] > 0:
+        parts["kl"] = losses.consistency(strong.logits, t.logits, t.reliable_before, t.counted)
+    if weights["fp"] > 0:
+        parts["fp"] = losses.pseudo_supervised(weak.perturbed[count:], *weak_target)  # type: ignore[index]
     if propagated is not None:
         along_weak, along_strong = propagated
         parts["x_corr"] = losses.supervised(along_weak[:count], truth, hard_pixels=hard_pixels)
-        parts["corr"] = 0.5 * (
-            losses.pseudo_supervised(along_strong, *strong_target)
-            + losses.pseudo_supervised(along_weak[count:], *weak_target)
-        )
+        if weights["corr"] > 0:
+            parts["corr"] = 0.5 * (
+                losses.pseudo_supervised(along_strong, *strong_target)
+                + losses.pseudo_supervised(along_weak[count:], *weak_target)
+            )
     return parts
 
 
 @torch.no_grad()
 def make_targets(
     weak_logits: Tensor, pasted: PseudoLabels, ignore: Tensor, box: Tensor, masks: RegionMasks | None,
-    theta: DynamicThreshold, propagation: Propagation,
+    theta: DynamicThreshold, propagation: Propagation, class_theta: ClassThreshold | None = None,
 ) -> Targets:  # fmt: skip
     """Targets of the losses; moves the threshold `theta`.
 
@@ -196,6 +223,7 @@ def make_targets(
         masks: Region masks of the unlabelled images; None leaves the labels as they are.
         theta: The dynamic threshold; sees the weak logits where the *mixed* image is not padded, as published.
         propagation: Sends labels through the masks.
+        class_theta: Thresholds of the classes, which then hold in place of the dynamic one; counts the pixels.
     """
     labels, confidence, class_peak = ops.pseudo_label(
         weak_logits, size=(box.shape[1], box.shape[2]), ignore=torch.where(box, pasted.ignore, ignore)
@@ -203,6 +231,8 @@ def make_targets(
     weak = PseudoLabels(labels, confidence, ignore)
     mixed = weak.paste(pasted, box)
     threshold = theta.update(class_peak)
+    if class_theta is not None:
+        threshold = class_theta.see(weak)
     after_labels, after = propagation.targets(mixed, threshold, masks, ~box & mixed.counted, weak_logits.shape[1])
     return Targets(
         weak_logits.detach(),

@@ -139,7 +139,8 @@ class CrossTeacher(Method):
         loss = scalars["x"] + scalars["u"]
         if part.head:
             scalars["x_corr"] = _sum(self.supervised(part.logits(side.known), truth) for side in asked)
-            scalars["corr"] = _sum(self.unsupervised(part.logits(side.out), side.target) for side in asked)
+            corr = _sum(self.unsupervised(part.logits(side.out), side.target) for side in asked)
+            scalars["corr"] = part.from_start(corr, progress)
             loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"])
         if contrast:
             scalars |= self.contrast(asked, truth)
@@ -157,7 +158,7 @@ class CrossTeacher(Method):
         if part.regions:
             with torch.no_grad():
                 out = student(weak, correlate=True)
-            masks = part.masks(out, (ignore.shape[1], ignore.shape[2]), progress.generator)
+            masks = part.masks(out, (ignore.shape[1], ignore.shape[2]), progress)
         return part.rewritten(pseudo, self.options.threshold, masks, self.classes)
 
     def unsupervised(self, logits: Tensor, target: PseudoLabels) -> Tensor:

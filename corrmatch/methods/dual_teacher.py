@@ -117,7 +117,7 @@ class DualTeacher(Method):
         loss = scalars["x"] + scalars["mix"] + self.options.weight * scalars["consistency"]
         if part.head:
             scalars["x_corr"] = self.supervised(self.at_size(part.logits(known), truth), truth)
-            scalars["corr"] = self.consistency(part.logits(again), target)
+            scalars["corr"] = part.from_start(self.consistency(part.logits(again), target), progress)
             loss = loss + part.weight * (scalars["x_corr"] + self.options.weight * scalars["corr"])
         reliable = target.reliable(self.options.threshold)
         scalars["reliable"] = reliable.sum() / target.counted.sum().clamp(min=1)
@@ -135,7 +135,7 @@ class DualTeacher(Method):
         if part.regions:
             with torch.no_grad():
                 out = self.model(weak, correlate=True)
-            masks = part.masks(out, (ignore.shape[1], ignore.shape[2]), progress.generator)
+            masks = part.masks(out, (ignore.shape[1], ignore.shape[2]), progress)
         return part.rewritten(pseudo, self.options.threshold, masks, logits.shape[1])
 
     def box_mixed(self, images: Tensor, target: PseudoLabels, generator: torch.Generator) -> Mixed:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corrmatch.config import Config, key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
@@ -20,6 +20,7 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import MODES, Teacher, answer
+from corrmatch.methods.parts.threshold import class_threshold
 from corrmatch.models.factory import NetworkFactory
 
 
@@ -40,8 +41,11 @@ class FixMatch(Method):
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
                                   choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
+        class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
+                                        "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
 
     bar = ("reliable",)
+    labels_first = True
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
@@ -49,6 +53,7 @@ class FixMatch(Method):
         if self.options.teacher is not None:
             mode = self.options.teacher
             self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
+        self.theta = class_threshold(build.num_classes, self.options, self.propagation.config)
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled, and where it is another stream what CutMix pastes."""
@@ -57,6 +62,8 @@ class FixMatch(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """The two terms; with a correlation head those of the propagated logits besides."""
+        if progress.step < self.first_steps:
+            return self.learn_labels(batch["labeled"])
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, box, strong = labeled["label"], unlabeled["box"][:, 0], unlabeled["strong"][:, 0]
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
@@ -73,11 +80,10 @@ class FixMatch(Method):
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
         pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
+        threshold = self.options.threshold if self.theta is None else self.theta.see(pseudo)
         target = pseudo.paste(pseudo.reversed() if other is None else other, box)
-        masks = part.masks(weak, size, progress.generator)
-        labels, reliable = part.targets(
-            target, self.options.threshold, masks, ~box & target.counted, weak.logits.shape[1]
-        )
+        masks = part.masks(weak, size, progress)
+        labels, reliable = part.targets(target, threshold, masks, ~box & target.counted, weak.logits.shape[1])
         scalars = {
             "x": self.supervised(labelled.logits, truth),
             "s": losses.pseudo_supervised(mixed.logits, labels, reliable, target.counted),
@@ -85,15 +91,23 @@ class FixMatch(Method):
         loss = (scalars["x"] + scalars["s"]) / 2
         if part.head:
             scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
-            scalars["corr"] = losses.pseudo_supervised(part.logits(mixed), labels, reliable, target.counted)
+            corr = losses.pseudo_supervised(part.logits(mixed), labels, reliable, target.counted)
+            scalars["corr"] = part.from_start(corr, progress)
             loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
-        scalars["reliable"] = pseudo.reliable(self.options.threshold).sum() / pseudo.counted.sum().clamp(min=1)
+        scalars["reliable"] = pseudo.reliable(threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
 
     def after_step(self, progress: Progress) -> None:
-        """The averaged network follows."""
+        """The averaged network follows; the thresholds move on."""
+        if self.theta is not None:
+            self.theta.finish_step()
         if self.teacher is not None:
             self.teacher.follow(self.model, progress.step)
+
+    @property
+    def threshold(self) -> float | Tensor:
+        """The key of that name, or where the thresholds of the classes stand."""
+        return self.options.threshold if self.theta is None else self.theta.threshold
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:

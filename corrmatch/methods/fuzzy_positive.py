@@ -92,7 +92,7 @@ class FuzzyPositive(Method):
         loss = scalars["x"] + self.options.cross_weight * scalars["cross"]
         if part.head:
             scalars["x_corr"] = torch.stack([x for x, _ in corr]).sum()
-            scalars["corr"] = balanced([pair for _, pair in corr])
+            scalars["corr"] = part.from_start(balanced([pair for _, pair in corr]), progress)
             loss = loss + part.weight * (scalars["x_corr"] + self.options.cross_weight * scalars["corr"])
         scalars["positives"] = torch.stack([a.positive.sum(1).float().mean() for a in asked]).mean()
         return Step.of(loss, scalars)
@@ -181,7 +181,7 @@ def through_regions(
     classes, size = logits.shape[1], (ignore.shape[1], ignore.shape[2])
     labels, confidence, class_peak = ops.pseudo_label(logits, ignore=ignore)
     threshold = theta.update(class_peak)
-    masks = propagation.masks(out, size, progress.generator)
+    masks = propagation.masks(out, size, progress)
     pseudo = PseudoLabels(labels, confidence, ignore)
     after, reliable = propagation.targets(pseudo, threshold, masks, valid, classes)
     one = F.one_hot(after, classes).movedim(-1, 1).bool()

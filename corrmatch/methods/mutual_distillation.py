@@ -135,6 +135,7 @@ class MutualDistillation(Method):
             along = [[part.logits(out) for out in pair] for pair in said]
             scalars["x_corr"] = torch.stack([self.supervised(known, truth) for known, _ in along]).sum()
             corr = mutual([torch.cat(pair) for pair in along], taught, peers)
+            corr = {name: part.from_start(value, progress) for name, value in corr.items()}
             scalars |= {f"{name}_corr": value for name, value in corr.items()}
             loss = loss + part.weight * self.weighed(scalars["x_corr"], **corr)
         scalars["agree"] = (taught[0] == taught[1]).float().mean()
@@ -182,7 +183,7 @@ class MutualDistillation(Method):
         view = Augmented(plain, plain + self.shift(network, labels, ratio))
         pseudo = PseudoLabels(self.targets(view), confidence, small)
         threshold = self.theta.update(class_peak)  # type: ignore[union-attr]
-        masks = part.masks(out, size, progress.generator)
+        masks = part.masks(out, size, progress)
         after, reliable = part.targets(pseudo, threshold, masks, ~small, classes)
         after, reliable = (with_next(x, nearest(mask, size)) for x in (after, reliable))
         kept = unlabeled if self.options.threshold == 0 else IGNORE

@@ -93,7 +93,7 @@ class PRCL(Method):
         truth, size = labeled["label"], (unlabeled["ignore"].shape[1], unlabeled["ignore"].shape[2])
         taught = self.teacher(unlabeled["weak"], correlate=part.regions)
         pseudo = PseudoLabels.of(taught.logits, unlabeled["ignore"])
-        masks = part.masks(taught, size, progress.generator)
+        masks = part.masks(taught, size, progress)
         pseudo = part.rewritten(pseudo, self.options.threshold, masks, self.classes)
         strong = self.strong(unlabeled["weak"], pseudo, progress.generator)
         # Two passes, as published: norm layers do not see both kinds of images together.
@@ -109,7 +109,7 @@ class PRCL(Method):
         loss = scalars["x"] + scalars["u"] + self.contrast_weight(progress) * scalars["contrast"]
         if part.head:
             scalars["x_corr"] = self.supervised(part.logits(known), truth)
-            scalars["u_corr"] = unsupervised(part.logits(out), strong.labels, rate)
+            scalars["u_corr"] = part.from_start(unsupervised(part.logits(out), strong.labels, rate), progress)
             loss = loss + part.weight * (scalars["x_corr"] + scalars["u_corr"]) / 2
         scalars["confident"] = rate.mean()
         return Step.of(loss, scalars)

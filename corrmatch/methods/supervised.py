@@ -19,11 +19,4 @@ class Supervised(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """Cross-entropy; with a correlation head that of the propagated logits beside it."""
-        image, truth = batch["labeled"]["image"], batch["labeled"]["label"]
-        out = self.model(image, correlate=self.propagation.head)
-        loss = self.supervised(out.logits, truth)
-        scalars = {"x": loss}
-        if self.propagation.head:
-            scalars["x_corr"] = self.supervised(self.propagation.logits(out), truth)
-            loss = loss + self.propagation.weight * scalars["x_corr"]
-        return Step.of(loss, scalars)
+        return self.learn_labels(batch["labeled"])

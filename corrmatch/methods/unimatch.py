@@ -33,6 +33,7 @@ class UniMatch(Method):
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
 
     bar = ("reliable",)
+    labels_first = True
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled with two strong views, and what CutMix pastes."""
@@ -41,6 +42,8 @@ class UniMatch(Method):
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """The four terms; with a correlation head those of the propagated logits besides."""
+        if progress.step < self.first_steps:
+            return self.learn_labels(batch["labeled"])
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
@@ -52,7 +55,7 @@ class UniMatch(Method):
         along = part.logits(strong).chunk(2) if part.head else (None, None)
 
         pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
-        masks = part.masks(weak, size, progress.generator)
+        masks = part.masks(weak, size, progress)
         scalars = {"x": self.supervised(labelled.logits, truth)}
         if part.head:
             scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
@@ -61,7 +64,8 @@ class UniMatch(Method):
             labels, reliable = part.targets(mixed, theta, masks, ~box & mixed.counted, logits.shape[1])
             scalars[f"s{k}"] = losses.pseudo_supervised(logits, labels, reliable, mixed.counted)
             if propagated is not None:
-                scalars[f"corr{k}"] = losses.pseudo_supervised(propagated, labels, reliable, mixed.counted)
+                corr = losses.pseudo_supervised(propagated, labels, reliable, mixed.counted)
+                scalars[f"corr{k}"] = part.from_start(corr, progress)
         reliable = pseudo.reliable(theta)
         scalars["fp"] = losses.pseudo_supervised(weak.perturbed, pseudo.labels, reliable, pseudo.counted)
         loss = (scalars["x"] + (scalars["s1"] + scalars["s2"]) / 4 + scalars["fp"] / 2) / 2

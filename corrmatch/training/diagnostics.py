@@ -64,8 +64,8 @@ def count(
             pseudo = PseudoLabels.of(out.logits, padding)
             before = after = Labels(pseudo.labels, pseudo.reliable(method.threshold))
             generator = torch.Generator(device).manual_seed(process + i * processes)  # the same in each evaluation
-            masks = propagation.masks(out, (crop, crop), generator)
-            if masks is not None:
+            if propagation.regions:
+                masks = propagation.sample(out, (crop, crop), generator)
                 after = Labels(*propagation.targets(pseudo, method.threshold, masks, ~padding, classes))
                 parts = (
                     region_sums(masks, truth, classes),

@@ -54,6 +54,20 @@ ALIVE = {
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
     "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+    "corrmatch, thresholds of classes": (
+        "corrmatch",
+        (
+            "corrmatch.teacher=eval",
+            "corrmatch.class_share=0.7",
+            "corrmatch.fp_weight=0",
+            "propagation.rule=confirm",
+            "propagation.region_threshold=0.5",
+        ),
+    ),
+    "fixmatch, thresholds of classes": (
+        "fixmatch",
+        ("fixmatch.class_share=0.5", "propagation.region_threshold=0.8"),
+    ),
     "cross_teacher, contrast": (
         "cross_teacher",
         (

@@ -10,6 +10,7 @@ from torch import Tensor
 from corrmatch import nn, ops
 from corrmatch.config import ConfigError, PropagationConfig
 from corrmatch.masks import RegionMasks
+from corrmatch.methods.parts.progress import Progress
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.models.deeplab import Prediction
 
@@ -32,10 +33,18 @@ class Propagation:
         query, key = _query_key(out)
         return nn.propagate_logits(query, key, out.logits)
 
-    def masks(self, out: Prediction, size: tuple[int, int], generator: torch.Generator) -> RegionMasks | None:
-        """Region masks of the images; None without `regions`."""
-        if not self.regions:
+    def from_start(self, corr: Tensor, progress: Progress) -> Tensor:
+        """The term of propagated logits under pseudo-labels; times 0 before the step `propagation.corr_from`."""
+        return corr * float(progress.step >= self.config.corr_from)
+
+    def masks(self, out: Prediction, size: tuple[int, int], progress: Progress) -> RegionMasks | None:
+        """Region masks of the images; None without `regions`, and before `propagation.regions_from`."""
+        if not self.regions or progress.step < self.config.regions_from:
             return None
+        return self.sample(out, size, progress.generator)
+
+    def sample(self, out: Prediction, size: tuple[int, int], generator: torch.Generator) -> RegionMasks:
+        """Region masks of the images."""
         query, key = _query_key(out)
         return nn.sample_region_masks(
             query, key, self.config.num_masks, size, threshold=self.config.mask_threshold,
@@ -47,12 +56,20 @@ class Propagation:
     ) -> tuple[Tensor, Tensor]:
         """Labels, and where they are reliable: at the threshold, then after region propagation where there are masks.
 
-        Only pixels that are `valid` take part in the propagation; see `ops.region_propagate`.
+        Only pixels that are `valid` take part in the propagation; see `ops.region_propagate`. A threshold for each
+        class, (C,), holds for pixels alone; regions have `propagation.region_threshold`. By the rule "rewrite" a region
+        gives its label to its pixels, as published. By the rule "confirm" no label changes: a pixel that a region
+        covers becomes reliable where the region's label is the pixel's own.
         """
         labels, reliable = pseudo.labels, pseudo.reliable(threshold)
         if masks is None:
             return labels, reliable
-        return ops.region_propagate(labels, reliable, masks, threshold, num_classes=classes, valid=valid)
+        if self.config.region_threshold is not None:
+            threshold = self.config.region_threshold
+        given, after = ops.region_propagate(labels, reliable, masks, threshold, num_classes=classes, valid=valid)
+        if self.config.rule == "confirm":
+            return labels, reliable | (after & (given == labels))
+        return given, after
 
     def rewritten(
         self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, classes: int

@@ -42,7 +42,9 @@ class PseudoLabels(NamedTuple):
         return ~self.ignore
 
     def reliable(self, threshold: float | Tensor) -> Tensor:
-        """Where the confidence reaches the threshold and there is no padding."""
+        """Where the confidence reaches the threshold, (C,) for one a class, and there is no padding."""
+        if isinstance(threshold, Tensor) and threshold.dim() == 1:
+            threshold = threshold[self.labels.long()]
         return (self.confidence >= threshold) & ~self.ignore
 
 

@@ -2,10 +2,77 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from corrmatch.config import ConfigError, PropagationConfig
+from corrmatch.methods.parts.processes import total
+from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.nn import DynamicThreshold
+
+BINS = 256  # of a histogram of confidences
+
+
+class ClassThreshold(nn.Module):
+    r"""One threshold a class: the confidence that a share of the pixels labelled with the class reach.
+
+    .. math:: \theta_c \leftarrow m \theta_c + (1 - m) q_c
+
+    with q_c the largest of 0, 1/256, 2/256, ... that at least `share` of the batch's pixels with label c reach. A class
+    without pixels keeps its threshold. Every class has labels, however unsure the network is of it, where one threshold
+    for all labels the easy classes only.
+
+    Args:
+        num_classes: C.
+        initial: All thresholds before the first step.
+        share: Of the pixels labelled with a class, those that count.
+        momentum: m.
+
+    Attributes:
+        threshold: (C,) float32.
+
+    Source: class-balanced self-training (ECCV 2018, arXiv 1810.07911), here as a moving average.
+    """
+
+    threshold: Tensor
+    counts: Tensor  # pixels of the step, by label and confidence
+
+    def __init__(self, num_classes: int, initial: float, share: float, momentum: float = 0.99):
+        super().__init__()
+        self.share, self.momentum = share, momentum
+        self.register_buffer("threshold", torch.full((num_classes,), float(initial)))
+        self.register_buffer("counts", torch.zeros(num_classes, BINS))
+
+    @torch.no_grad()
+    def see(self, pseudo: PseudoLabels) -> Tensor:
+        """Counts the pixels of one more batch; returns the thresholds as they stand."""
+        bins = (pseudo.confidence * BINS).long().clamp(0, BINS - 1)
+        pixels = pseudo.counted.to(self.counts.dtype).flatten()
+        cells = (pseudo.labels.long() * BINS + bins).flatten()
+        self.counts.view(-1).scatter_add_(0, cells, pixels)
+        return self.threshold
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Moves the thresholds by the pixels of the step, those of all processes."""
+        counts = total(self.counts)
+        pixels = counts.sum(1)
+        reaching = counts.flip(1).cumsum(1).flip(1)  # pixels whose confidence is at least that of the bin
+        reached = (reaching >= self.share * pixels[:, None]).sum(1) - 1  # the last bin that enough pixels reach
+        moved = self.momentum * self.threshold + (1 - self.momentum) * reached / BINS
+        self.threshold.copy_(torch.where(pixels > 0, moved, self.threshold))
+        self.counts.zero_()
+
+
+def class_threshold(num_classes: int, options: Any, propagation: PropagationConfig) -> ClassThreshold | None:
+    """The thresholds of the classes that a method's `class_share` asks for, which start at its `threshold`."""
+    if options.class_share is None:
+        return None
+    if propagation.regions and propagation.region_threshold is None:
+        raise ConfigError("propagation.region_threshold: expected a value, for pixels have a threshold for each class")
+    return ClassThreshold(num_classes, options.threshold, options.class_share)
 
 
 class StepThreshold(DynamicThreshold):
