@@ -116,6 +116,10 @@ class Method(nn.Module):
         """Confidence from which a pseudo-label counts: the key of that name, 0 in methods without one."""
         return getattr(self.options, "threshold", 0.0)
 
+    def corrected(self, logits: Tensor) -> Tensor:
+        """The logits (B, C, h, w) of unlabelled images as they are turned into pseudo-labels."""
+        return logits
+
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}

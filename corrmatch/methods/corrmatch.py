@@ -20,6 +20,7 @@ from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.masks import RegionMasks
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.debias import Debias
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import MODES, Teacher, answer
@@ -57,6 +58,7 @@ class CorrMatch(Method):
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
                                   choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
+        debias: float = key(0.0, "correct pseudo-labels for classes named too often, with this strength", low=0)
         class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
                                         "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
         supervised_weight: float = key(0.25, "of the terms x and x_corr", low=0)
@@ -80,6 +82,7 @@ class CorrMatch(Method):
         if self.options.teacher is not None:
             mode = self.options.teacher
             self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
+        self.debias = Debias(build.num_classes, self.options.debias)
         self.class_theta = class_threshold(build.num_classes, self.options, self.propagation.config)
         o = self.options
         self.weights = {"x": o.supervised_weight, "x_corr": o.supervised_weight, "s": o.s_weight, "kl": o.kl_weight,
@@ -96,7 +99,8 @@ class CorrMatch(Method):
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        pasted = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
+        said = answer(self.model, self.teacher, mix["weak"]).logits
+        pasted = PseudoLabels.of(self.corrected(said), mix["ignore"])
         # The network sees the weak views where it labels them itself, or where a term is of its answers there.
         seen = self.teacher is None or self.weights["fp"] > 0 or self.weights["corr"] > 0
         both = torch.cat([labeled["image"], unlabeled["weak"]]) if seen else labeled["image"]
@@ -107,10 +111,9 @@ class CorrMatch(Method):
             labelling = weak.split(count)[1]
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
-        masks = part.masks(labelling, size, progress)
-        targets = make_targets(
-            labelling.logits, pasted, unlabeled["ignore"], box, masks, self.theta, part, self.class_theta
-        )
+        masks, corrected = part.masks(labelling, size, progress), self.corrected(labelling.logits)
+        self.debias.see(labelling.logits, unlabeled["ignore"])
+        targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, self.class_theta)
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
         parts = terms(weak, strong, propagated, targets, truth, self.weights, hard_pixels=self.hard_pixels)
         if "corr" in parts:
@@ -127,9 +130,14 @@ class CorrMatch(Method):
             scalars["mask_area"] = some.area().float().mean() / box[0].numel()
         return Step.of(loss, scalars)
 
+    def corrected(self, logits: Tensor) -> Tensor:
+        """Corrected for classes named too often."""
+        return self.debias(logits)
+
     def after_step(self, progress: Progress) -> None:
         """The next batch moves the threshold on; the averaged network follows."""
         self.theta.finish_step()
+        self.debias.finish_step()
         if self.class_theta is not None:
             self.class_theta.finish_step()
         if self.teacher is not None:
@@ -151,7 +159,7 @@ class CorrMatch(Method):
         out = model(images, correlate=self.propagation.head)
         size = (images.shape[2], images.shape[3])
         padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
-        pseudo = PseudoLabels.of(out.logits, padding)
+        pseudo = PseudoLabels.of(self.corrected(out.logits), padding)
         shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.threshold)}
         if not self.propagation.regions:
             return shown

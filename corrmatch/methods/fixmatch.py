@@ -18,6 +18,7 @@ from corrmatch.config import Config, key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.debias import Debias
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.methods.parts.threshold import class_threshold
@@ -41,6 +42,7 @@ class FixMatch(Method):
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
                                   choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
+        debias: float = key(0.0, "correct pseudo-labels for classes named too often, with this strength", low=0)
         class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
                                         "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
 
@@ -53,6 +55,7 @@ class FixMatch(Method):
         if self.options.teacher is not None:
             mode = self.options.teacher
             self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
+        self.debias = Debias(build.num_classes, self.options.debias)
         self.theta = class_threshold(build.num_classes, self.options, self.propagation.config)
 
     def streams(self) -> Mapping[str, Stream]:
@@ -69,7 +72,8 @@ class FixMatch(Method):
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
         mix, other = batch.get("mix"), None
         if mix is not None:
-            other = PseudoLabels.of(answer(self.model, self.teacher, mix["weak"]).logits, mix["ignore"])
+            said = answer(self.model, self.teacher, mix["weak"]).logits
+            other = PseudoLabels.of(self.corrected(said), mix["ignore"])
         strong = paste(strong, strong.flip(0) if mix is None else mix["strong"][:, 0], box)
         if self.teacher is not None:
             weak = self.teacher(unlabeled["weak"], correlate=part.regions)
@@ -79,7 +83,8 @@ class FixMatch(Method):
             both = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), correlate=part.head)
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
-        pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
+        pseudo = PseudoLabels.of(self.corrected(weak.logits), unlabeled["ignore"])
+        self.debias.see(weak.logits, unlabeled["ignore"])
         threshold = self.options.threshold if self.theta is None else self.theta.see(pseudo)
         target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress)
@@ -97,8 +102,13 @@ class FixMatch(Method):
         scalars["reliable"] = pseudo.reliable(threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
 
+    def corrected(self, logits: Tensor) -> Tensor:
+        """Corrected for classes named too often."""
+        return self.debias(logits)
+
     def after_step(self, progress: Progress) -> None:
-        """The averaged network follows; the thresholds move on."""
+        """The averaged network follows; the thresholds and the classes' mean probabilities move on."""
+        self.debias.finish_step()
         if self.theta is not None:
             self.theta.finish_step()
         if self.teacher is not None:

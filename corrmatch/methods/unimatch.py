@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from corrmatch.config import key
+from corrmatch.config import Config, key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.data.views import WEAK_STRONG_STRONG
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.debias import Debias
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import answer
+from corrmatch.models.factory import NetworkFactory
 
 
 class UniMatch(Method):
@@ -31,9 +34,14 @@ class UniMatch(Method):
         """The threshold."""
 
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
+        debias: float = key(0.0, "correct pseudo-labels for classes named too often, with this strength", low=0)
 
     bar = ("reliable",)
     labels_first = True
+
+    def __init__(self, build: NetworkFactory, config: Config):
+        super().__init__(build, config)
+        self.debias = Debias(build.num_classes, self.options.debias)
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled with two strong views, and what CutMix pastes."""
@@ -47,14 +55,15 @@ class UniMatch(Method):
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        other = PseudoLabels.of(answer(self.model, None, mix["weak"]).logits, mix["ignore"])
+        other = PseudoLabels.of(self.corrected(answer(self.model, None, mix["weak"]).logits), mix["ignore"])
         plain = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), perturb=True, correlate=part.head)
         labelled, weak = plain.split(count)
         pairs = zip(unlabeled["strong"].unbind(1), mix["strong"].unbind(1), boxes, strict=True)
         strong = self.model(torch.cat([paste(*pair) for pair in pairs]), correlate=part.head)
         along = part.logits(strong).chunk(2) if part.head else (None, None)
 
-        pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
+        pseudo = PseudoLabels.of(self.corrected(weak.logits), unlabeled["ignore"])
+        self.debias.see(weak.logits, unlabeled["ignore"])
         masks = part.masks(weak, size, progress)
         scalars = {"x": self.supervised(labelled.logits, truth)}
         if part.head:
@@ -73,3 +82,11 @@ class UniMatch(Method):
             loss = loss + part.weight * (scalars["x_corr"] + (scalars["corr1"] + scalars["corr2"]) / 4) / 2
         scalars["reliable"] = reliable.sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
+
+    def corrected(self, logits: Tensor) -> Tensor:
+        """Corrected for classes named too often."""
+        return self.debias(logits)
+
+    def after_step(self, progress: Progress) -> None:
+        """The classes' mean probabilities move on."""
+        self.debias.finish_step()

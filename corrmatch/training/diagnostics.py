@@ -61,7 +61,7 @@ def count(
         for i, (picture, mask) in enumerate(loader):
             image, truth, padding = _padded(picture.to(device), mask.to(device), crop)
             out = network(image, correlate=propagation.head)
-            pseudo = PseudoLabels.of(out.logits, padding)
+            pseudo = PseudoLabels.of(method.corrected(out.logits), padding)
             before = after = Labels(pseudo.labels, pseudo.reliable(method.threshold))
             generator = torch.Generator(device).manual_seed(process + i * processes)  # the same in each evaluation
             if propagation.regions:

@@ -66,7 +66,7 @@ FORMS = {
     ),
     "fixmatch, thresholds of classes": (
         "fixmatch",
-        ("fixmatch.class_share=0.5", "propagation.region_threshold=0.8"),
+        ("fixmatch.class_share=0.5", "fixmatch.debias=0.5", "propagation.region_threshold=0.8"),
     ),
     "cross_teacher, contrast": (
         "cross_teacher",
