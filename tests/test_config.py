@@ -169,7 +169,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 def test_a_missing_value_and_a_missing_file_are_named():
     with pytest.raises(ConfigError, match=r"data\.root: expected a value"):
         load_config("sample")
-    with pytest.raises(ConfigError, match="fodler: no such file; shipped configurations are camvid, cityscapes"):
+    with pytest.raises(
+        ConfigError, match="fodler: no such file; shipped configurations are camvid, camvid_cpu, cityscapes"
+    ):
         load_config("fodler")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from corrmatch.config import ConfigError, load_config, to_yaml
+from corrmatch.config import Config, ConfigError, load_config, to_yaml
 from corrmatch.training import snapshot
 from corrmatch.training.checkpoint import FREE
 from corrmatch.training.snapshot import Snapshot
@@ -119,13 +119,17 @@ def read_run(folder: Path) -> Run:
     for name in ("config.yaml", "scalars.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: expected the work directory of a run, there is no {name}")
-    config = yaml.safe_load(to_yaml(load_config(str(folder / "config.yaml"))))
     lines: dict[str, list[Line]] = {}
     for line in _lines(folder / "scalars.jsonl"):
         lines.setdefault(line["kind"], []).append(line)
     if "val" not in lines:
         raise ConfigError(f"{folder}: no evaluation has been made in this run yet")
-    return Run(folder, dict(_leaves(config)), lines, snapshot.read(folder))
+    return Run(folder, dotted(load_config(str(folder / "config.yaml"))), lines, snapshot.read(folder))
+
+
+def dotted(config: Config) -> dict[str, Any]:
+    """The keys of a configuration and their values: `train.lr: 0.001`."""
+    return dict(_leaves(yaml.safe_load(to_yaml(config))))
 
 
 def _lines(path: Path) -> Iterator[Line]:
