@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import measure, report
-from ops import OPS, pixel_propagate
+from ops import OPS, connected_components, pixel_propagate
 
 import corrmatch
 
@@ -214,7 +214,7 @@ def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys
 
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pixel_propagate, "component_peers", lambda connectivity: {})
+    monkeypatch.setattr(connected_components, "component_peers", lambda connectivity: {})
     code, record = run(tmp_path, "--ops", "connected_components")
     assert code == 0
     for case in record["cases"]:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from corrmatch.config import parse
+from corrmatch.data.images import IGNORE
 from corrmatch.methods.base import Progress
 from corrmatch.methods.corrmatch import CorrMatch
 from corrmatch.models.deeplab import DeepLabV3Plus, Prediction, enlarge
@@ -72,7 +73,7 @@ class StepInputs:
         }
         images = torch.randn(5, count, 3, crop, crop, generator=generator).to(device)
         label = enlarge(self.planted[2 * count, True].logits[:count], (crop, crop)).argmax(1)
-        label[:, :4] = 255
+        label[:, :4] = IGNORE
         ignore, box = torch.zeros(2, count, crop, crop, dtype=torch.bool, device=device)
         box[::2, crop // 4 : crop // 2, crop // 3 : 3 * crop // 4] = True
         masks = {"ignore": ignore, "box": box.unsqueeze(1)}

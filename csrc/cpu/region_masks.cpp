@@ -134,7 +134,7 @@ class SampledQueries {
   Buffer<T> values_;  // (batch, depth, blocks, kQueriesAtOnce)
 };
 
-struct Problem {
+struct RegionMasks {
   Tensor query, key, index;
   int64_t height, width;
   double scale, threshold;
@@ -144,7 +144,7 @@ struct Problem {
 };
 
 template <class T>
-void run(const Problem& p, int threads) {
+void run(const RegionMasks& p, int threads) {
   const int64_t batch = p.query.size[0], depth = p.query.size[1], masks = p.index.size[3];
   const int64_t n_q = positions(p.query), n_k = positions(p.key), tiles = tile_count<T>(n_k);
   const int64_t padded = tiles * kWidth<T>, pitch = padded + kLanes<T>;
@@ -199,7 +199,8 @@ void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_
                   int connected, int connectivity, Tensor packed, int threads) {
   check_index(index, positions(query));
   const bool wide = query.dtype == DType::float64 || key.dtype == DType::float64;
-  const Problem problem{query, key, index, height, width, scale, threshold, Connected(connected), connectivity, packed};
+  const RegionMasks problem{query,        key,   index, height, width, scale, threshold, Connected(connected),
+                            connectivity, packed};
   (wide ? run<double> : run<float>)(problem, threads);
 }
 
