@@ -16,9 +16,9 @@ come after all others, in turns with corrmatch. SIGINT ends a run with what was 
     interrupted   true while the run goes on, and where it was ended before its time: some contenders may lack
     seconds       duration of the run
     failures      number of contenders that failed or disagree with the oracle and of cases that could not be checked
-    cases         a list; each has op, size, workload, positions (N), batch, dtype, elements (in one call), unit (of
-                  elements), tolerance (of error), exponentials (the least that forward and both compute, where
-                  that bounds them) and contenders, a list of
+    cases         a list; each has op, title (what it computes), size, workload, positions (N), batch, dtype,
+                  elements (in one call), unit (of elements), tolerance (of error), exponentials (the least that
+                  forward and both compute, where that bounds them) and contenders, a list of
         name, ours, family (variants of which only the fastest is timed, or null)
         status            "ok", "wrong", "failed" (it raised an error), "not installed", "slower variant"
                           or "untimed" (the run was ended before it was timed)
@@ -45,29 +45,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cases
-import machine
-import measure
-import plot
-import report
 import torch
-import workload
-from bench_case import Measurement, first_line
+from harness import machine, measure, plot, report
+from harness.case import Setting
+from harness.measurement import Measurement, first_line
+from ops import OPS
 
 import corrmatch
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SIZES = {"pixel_propagate": ((41, 41), (65, 65), (101, 101)), "connected_components": ((41, 41), (101, 101))}
-OTHER_SIZES = ((41, 41),)
 MAP_LIMIT = 10**8  # elements of the map up to which the default batch is 4 and not 1
-SHARE = {  # of the time budget, for one size
-    "pixel_propagate": 4.0,
-    "region_masks": 2.0,
-    "region_propagate": 2.0,
-    "connected_components": 1.0,
-    "pseudo_label": 1.0,
-    "pixel_loss": 1.0,
-}
 INTERVAL = 1.0  # seconds between two writings of the JSON
 INTERRUPTED = 130  # exit code of what SIGINT has ended
 
@@ -89,28 +76,28 @@ class Run:
     def all(self) -> None:
         """Every case, first without what torch.compile makes, then with that."""
         chosen = chosen_cases(self.options)
-        total, op_before = sum(SHARE[op] for op, _ in chosen), None
+        total, op_before = sum(OPS[op].share for op, _ in chosen), None
         later = []
         for op, setting in chosen:
             if op != op_before:
-                print(report.op_header(op), flush=True)
+                print(header(op), flush=True)
             op_before = op
-            seconds = self.options.budget * SHARE[op] / total
+            seconds = self.options.budget * OPS[op].share / total
             for measurement in self.prepared(op, setting):
                 heats = 2 if measurement.contenders(compiled=True) else 1
                 self.measure(measurement, seconds * measurement.case.share / heats)
                 if heats == 2:
                     later.append((measurement, seconds * measurement.case.share / heats))
         if later:
-            print(f"With what torch.compile makes\n{report.op_header(later[0][0].case.op)}", flush=True)
+            print(f"With what torch.compile makes\n{header(later[0][0].case.op)}", flush=True)
         for measurement, seconds in later:
             torch.compiler.reset()  # of one function it keeps eight forms, and each size has several
             self.measure(measurement, seconds, compiled=True)
 
-    def prepared(self, op: str, setting: workload.Setting) -> Iterator[Measurement]:
+    def prepared(self, op: str, setting: Setting) -> Iterator[Measurement]:
         """The cases of an op at one size, with the oracle's answer; those that have none are counted."""
         try:
-            for case in cases.OPS[op](setting):
+            for case in OPS[op].cases(setting):
                 available = measure.available_bytes(self.options.device)
                 if available is not None and case.oracle_bytes > available:
                     need, have = (f"{x / 2**30:.1f} GiB" for x in (case.oracle_bytes, available))
@@ -136,7 +123,7 @@ class Run:
 
     def result(self, measurement: Measurement) -> dict[str, Any]:
         """A case as the JSON holds it."""
-        result = measurement.result() | {"dtype": self.options.dtype}
+        result = measurement.result() | {"dtype": self.options.dtype, "title": OPS[measurement.case.op].title}
         report.add_floor_shares(result, self.environment["exponentials_a_second"])
         return result
 
@@ -162,18 +149,21 @@ class Run:
         part.replace(self.options.json)
 
 
-def chosen_cases(options: argparse.Namespace) -> list[tuple[str, workload.Setting]]:
+def header(op: str) -> str:
+    """Title and column heads of an op."""
+    return report.op_header(op, OPS[op].title, tuple(report.PASSES) if OPS[op].backward else ("forward",))
+
+
+def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Setting]]:
     """What to measure, in order. Inputs are made later, a case at a time."""
     chosen = []
     for op in options.ops:
-        for height, width in options.sizes if options.sizes is not None else SIZES.get(op, OTHER_SIZES):
+        for height, width in options.sizes if options.sizes is not None else OPS[op].sizes:
             batch = options.batch
             if batch is None:
                 batch = 4 if 4 * (height * width) ** 2 <= MAP_LIMIT else 1
             dtype = DTYPES[options.dtype]
-            setting = workload.Setting(
-                (height, width), batch, dtype, options.device, options.value_grad, options.compile
-            )
+            setting = Setting((height, width), batch, dtype, options.device, options.value_grad, options.compile)
             chosen.append((op, setting))
     return chosen
 
@@ -181,9 +171,9 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, workload.Settin
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", type=_ops, default=list(cases.OPS), help=f"comma-separated, of {', '.join(cases.OPS)}")
+    parser.add_argument("--ops", type=_ops, default=list(OPS), help=f"comma-separated, of {', '.join(OPS)}")
     parser.add_argument("--sizes", type=_sizes, help="grids: 41,65,41x33 (full resolution: 8 (n - 1) + 1)")
-    parser.add_argument("--batch", type=_count, help="pictures (default: 4, or 1 where the map passes 10^8 elements)")
+    parser.add_argument("--batch", type=_count, help="images (default: 4, or 1 where the map passes 10^8 elements)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--value-grad", action="store_true", help="gradients of value too, which the method needs not")
     parser.add_argument("--compile", action="store_true", help="add the published form under torch.compile")
@@ -202,9 +192,9 @@ def default_device() -> str:
 
 
 def _ops(text: str) -> list[str]:
-    unknown = [name for name in text.split(",") if name not in cases.OPS]
+    unknown = [name for name in text.split(",") if name not in OPS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no op {unknown[0]!r}; expected some of {', '.join(cases.OPS)}")
+        raise argparse.ArgumentTypeError(f"no op {unknown[0]!r}; expected some of {', '.join(OPS)}")
     return text.split(",")
 
 
@@ -240,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     run.save(interrupted)
     results = run.results()
     failures = run.failures(results)
-    print(report.footer(results, failures, time.perf_counter() - run.start, run.environment, options))
+    measured = {result["op"] for result in results}
+    notes = [x for op in OPS if op in measured for x in OPS[op].notes(options.device, options.compile)]
+    print(report.footer(notes, failures, time.perf_counter() - run.start, run.environment))
     if interrupted:
         print("Interrupted: what was not timed is missing.")
         return INTERRUPTED

@@ -20,7 +20,8 @@ ROUNDS = 3
 CHILD = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-import stub_gpu, torch
+import torch
+from harness import stub_gpu
 from corrmatch import ops
 driver = stub_gpu.install()
 torch.set_num_threads(1)

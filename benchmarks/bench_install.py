@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
-from machine import environment
+from harness.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT = "import time, torch; start = time.perf_counter(); import corrmatch; print(time.perf_counter() - start)"

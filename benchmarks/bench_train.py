@@ -4,7 +4,7 @@ Both steps get the same network, pictures and positions of regions, and must agr
 gradients before they are timed, in turns. The parts are timed apart, so their times need not add up to the whole:
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
-    method    all the rest, forward and backward, run on recorded outputs of the network (see `planted`)
+    method    all the rest, forward and backward, run on recorded outputs of the network (see `step.planted`)
     step      the whole; with --variants ours also with each of them, on top of those before it
 
 `--methods` times a step of every method instead, or of those that it names, against CorrMatch's: passes of networks
@@ -23,14 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-import measure
-import method_steps
-import report
 import torch
-from planted import Network, Setting
+from harness import machine, measure, report
+from harness.case import CHANNELS, MASKS
+from step import methods
+from step.planted import PlantedNetwork, StepInputs
 from torch import Tensor, nn
-from workload import CHANNELS, MASKS
 
 from corrmatch.methods import METHODS
 
@@ -40,48 +38,48 @@ OURS = "corrmatch"
 VARIANTS = ("bf16", "channels_last", "compile")
 
 
-def leaves_of(network: Network) -> list[Tensor]:
+def leaves_of(network: PlantedNetwork) -> list[Tensor]:
     """The recorded outputs that are given a gradient."""
     return [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
 
 
-def gradients(setting: Setting, make: Callable[[Network], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
+def gradients(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
     """Terms of the loss and the gradients of the recorded outputs."""
-    network = setting.leaves()
-    loss, scalars = make(network).train()(setting.batch, setting.progress())
+    network = inputs.leaves()
+    loss, scalars = make(network).train()(inputs.batch, inputs.progress())
     terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
     return terms | {"total": float(loss.detach())}, list(torch.autograd.grad(loss, leaves_of(network)))
 
 
-def disagreement(setting: Setting) -> tuple[float, float]:
+def disagreement(inputs: StepInputs) -> tuple[float, float]:
     """Largest relative difference of a term, and of a gradient, between ours and the published step."""
-    (ours, our_grads), (theirs, their_grads) = (gradients(setting, make) for make in (setting.ours, setting.published))
+    (ours, our_grads), (theirs, their_grads) = (gradients(inputs, make) for make in (inputs.ours, inputs.published))
     loss = max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)
     pairs = zip(our_grads, their_grads, strict=True)
     return loss, max(float((x - y).norm() / y.norm()) for x, y in pairs)
 
 
-def method_part(setting: Setting, make: Callable[[Network], nn.Module]) -> Callable[[], Any]:
+def method_part(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module]) -> Callable[[], Any]:
     """What the method adds: from recorded network outputs to their gradients."""
-    network = setting.leaves()
+    network = inputs.leaves()
     method = make(network).train()
     leaves = leaves_of(network)
 
     def run() -> None:
-        loss, _ = method(setting.batch, setting.progress())
+        loss, _ = method(inputs.batch, inputs.progress())
         torch.autograd.grad(loss, leaves)
 
     return run
 
 
-def network_part(setting: Setting) -> Callable[[], Any]:
+def network_part(inputs: StepInputs) -> Callable[[], Any]:
     """The forwards and the backward of the network alone, from given gradients, and the optimiser."""
-    network, autocast, optimizer = prepare(setting)
-    b = setting.batch
+    network, autocast, optimizer = prepare(inputs)
+    b = inputs.batch
     weak_images = torch.cat([b["labeled"]["image"], b["unlabeled"]["weak"]])
     # Not constant: batch norm would leave of those next to nothing, and such small numbers are slow on a CPU.
-    upstream = [[None if x is None else 1e-6 * torch.randn_like(x) for x in setting.planted[n, True]]
-                for n in (2 * setting.options.batch, setting.options.batch)]  # fmt: skip
+    upstream = [[None if x is None else 1e-6 * torch.randn_like(x) for x in inputs.planted[n, True]]
+                for n in (2 * inputs.options.batch, inputs.options.batch)]  # fmt: skip
 
     def run() -> None:
         with autocast():
@@ -103,15 +101,15 @@ def network_part(setting: Setting) -> Callable[[], Any]:
 
 
 def whole_step(
-    setting: Setting, make: Callable[[Network], nn.Module], variant: Sequence[str] = ()
+    inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module], variant: Sequence[str] = ()
 ) -> Callable[[], Any]:
     """One training step."""
-    network, autocast, optimizer = prepare(setting, variant)
+    network, autocast, optimizer = prepare(inputs, variant)
     method = make(network).train()
 
     def run() -> None:
         with autocast():
-            loss, _ = method(setting.batch, setting.progress())
+            loss, _ = method(inputs.batch, inputs.progress())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -119,16 +117,18 @@ def whole_step(
     return run
 
 
-def prepare(setting: Setting, variant: Sequence[str] = ()) -> tuple[Network, Callable[[], Any], torch.optim.Optimizer]:
+def prepare(
+    inputs: StepInputs, variant: Sequence[str] = ()
+) -> tuple[PlantedNetwork, Callable[[], Any], torch.optim.Optimizer]:
     """A network in a precision, layout and mode, what it runs under, and its optimiser."""
-    network = Network(setting.network(), setting.planted)
+    network = PlantedNetwork(inputs.network(), inputs.planted)
     if "channels_last" in variant:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if "compile" in variant:
         network.compile()
     optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9)
     enabled = "bf16" in variant
-    return network, lambda: torch.autocast(setting.options.device, torch.bfloat16, enabled=enabled), optimizer
+    return network, lambda: torch.autocast(inputs.options.device, torch.bfloat16, enabled=enabled), optimizer
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -155,16 +155,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def contenders(setting: Setting) -> dict[str, dict[str, Callable[[], Any]]]:
+def contenders(inputs: StepInputs) -> dict[str, dict[str, Callable[[], Any]]]:
     """What is timed, by part."""
-    makers = {OURS: setting.ours, "published eager": setting.published}
+    makers = {OURS: inputs.ours, "published eager": inputs.published}
     found: dict[str, dict[str, Callable[[], Any]]] = {part: {} for part in PARTS}
     for name, make in makers.items():
-        found["method"][name] = method_part(setting, make)
-        found["step"][name] = whole_step(setting, make)
-    found["network"]["both"] = network_part(setting)
-    for count, option in enumerate(setting.options.variants, 1):
-        found["step"][f"corrmatch + {option}"] = whole_step(setting, setting.ours, setting.options.variants[:count])
+        found["method"][name] = method_part(inputs, make)
+        found["step"][name] = whole_step(inputs, make)
+    found["network"]["both"] = network_part(inputs)
+    for count, option in enumerate(inputs.options.variants, 1):
+        found["step"][f"corrmatch + {option}"] = whole_step(inputs, inputs.ours, inputs.options.variants[:count])
     return found
 
 
@@ -183,14 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
     if options.methods is not None:
         return write(options, arguments, environment, measure_methods(options))
-    setting = Setting(options)
-    loss, gradient = disagreement(setting)
+    inputs = StepInputs(options)
+    loss, gradient = disagreement(inputs)
     print(f"largest relative difference of a loss term {loss:.1e}, of a gradient {gradient:.1e}")
     if not (loss <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE):
         print(f"WRONG, nothing timed: bounds are {LOSS_TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}")
         return 1
     print(f"\n{'part':<9}{'contender':<26}{'ms':>9}{'spread':>8}{'per s':>8}{'ratio':>8}{'peak extra MiB':>16}")
-    parts = {part: measure_part(part, runs, options) for part, runs in contenders(setting).items()}
+    parts = {part: measure_part(part, runs, options) for part, runs in contenders(inputs).items()}
     environment |= {"load_after": machine.load(), "clocks_after": machine.clocks(options.device)}
     print("\nratio: time as a multiple of corrmatch's. peak: memory in use above the level before, during one call.")
     if options.variants:
@@ -215,7 +215,7 @@ def write(
 
 def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
     """Weighs and races a step of each method, and prints a line for each."""
-    steps, passes = method_steps.contenders(options)
+    steps, passes = methods.contenders(options)
     print(f"\n{'method':<22}{'passes':>8}{'ms':>9}{'spread':>8}{'ratio':>8}{'peak extra MiB':>16}")
     peaks = {name: measure.peak_extra_bytes(run, options.device) for name, run in steps.items()}
     samples = race(list(steps.values()), options.budget, options.device)

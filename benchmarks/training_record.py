@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from machine import environment
+from harness.machine import environment
 
 from corrmatch.config import load_config
 from corrmatch.training.compare import Spread, dotted, read_run

@@ -63,11 +63,11 @@ struct Argument<OptionalTensor> {
 template <auto Kernel>
 struct Bind;
 #ifndef CORRMATCH_EMULATOR
-template <class... Args, void (*corrmatch::CpuKernels::*Member)(Args...)>
+template <class... Args, void (*corrmatch::CpuTable::*Member)(Args...)>
 struct Bind<Member> {
   static void call(const typename Argument<Args>::type&... args) {
     py::gil_scoped_release release;
-    (corrmatch::cpu_kernels().*Member)(Argument<Args>::get(args)...);
+    (corrmatch::cpu_table().*Member)(Argument<Args>::get(args)...);
   }
 };
 #endif
@@ -94,26 +94,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
 #ifdef CORRMATCH_CUDA
   py::module_ cuda = m.def_submodule("cuda");
-  cuda.def("connected_components", &Bind<&corrmatch::cuda::connected_components>::call);
-  cuda.def("connected_components_scratch", &Bind<&corrmatch::cuda::connected_components_scratch>::call);
-  cuda.def("region_masks", &Bind<&corrmatch::cuda::region_masks>::call);
-  cuda.def("region_masks_scratch", &Bind<&corrmatch::cuda::region_masks_scratch>::call);
-  cuda.def("region_propagate", &Bind<&corrmatch::cuda::region_propagate>::call);
-  cuda.def("region_propagate_scratch", &Bind<&corrmatch::cuda::region_propagate_scratch>::call);
+#define OP(name, parameters) cuda.def(#name, &Bind<&corrmatch::cuda::name>::call);
+#define SCRATCH(name, parameters) cuda.def(#name, &Bind<&corrmatch::cuda::name>::call);
+#include "cuda/ops.def"
+#undef OP
+#undef SCRATCH
 #endif
 
 #ifndef CORRMATCH_EMULATOR
-  using corrmatch::CpuKernels;
+  using corrmatch::CpuTable;
   py::module_ cpu = m.def_submodule("cpu");
-  cpu.def("isa", [] { return std::string(corrmatch::cpu_kernels().isa); });
+  cpu.def("isa", [] { return std::string(corrmatch::cpu_table().isa); });
   cpu.def("isas", &corrmatch::cpu_isas);
   cpu.def("select_isa", &corrmatch::select_cpu_isa);
-  cpu.def("pixel_propagate_forward", &Bind<&CpuKernels::pixel_propagate_forward>::call);
-  cpu.def("pixel_propagate_backward", &Bind<&CpuKernels::pixel_propagate_backward>::call);
-  cpu.def("region_masks", &Bind<&CpuKernels::region_masks>::call);
-  cpu.def("region_propagate", &Bind<&CpuKernels::region_propagate>::call);
-  cpu.def("connected_components", &Bind<&CpuKernels::connected_components>::call);
-  cpu.def("pseudo_label", &Bind<&CpuKernels::pseudo_label>::call);
-  cpu.def("pixel_loss", &Bind<&CpuKernels::pixel_loss>::call);
+#define OP(name, parameters) cpu.def(#name, &Bind<&CpuTable::name>::call);
+#include "cpu/ops.def"
+#undef OP
 #endif
 }

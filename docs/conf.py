@@ -43,9 +43,10 @@ class Support(Directive):
         integers = "integers" in self.options
         rows = [["backend", "tensors on", *([] if integers else [*map(_name, DTYPES), "channels"])]]
         for name, backend in corrmatch.backends().items():
-            if self.arguments[0] in backend.ops:
-                taken = ["yes" if backend.dtypes is None or d in backend.dtypes else "no" for d in DTYPES]
-                channels = "any number" if backend.channels is None else f"at most {backend.channels}"
+            limits = backend.implementations.get(self.arguments[0])
+            if limits is not None:
+                taken = ["yes" if limits.dtypes is None or d in limits.dtypes else "no" for d in DTYPES]
+                channels = "any number" if limits.channels is None else f"at most {limits.channels}"
                 rows.append([name, HOME[name], *([] if integers else [*taken, channels])])
         if len(rows) == 1:
             raise self.error(f"no backend has an op called {self.arguments[0]}")

@@ -1,10 +1,12 @@
 """The gate of pixel propagation: which query positions are open, and where each one goes.
 
-The open rows of a picture are an int32 row of (B, padded N_q + 1): the flat position of each, -1 behind the last, and
+The open rows of an image are an int32 row of (B, padded N_q + 1): the flat position of each, -1 behind the last, and
 in the last place their number. Nothing is read on the host.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -12,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import LOG2E, block_of
-from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
+from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.packing import block_size
+from corrmatch.kernels.plan import Plan
 
 SCAN = 1024  # positions that a block counts at once
 
@@ -40,15 +43,16 @@ def fill_open_rows(gate: Tensor, open_rows: Tensor) -> None:
     launch(open_rows_kernel, gate.shape[0], (gate, open_rows), (positions, padded, *gate.stride()), (SCAN,))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(unaligned={"gate": "i1"}, aligned={"open_rows": "i32"})
 def open_rows_kernel(
     gate,  # in: (B, positions), bool
-    open_rows,  # out: (B, kept + 1)
-    positions, kept,  # of the picture, padded
-    stride_b: tl.int64, stride_x: tl.int64,
-    BLOCK: tl.constexpr,
+    open_rows,  # out: (B, kept + 1), flat position of each open row, -1 behind the last, their number in the last place
+    positions,  # of the image
+    kept,  # padded positions
+    stride_b: tl.int64, stride_x: tl.int64,  # strides of the gate
+    BLOCK: tl.constexpr,  # positions that are counted at once
 ):  # fmt: skip
-    """One picture, in order."""
+    """One image, in order."""
     b = tl.program_id(0).to(tl.int64)
     open_rows += b * (kept + 1)
     count = tl.full((), 0, tl.int32)
@@ -64,16 +68,19 @@ def open_rows_kernel(
     tl.store(open_rows + kept, count)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(unaligned={"value": "data", "threshold": "fp64", "gate": "i1"}, floats=("log2e",))
 def confidence_gate_kernel(
-    value,  # in
-    threshold,  # in: one number, float64
+    value,  # in: (B, channels, positions), logits
+    threshold,  # in: one number
     gate,  # out: (B, positions), bool
-    channels, positions, width,
-    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
-    log2e,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    channels, positions,  # of the value
+    width,  # of the image
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the value
+    log2e,  # log2(e), which makes exp2 an exponential
+    CHANNELS: tl.constexpr,  # padded channels
+    BLOCK: tl.constexpr,  # positions of a block
 ):  # fmt: skip
+    """Owner of BLOCK positions: whether the largest softmax probability reaches the threshold."""
     b, start = block_of(positions, BLOCK)
     position = start + tl.arange(0, BLOCK)
     channel = tl.arange(0, CHANNELS)[:, None]
@@ -86,3 +93,19 @@ def confidence_gate_kernel(
     confidence = 1.0 / tl.sum(tl.exp2((logits - largest[None, :]) * log2e), 0)
     least = tl.load(threshold).to(tl.float32)
     tl.store(gate + b * positions + position, confidence >= least, mask=position < positions)
+
+
+@triton.jit
+def end_of_rows(open_rows, b, n_q, packed_q, GATED: tl.constexpr):
+    """Number of packed rows of an image that count: the open ones, or all."""
+    if GATED:
+        return tl.load(open_rows + b * (packed_q + 1) + packed_q)
+    else:
+        return n_q
+
+
+def variants(plan: Plan, channels: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    constants = {"CHANNELS": plan.channels, "BLOCK": block_size(plan.channels)}
+    yield Variant("gate", confidence_gate_kernel, constants)
+    yield Variant("open rows", open_rows_kernel, {"BLOCK": SCAN})

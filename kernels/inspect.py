@@ -11,6 +11,8 @@ blocks an H100's multiprocessor holds. Kernels that are linear in the positions 
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -20,31 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from corrmatch.kernels import (
-    gate,
-    packing,
-    pixel_loss,
-    pixel_propagate,
-    pixel_propagate_backward,
-    plan,
-    pseudo_label,
-)  # fmt: skip
-from corrmatch.kernels.configs import Config, configs
+import corrmatch.kernels
+from corrmatch.kernels.configs import Tile
+from corrmatch.kernels.launch import Variant
+from corrmatch.kernels.plan import Plan
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MATRIX = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b"
-POINTERS = {
-    "query": "data", "key": "data", "value": "data", "source": "data", "out": "data", "dquery": "data", "dkey": "data",
-    "dvalue": "data", "packed": "packed", "grad": "packed", "rows": "fp32", "delta": "fp32", "open_rows": "i32",
-    "gate": "i1", "threshold": "fp64", "logits": "data", "ignore": "i1", "labels": "i64", "confidence": "fp32",
-    "class_peak": "i32", "target": "data", "weight": "fp32", "pixels": "fp32", "parts": "fp32",
-}  # fmt: skip
-FLOATS = ("factor", "bias", "unbias", "scale", "log2e")
 
 
 @dataclass(frozen=True)
@@ -104,75 +94,52 @@ HEADER = (
 )
 
 
+def variants(plan: Plan, channels: int) -> Iterator[Variant]:
+    """Those of every kernel: of each module that says what is to be compiled of it."""
+    for module in pkgutil.iter_modules(corrmatch.kernels.__path__):
+        if module.name != Path(__file__).stem:
+            found = importlib.import_module(f"corrmatch.kernels.{module.name}")
+            yield from found.variants(plan, channels) if hasattr(found, "variants") else ()
+
+
 def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
     """Every kernel of a problem with so many channels of query and of value."""
-    padded = plan.padded_channels(channels)
-    single = dtype == "float32"
-    tuned = configs(arch, single, padded)
-    pieces = 3 if single else 1
-    flags: dict[str, Any] = {"GATED": False, "FOLDED": dtype == "bfloat16" and padded - channels >= plan.SPARE}
-    flags |= {"KEPT": pieces, "PIECES": pieces, "DEPTH": padded, "CHANNELS": padded, "EXACT": single}
-    flags |= {"DQUERY": True, "DVALUE": True}
-    passes: dict[str, tuple[Any, Config, dict[str, Any]]] = {
-        "row": (pixel_propagate.row_kernel, tuned.row, {"MEAN": False}),
-        "row, mean key": (pixel_propagate.row_kernel, tuned.row, {"MEAN": True}),
-        "column": (pixel_propagate.column_kernel, tuned.column, {}),
-        "backward row": (pixel_propagate_backward.backward_row_kernel, tuned.backward_row, {}),
-        "backward column": (pixel_propagate_backward.backward_column_kernel, tuned.backward_column, {}),
-    }
-    for name, (kernel, config, own) in passes.items():
-        constants = {**flags, **own, "ROWS": config.rows, "COLUMNS": config.columns}
-        yield compile_one(name, kernel, arch, dtype, constants, config)
-
-    block = packing.block_size(padded)
-    linear: dict[str, tuple[Any, dict[str, Any]]] = {
-        "pack": (packing.pack_kernel, flags | {"GATED": True, "MASS": False, "BLOCK_D": block, "BLOCK_C": block}),
-        "pack gradient": (packing.pack_gradient_kernel, {"PIECES": pieces, "BLOCK": block}),
-        "gate": (gate.confidence_gate_kernel, {"BLOCK": block}),
-        "open rows": (gate.open_rows_kernel, {"BLOCK": gate.SCAN}),
-        "label": (
-            pseudo_label.label_kernel,
-            {"RESIZE": True, "WIDE": False, "IGNORE": True, "BLOCK": pseudo_label.BLOCK},
-        ),
-    }
-    classes, cells = pixel_loss.tile(channels)
-    for name, divergence in (("cross-entropy", False), ("divergence", True)):
-        own = {"RESIZE": True, "DIVERGENCE": divergence, "GRADIENT": True, "CHANNELS": classes, "CELLS": cells}
-        linear[name] = (pixel_loss.loss_kernel, own)
-    for name, (kernel, own) in linear.items():
-        yield compile_one(name, kernel, arch, dtype, {"CHANNELS": padded, **own}, None)
+    for variant in variants(Plan.on(arch, getattr(torch, dtype), channels), channels):
+        yield compile_one(variant.name, variant.kernel, arch, dtype, variant.constants, variant.tile)
 
 
 def compile_one(
-    name: str, kernel: Any, arch: int, dtype: str, constants: dict[str, Any], config: Config | None
+    name: str, kernel: Any, arch: int, dtype: str, constants: dict[str, Any], tile: Tile | None
 ) -> Compiled:
     """Compiles one kernel and reads its PTX, its machine code and the assembler's report."""
+    if tile is not None:
+        constants = constants | {"ROWS": tile.rows, "COLUMNS": tile.columns}
     signature, attributes = {}, {}
     numbers = {"data": DTYPES[dtype], "packed": "bf16" if dtype == "float32" else DTYPES[dtype]}
     for parameter in kernel.params:
         argument, aligned = parameter.name, False
-        if argument in constants:
+        if argument.isupper():
             signature[argument] = "constexpr"
-        elif argument in POINTERS:
-            signature[argument] = "*" + numbers.get(POINTERS[argument], POINTERS[argument])
+        elif argument in kernel.pointers:
+            signature[argument] = "*" + numbers.get(kernel.pointers[argument], kernel.pointers[argument])
             aligned = not parameter.do_not_specialize_on_alignment
         else:
-            signature[argument] = "fp32" if argument in FLOATS else parameter.annotation_type or "i32"
+            signature[argument] = "fp32" if argument in kernel.floats else parameter.annotation_type or "i32"
             aligned = not parameter.do_not_specialize and signature[argument] == "i32"  # padded positions
         if aligned:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     constants = {argument: constants[argument] for argument in kernel.arg_names if argument in constants}
     source = ASTSource(kernel, signature, constants, attributes)
-    warps, stages = (4, 2) if config is None else (config.warps, config.stages)
+    warps, stages = (4, 2) if tile is None else (tile.warps, tile.stages)
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = made.asm["ptx"]
     registers, spilled, sass = assembled(ptx, arch)
-    matrix, loop, tile = "", None, str(constants.get("BLOCK", constants.get("CELLS")))
-    if config is not None:
-        tile = f"{config.rows}x{config.columns}x{config.stages}"
+    matrix, loop, shape = "", None, str(constants.get("BLOCK", constants.get("CELLS")))
+    if tile is not None:
+        shape = f"{tile.rows}x{tile.columns}x{tile.stages}"
         body, machine_body = inner_loop(ptx), inner_loop(sass)
-        per_element = 32 * warps / (config.rows * config.columns)
+        per_element = 32 * warps / (tile.rows * tile.columns)
         matrix = next(iter(re.findall(MATRIX, body)), "none")
         loop = Loop(
             len(re.findall(r"/\*[0-9a-f]{4,}\*/", machine_body)) * per_element,
@@ -182,7 +149,7 @@ def compile_one(
             len(re.findall(r"\bLDG\b", machine_body)),
             len(re.findall(r"\bMEMBAR\b", machine_body)),
         )
-    return Compiled(name, arch, dtype, tile, warps, registers, spilled, made.metadata.shared, matrix, loop)
+    return Compiled(name, arch, dtype, shape, warps, registers, spilled, made.metadata.shared, matrix, loop)
 
 
 def inner_loop(code: str) -> str:

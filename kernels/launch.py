@@ -1,34 +1,77 @@
-"""How kernels are launched: straight, once they are compiled; Triton's own way takes longer than small kernels run."""
+"""How kernels are declared and launched.
+
+Launches are straight, once a kernel is compiled: Triton's own way takes longer than small kernels run.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from corrmatch.kernels.configs import CANDIDATES, Config
+from corrmatch.kernels.configs import CANDIDATES, Tile
 from corrmatch.kernels.language import INTERPRETED
 
 AUTOTUNE = os.environ.get("CORRMATCH_AUTOTUNE") == "1"  # when this package is first imported
-
-# Names of arguments that Triton must not compile anew for: sizes and strides. Pointers to inputs, which need not be
-# aligned, are in UNALIGNED. What is left are padded sizes, multiples of 128, and memory that torch allocated.
-SIZES = (
-    "n_q", "n_k", "depth", "values", "channels", "classes", "positions", "width", "width_q", "width_k", "kept",
-    "blocks", "height", "grid_height", "grid_width", "corner_size", "stride_b", "stride_c", "stride_y", "stride_x",
-    *(f"{x}_{axis}" for x in ("query", "key", "value", "labels", "target", "weight", "ignore") for axis in "bcyx"),
-)  # fmt: skip
-UNALIGNED = ("query", "key", "value", "source", "gate", "threshold", "logits", "ignore", "labels", "target", "weight")
 
 Tensors = Sequence[Tensor | None]
 Numbers = Sequence[int | float]
 
 _compiled: dict[tuple[object, ...], Any] = {}
+
+
+class Variant(NamedTuple):
+    """One form of a kernel that `inspect` compiles without a GPU.
+
+    Attributes:
+        name: What the table calls it.
+        kernel: The kernel.
+        constants: Values of its arguments in capitals but for those of the tile; others are ignored.
+        tile: The tile of a kernel over scores; None for a kernel that is linear in the positions.
+    """
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    tile: Tile | None = None
+
+
+def kernel(
+    *,
+    unaligned: dict[str, str] | None = None,
+    aligned: dict[str, str] | None = None,
+    floats: Sequence[str] = (),
+    padded: Sequence[str] = (),
+) -> Callable[[Callable[..., None]], Any]:
+    """Makes a Triton kernel of a function, with the types of its arguments.
+
+    Triton reads the types off the tensors of a call; `inspect` compiles without tensors and reads them here. Arguments
+    in capitals are constants. All others that are not named here are sizes and strides, integers of 32 bits or as
+    annotated, for which Triton must not compile anew.
+
+    Args:
+        unaligned: Pointers to a caller's tensors, which may start at any address: name and type of the numbers, "data"
+            (the dtype of query and logits), "packed" (that of packed maps) or as Triton calls it.
+        aligned: The same, pointers to memory that torch has allocated.
+        floats: Numbers of float32.
+        padded: Sizes that are multiples of `plan.ALIGNMENT`, which the compiler makes use of.
+    """
+    pointers = {**(unaligned or {}), **(aligned or {})}
+
+    def decorate(function: Callable[..., None]) -> Any:
+        known = {*pointers, *floats, *padded}
+        sizes = [name for name in inspect.signature(function).parameters if not name.isupper() and name not in known]
+        made = triton.jit(function, do_not_specialize=sizes, do_not_specialize_on_alignment=[*(unaligned or {})])
+        made.pointers, made.floats = pointers, floats
+        return made
+
+    return decorate
 
 
 def launch(
@@ -52,10 +95,10 @@ def launch(
 
 
 def launch_tiles(
-    kernel: Any, config: Config, blocks: str, positions: int, batch: int, tensors: Tensors, numbers: Numbers,
+    kernel: Any, tile: Tile, blocks: str, positions: int, batch: int, tensors: Tensors, numbers: Numbers,
     constants: Sequence[Any],
 ) -> None:  # fmt: skip
-    """Runs `kernel` with one block for each tile of `positions` along `blocks` ("ROWS" or "COLUMNS") and picture.
+    """Runs `kernel` with one block for each tile of `positions` along `blocks` ("ROWS" or "COLUMNS") and image.
 
     The kernel takes ROWS and COLUMNS behind its other constants.
     """
@@ -63,9 +106,9 @@ def launch_tiles(
         grid = lambda chosen: (-(-positions // chosen[blocks]) * batch,)  # noqa: E731
         tuned(kernel)[grid](*tensors, *numbers, *constants)
         return
-    size = config.rows if blocks == "ROWS" else config.columns
+    size = tile.rows if blocks == "ROWS" else tile.columns
     programs = (positions + size - 1) // size * batch  # triton.cdiv takes ten times as long
-    launch(kernel, programs, tensors, numbers, (*constants, config.rows, config.columns), config.warps, config.stages)
+    launch(kernel, programs, tensors, numbers, (*constants, tile.rows, tile.columns), tile.warps, tile.stages)
 
 
 @functools.cache

@@ -1,20 +1,22 @@
 """Packed maps: what the matrix kernels read.
 
 A map of any strides becomes (pieces, channels, positions) with channels and positions padded by zeros: channels to a
-power of two of at least 16, positions to a multiple of 128. So rows are aligned, though the picture sizes of this
-method are odd, and the inner loops need no masks. Query, key and value of a picture lie behind one another in one
+power of two of at least 16, positions to a multiple of 128. So rows are aligned, though the image sizes of this
+method are odd, and the inner loops need no masks. Query, key and value of an image lie behind one another in one
 buffer, and are packed by one kernel. Where a gate closes query positions, only the open ones are packed, in order, and
 the kernels loop over their number: what is closed costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, block_of, rounded, store
-from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
+from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.plan import ALIGNMENT, Plan, padded
 
 FOLDS = tl.constexpr(3)  # channels of ones in the key, for the shift in three pieces
@@ -61,16 +63,18 @@ def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor) -> None:
 
 @triton.jit
 def pack_map(
-    source,  # of this picture
-    packed,  # where this picture's map goes
-    open_rows,  # of this picture: flat position of each row, -1 behind the last; with GATHER
+    source,  # the map of this image
+    packed,  # where this image's map goes
+    open_rows,  # of this image: flat position of each row, -1 behind the last; read with GATHER only
     start,  # first packed position of this block
     channels, positions, packed_positions, width,  # of the map
-    stride_c, stride_y, stride_x,
+    stride_c, stride_y, stride_x,  # strides of the map
     factor,  # what the numbers are multiplied by
     ONES: tl.constexpr,  # channels of ones behind the last
-    GATHER: tl.constexpr,
-    PIECES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,  # whether only open rows are packed
+    PIECES: tl.constexpr,  # of a packed number
+    CHANNELS: tl.constexpr,  # padded channels
+    BLOCK: tl.constexpr,  # positions of this block
 ):  # fmt: skip
     """One block of a map."""
     column = start + tl.arange(0, BLOCK)
@@ -87,57 +91,86 @@ def pack_map(
     store(packed, channel * packed_positions + column[None, :], CHANNELS * packed_positions, pieces, PIECES)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit
+def maps_of(packed, b, packed_q, packed_k, PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where the packed query, key and value of an image begin."""
+    size_q, size_k = PIECES * DEPTH * packed_q.to(tl.int64), PIECES * DEPTH * packed_k.to(tl.int64)
+    query = packed + b * (size_q + size_k + PIECES * CHANNELS * packed_q.to(tl.int64))
+    key = query + size_q
+    return query, key, key + size_k
+
+
+@kernel(
+    unaligned={"query": "data", "key": "data", "value": "data"},
+    aligned={"packed": "packed", "open_rows": "i32"},
+    floats=("factor",),
+    padded=("packed_q", "packed_k"),
+)
 def pack_kernel(
-    query, key, value,  # in
+    query, key, value,  # in: (B, depth, n_q), (B, depth, n_k), (B, values, n_q)
     packed,  # out: (B, numbers), as `Layout` says
-    open_rows,  # (B, packed_q + 1); with GATED
-    n_q, n_k, packed_q, packed_k, depth, values,  # positions, padded positions, channels
-    width_q, width_k,  # of the pictures
+    open_rows,  # in: (B, packed_q + 1), as `gate` makes it; read with GATED only
+    n_q, n_k,  # query positions and key positions
+    packed_q, packed_k,  # the same, padded
+    depth, values,  # channels of query and key, and of value
+    width_q, width_k,  # of the images
     factor,  # of the query
-    query_b: tl.int64, query_c: tl.int64, query_y: tl.int64, query_x: tl.int64,  # strides
-    key_b: tl.int64, key_c: tl.int64, key_y: tl.int64, key_x: tl.int64,
-    value_b: tl.int64, value_c: tl.int64, value_y: tl.int64, value_x: tl.int64,
+    query_b: tl.int64, query_c: tl.int64, query_y: tl.int64, query_x: tl.int64,  # strides of the query
+    key_b: tl.int64, key_c: tl.int64, key_y: tl.int64, key_x: tl.int64,  # strides of the key
+    value_b: tl.int64, value_c: tl.int64, value_y: tl.int64, value_x: tl.int64,  # strides of the value
     GATED: tl.constexpr,  # whether only open rows of query and value are packed
     FOLDED: tl.constexpr,  # whether the key gets ones for the shift
     MASS: tl.constexpr,  # whether the value gets a channel of ones
-    PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr,
+    PIECES: tl.constexpr,  # of a packed number
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,  # positions of a block of query or key, and of value
 ):  # fmt: skip
+    """Owner of a block of one of the three maps."""
     blocks_q, blocks_k, blocks_v = packed_q // BLOCK_D, packed_k // BLOCK_D, packed_q // BLOCK_C
     b = (tl.program_id(0) // (blocks_q + blocks_k + blocks_v)).to(tl.int64)
     block = tl.program_id(0) % (blocks_q + blocks_k + blocks_v)
-    size_q, size_k = PIECES * DEPTH * packed_q.to(tl.int64), PIECES * DEPTH * packed_k.to(tl.int64)
-    packed += b * (size_q + size_k + PIECES * CHANNELS * packed_q.to(tl.int64))
+    packed_query, packed_key, packed_value = maps_of(packed, b, packed_q, packed_k, PIECES, DEPTH, CHANNELS)
     if GATED:
         open_rows += b * (packed_q + 1)
     if block < blocks_q:
         pack_map(
-            query + b * query_b, packed, open_rows, block * BLOCK_D, depth, n_q, packed_q, width_q,
+            query + b * query_b, packed_query, open_rows, block * BLOCK_D, depth, n_q, packed_q, width_q,
             query_c, query_y, query_x, factor, 0, GATED, PIECES, DEPTH, BLOCK_D,
         )  # fmt: skip
     elif block < blocks_q + blocks_k:
         pack_map(
-            key + b * key_b, packed + size_q, open_rows, (block - blocks_q) * BLOCK_D, depth, n_k, packed_k, width_k,
+            key + b * key_b, packed_key, open_rows, (block - blocks_q) * BLOCK_D, depth, n_k, packed_k, width_k,
             key_c, key_y, key_x, 1.0, FOLDS if FOLDED else 0, False, PIECES, DEPTH, BLOCK_D,
         )  # fmt: skip
     else:
         pack_map(
-            value + b * value_b, packed + size_q + size_k, open_rows, (block - blocks_q - blocks_k) * BLOCK_C, values,
+            value + b * value_b, packed_value, open_rows, (block - blocks_q - blocks_k) * BLOCK_C, values,
             n_q, packed_q, width_q, value_c, value_y, value_x, 1.0, MASS, GATED, PIECES, CHANNELS, BLOCK_C,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(unaligned={"source": "data"}, aligned={"packed": "packed"}, padded=("packed_k",))
 def pack_gradient_kernel(
-    source,  # in
+    source,  # in: (B, channels, n_k), the gradient of the result
     packed,  # out: (B, PIECES, CHANNELS, packed_k)
-    n_k, packed_k, channels, width,  # positions, padded positions, channels, width of the picture
-    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
-    PIECES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    n_k, packed_k,  # key positions, and padded
+    channels, width,  # of the gradient
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the gradient
+    PIECES: tl.constexpr,  # of a packed number
+    CHANNELS: tl.constexpr,  # padded channels
+    BLOCK: tl.constexpr,  # positions of a block
 ):  # fmt: skip
+    """Owner of BLOCK positions."""
     b, start = block_of(packed_k, BLOCK)
     pack_map(
         source + b * stride_b, packed + b * PIECES * CHANNELS * packed_k, None, start, channels, n_k, packed_k, width,
         stride_c, stride_y, stride_x, 1.0, 0, False, PIECES, CHANNELS, BLOCK,
     )  # fmt: skip
+
+
+def variants(plan: Plan, channels: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    constants = plan.constants | {"PIECES": plan.kept}
+    blocks = {"BLOCK_D": block_size(plan.depth), "BLOCK_C": block_size(plan.channels)}
+    yield Variant("pack", pack_kernel, constants | blocks | {"GATED": True, "MASS": False})
+    yield Variant("pack gradient", pack_gradient_kernel, constants | {"BLOCK": block_size(plan.channels)})

@@ -8,16 +8,19 @@ same result from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
-from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
+from corrmatch.kernels.launch import Variant, kernel, launch
+from corrmatch.kernels.plan import Plan
 
-# Classes times cells of a block, so that the tiles of values and gradients, eight and more, stay in registers. The
-# interpreter takes its time by the block.
+# Classes times cells of a block: so few that the tiles of values and gradients, eight and more, stay in registers. The
+# interpreter's time grows with the number of blocks.
 ELEMENTS = 8192 if INTERPRETED.value else 256
 CORNERS = 4
 
@@ -63,9 +66,9 @@ def tile(classes: int) -> tuple[int, int]:
 
 @triton.jit
 def pixels_of(cell, inputs, outputs):
-    """Of a cell, with aligned corners: its first pixel, the first of the next, and how far in its first one lies.
+    """The first pixel of a cell, with aligned corners, that of the next cell, and how far in the cell the first lies.
 
-    The last in units of 1 / (outputs - 1) grid steps: in whole numbers, where samples coincide it is 0.
+    The distance is in units of 1 / (outputs - 1) grid steps: whole numbers, 0 where a pixel is a grid point.
     """
     steps = tl.maximum(outputs - 1, 1)
     gaps = tl.maximum(inputs - 1, 1)
@@ -77,14 +80,21 @@ def pixels_of(cell, inputs, outputs):
 
 
 @triton.jit
-def corners(source, at, right, down, inside, RESIZE: tl.constexpr):
-    """The values at a tile of cells, right of them, below and below right."""
+def load_corners(source, at, right, down, inside, RESIZE: tl.constexpr):
+    """The logits at the four corners of a tile of cells: here, right, below, diagonal. All the first without RESIZE."""
     here = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     if not RESIZE:
         return here, here, here, here
     beside = tl.load(source + at + right, mask=inside, other=0.0).to(tl.float32)
     below = tl.load(source + at + down, mask=inside, other=0.0).to(tl.float32)
     return here, beside, below, tl.load(source + at + right + down, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def edges(corners, down):
+    """The logits on the left and the right edge of cells, at an image row `down` of the way to the grid row below."""
+    here, right, below, diagonal = corners
+    return here + down * (below - here), right + down * (diagonal - right)
 
 
 @triton.jit
@@ -97,21 +107,60 @@ def exponentials(value, known, counted, log2e):
     return value, e, tl.sum(e, 0)[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit
+def cross_entropy_terms(value, label, c, known, counted, log2e):
+    """Loss of each pixel, and its gradient by the logits."""
+    value, e, total = exponentials(value, known, counted, log2e)
+    chosen = c == label
+    loss = tl.log(total) - tl.sum(tl.where(chosen, value, 0.0), 0)[None, :]
+    return loss, e / total - tl.where(chosen, 1.0, 0.0)
+
+
+@triton.jit
+def divergence_terms(value, target, known, counted, log2e):
+    """Loss of each pixel, and its gradient by the logits."""
+    value, e, total = exponentials(value, known, counted, log2e)
+    target, q, target_total = exponentials(target, known, counted, log2e)
+    difference = tl.sum(tl.where(q == 0, 0.0, q * (target - value)), 0)[None, :]
+    loss = difference / target_total + tl.log(total) - tl.log(target_total)
+    return loss, e / total - q / target_total
+
+
+@triton.jit
+def spread(gradient, way):
+    """The gradient of a value that lies `way` between two others: what each of the two gets of it."""
+    return gradient - way * gradient, way * gradient
+
+
+@kernel(
+    unaligned={"logits": "data", "labels": "i64", "target": "data", "weight": "fp32"},
+    aligned={"pixels": "fp32", "parts": "fp32"},
+    floats=("log2e",),
+)
 def loss_kernel(
-    logits, labels, target, weight,  # in; with DIVERGENCE the target, without the labels
-    pixels, parts,  # out: (B, height, width); (4 or, without RESIZE, 1, B, classes, grid_height, grid_width)
-    blocks, classes, grid_height, grid_width, height, width,  # blocks of a row of the grid
+    logits,  # in: (B, classes, grid_height, grid_width)
+    labels,  # in: (B, height, width), integers; read without DIVERGENCE only
+    target,  # in: like the logits; read with DIVERGENCE only
+    weight,  # in: (B, height, width)
+    pixels,  # out: (B, height, width), the weighted loss
+    parts,  # out: (4 or, without RESIZE, 1, B, classes, grid_height, grid_width), gradients of the corners of the cells
+    blocks,  # of a row of the grid
+    classes,  # number of classes
+    grid_height, grid_width,  # of the logits
+    height, width,  # of the pixels
     corner_size: tl.int64,  # numbers of one of `parts`
-    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # of the logits
-    labels_b: tl.int64, labels_y: tl.int64, labels_x: tl.int64,
-    target_b: tl.int64, target_c: tl.int64, target_y: tl.int64, target_x: tl.int64,
-    weight_b: tl.int64, weight_y: tl.int64, weight_x: tl.int64,
-    log2e,
-    RESIZE: tl.constexpr, DIVERGENCE: tl.constexpr, GRADIENT: tl.constexpr,
-    CHANNELS: tl.constexpr, CELLS: tl.constexpr,  # padded classes; cells of a block
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the logits
+    labels_b: tl.int64, labels_y: tl.int64, labels_x: tl.int64,  # strides of the labels
+    target_b: tl.int64, target_c: tl.int64, target_y: tl.int64, target_x: tl.int64,  # strides of the target
+    weight_b: tl.int64, weight_y: tl.int64, weight_x: tl.int64,  # strides of the weight
+    log2e,  # log2(e), which makes exp2 an exponential
+    RESIZE: tl.constexpr,  # whether the logits are enlarged
+    DIVERGENCE: tl.constexpr,  # the divergence from the target, or the cross-entropy of the labels
+    GRADIENT: tl.constexpr,  # whether `parts` are wanted
+    CHANNELS: tl.constexpr,  # padded classes
+    CELLS: tl.constexpr,  # cells of a block
 ):  # fmt: skip
-    """Owner of CELLS cells of a row of the grid."""
+    """Owner of CELLS cells of a row of the grid: their pixels, and the gradients of their corners."""
     block = tl.program_id(0)
     row = block // blocks % grid_height
     b = (block // blocks // grid_height).to(tl.int64)
@@ -120,16 +169,16 @@ def loss_kernel(
     known = c < classes
     inside = known & (cell < grid_width)[None, :]
 
-    right = tl.where(cell + 1 < grid_width, 1, 0)[None, :]  # of the last column the last again, with weight 0
+    right = tl.where(cell + 1 < grid_width, 1, 0)[None, :]  # the last column has itself to the right, with weight 0
     down = tl.where(row + 1 < grid_height, 1, 0)
     wide = c.to(tl.int64)
     at = b * stride_b + wide * stride_c + row.to(tl.int64) * stride_y + cell.to(tl.int64)[None, :] * stride_x
-    v00, v01, v10, v11 = corners(logits, at, right * stride_x, down * stride_y, inside, RESIZE)
+    values = load_corners(logits, at, right * stride_x, down * stride_y, inside, RESIZE)
     if DIVERGENCE:
         at = b * target_b + wide * target_c + row.to(tl.int64) * target_y + cell.to(tl.int64)[None, :] * target_x
-        t00, t01, t10, t11 = corners(target, at, right * target_x, down * target_y, inside, RESIZE)
-    g00 = tl.zeros((CHANNELS, CELLS), tl.float32)
-    g01, g10, g11 = g00, g00, g00
+        targets = load_corners(target, at, right * target_x, down * target_y, inside, RESIZE)
+    grad_here = tl.zeros((CHANNELS, CELLS), tl.float32)
+    grad_right, grad_below, grad_diagonal = grad_here, grad_here, grad_here
 
     if RESIZE:
         first_y, last_y, behind_y = pixels_of(row, grid_height, height)
@@ -142,59 +191,65 @@ def loss_kernel(
     for line in range(last_y - first_y):
         y = first_y + line
         if RESIZE:
-            fall = (behind_y + line * (grid_height - 1)).to(tl.float32) / steps_y
-            left, beside = v00 + fall * (v10 - v00), v01 + fall * (v11 - v01)
+            way_y = (behind_y + line * (grid_height - 1)).to(tl.float32) / steps_y
+            left_edge, right_edge = edges(values, way_y)
             if DIVERGENCE:
-                target_left, target_beside = t00 + fall * (t10 - t00), t01 + fall * (t11 - t01)
-            g_left, g_beside = tl.zeros((CHANNELS, CELLS), tl.float32), tl.zeros((CHANNELS, CELLS), tl.float32)
+                target_left, target_right = edges(targets, way_y)
+            grad_left_edge = tl.zeros((CHANNELS, CELLS), tl.float32)
+            grad_right_edge = tl.zeros((CHANNELS, CELLS), tl.float32)
         for place in range(places):
             x = first_x + place
             there = x < last_x
-            line_x, line_y = x.to(tl.int64), y.to(tl.int64)
-            w = tl.load(weight + b * weight_b + line_y * weight_y + line_x * weight_x, mask=there, other=0.0)
+            pixel_x, pixel_y = x.to(tl.int64), y.to(tl.int64)
+            w = tl.load(weight + b * weight_b + pixel_y * weight_y + pixel_x * weight_x, mask=there, other=0.0)
             w = w.to(tl.float32)[None, :]
             counted = w != 0
             if RESIZE:
-                across = ((behind_x + place * (grid_width - 1)).to(tl.float32) / steps_x)[None, :]
-                value = left + across * (beside - left)
+                way_x = ((behind_x + place * (grid_width - 1)).to(tl.float32) / steps_x)[None, :]
+                value = left_edge + way_x * (right_edge - left_edge)
             else:
-                value = v00
-            value, e, total = exponentials(value, known, counted, log2e)
+                value = values[0]
             if DIVERGENCE:
                 if RESIZE:
-                    other = target_left + across * (target_beside - target_left)
+                    target_value = target_left + way_x * (target_right - target_left)
                 else:
-                    other = t00
-                other, q, target_total = exponentials(other, known, counted, log2e)
-                terms = tl.sum(tl.where(q == 0, 0.0, q * (other - value)), 0)[None, :]
-                lost = terms / target_total + tl.log(total) - tl.log(target_total)
-                q = q / target_total
+                    target_value = targets[0]
+                loss, gradient = divergence_terms(value, target_value, known, counted, log2e)
             else:
-                label_at = b * labels_b + line_y * labels_y + line_x * labels_x
+                label_at = b * labels_b + pixel_y * labels_y + pixel_x * labels_x
                 label = tl.load(labels + label_at, mask=there, other=0).to(tl.int64)[None, :]
-                q = tl.where(c == label, 1.0, 0.0)
-                lost = tl.log(total) - tl.sum(tl.where(c == label, value, 0.0), 0)[None, :]
-            lost = tl.where(counted, w * lost, 0.0)
-            pixel_at = (b * height + line_y) * width + line_x
-            tl.store(pixels + pixel_at[None, :], lost, mask=there[None, :])
+                loss, gradient = cross_entropy_terms(value, label, c, known, counted, log2e)
+            pixel_at = (b * height + pixel_y) * width + pixel_x
+            tl.store(pixels + pixel_at[None, :], tl.where(counted, w * loss, 0.0), mask=there[None, :])
             if GRADIENT:
-                g = w * (e / total - q)
+                gradient *= w
                 if RESIZE:
-                    g_left += g - across * g
-                    g_beside += across * g
+                    to_left, to_right = spread(gradient, way_x)
+                    grad_left_edge += to_left
+                    grad_right_edge += to_right
                 else:
-                    g00 += g
+                    grad_here += gradient
         if RESIZE and GRADIENT:
-            g00 += g_left - fall * g_left
-            g01 += g_beside - fall * g_beside
-            g10 += fall * g_left
-            g11 += fall * g_beside
+            to_here, to_below = spread(grad_left_edge, way_y)
+            to_right, to_diagonal = spread(grad_right_edge, way_y)
+            grad_here += to_here
+            grad_right += to_right
+            grad_below += to_below
+            grad_diagonal += to_diagonal
 
     if GRADIENT:
-        size = tl.cast(corner_size, tl.int64)  # the interpreter knows no annotations
+        size = tl.cast(corner_size, tl.int64)  # the interpreter ignores annotations
         at = ((b * classes + wide) * grid_height + row) * grid_width + cell[None, :]
-        tl.store(parts + at, g00, mask=inside)
+        tl.store(parts + at, grad_here, mask=inside)
         if RESIZE:
-            tl.store(parts + size + at, g01, mask=inside)
-            tl.store(parts + 2 * size + at, g10, mask=inside)
-            tl.store(parts + 3 * size + at, g11, mask=inside)
+            tl.store(parts + size + at, grad_right, mask=inside)
+            tl.store(parts + 2 * size + at, grad_below, mask=inside)
+            tl.store(parts + 3 * size + at, grad_diagonal, mask=inside)
+
+
+def variants(plan: Plan, classes: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    channels, cells = tile(classes)
+    constants = {"RESIZE": True, "GRADIENT": True, "CHANNELS": channels, "CELLS": cells}
+    yield Variant("cross-entropy", loss_kernel, constants | {"DIVERGENCE": False})
+    yield Variant("divergence", loss_kernel, constants | {"DIVERGENCE": True})

@@ -6,19 +6,22 @@ loops over the open rows: one exponential an element, no division, Z += V P. Not
 registers, and each result has one owner: no atomics, the same bits from run to run. With the packing of the three maps
 these are three launches; the backward finds the packed maps as they were left.
 
-In half types the shift is the lse and the sum 1; in bfloat16 the shift sits in three spare channels of the packed
-query, so that the product of packed maps is the exponent. In float32 the lse, rounded, would cost digits: the shift is
-the largest score, which its own recomputation cancels, and V is divided by the sum instead. The row pass writes all
-that into its own rows of the packed maps.
+For float16 and bfloat16 the row pass stores the row's log-sum-exp as the shift, and 1 as the sum. For bfloat16 it
+also writes the shift into three unused channels of the packed query, so that the matrix product yields the exponent
+directly. For float32 a rounded log-sum-exp would lose digits, so the shift is the largest score of the row, which its
+own recomputation cancels, and V is divided by the row sum. The row pass writes all that into its own rows of the packed
+maps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from corrmatch.kernels.gate import confidence_gate, fill_open_rows
+from corrmatch.kernels.gate import confidence_gate, end_of_rows, fill_open_rows
 from corrmatch.kernels.language import (
     block_of,
     dot,
@@ -34,8 +37,8 @@ from corrmatch.kernels.language import (
     transposed,
     transposed_product,
 )  # fmt: skip
-from corrmatch.kernels.launch import SIZES, launch_tiles
-from corrmatch.kernels.packing import FOLDS, pack
+from corrmatch.kernels.launch import Variant, kernel, launch_tiles
+from corrmatch.kernels.packing import FOLDS, maps_of, pack
 from corrmatch.kernels.plan import Plan, padded
 
 CHUNK = tl.constexpr(16)  # channels of the value that the row pass divides at once
@@ -62,12 +65,12 @@ def forward(
         packed_q, packed_k = rows.shape[2], padded(n_k)
         shape, gated = (n_q, n_k, packed_q, packed_k), open_rows is not None
         launch_tiles(
-            row_kernel, plan.configs.row, "ROWS", packed_q, batch,
+            row_kernel, plan.tiles.row, "ROWS", packed_q, batch,
             (packed, rows, open_rows), (*shape, query.shape[1], plan.factor, plan.bias),
             (gated, plan.exact, plan.folded, rows.shape[1] > 2, plan.kept, plan.pieces, plan.depth, plan.channels),
         )  # fmt: skip
         launch_tiles(
-            column_kernel, plan.configs.column, "COLUMNS", n_k, batch,
+            column_kernel, plan.tiles.column, "COLUMNS", n_k, batch,
             (packed, rows, open_rows, out), (*shape, rows.shape[1], out.shape[1], plan.factor, 2.0**-plan.bias),
             (gated, plan.folded, plan.kept, plan.pieces, plan.depth, plan.channels),
         )  # fmt: skip
@@ -75,9 +78,15 @@ def forward(
 
 @triton.jit
 def row_step(
-    q, key, j0, n_k, packed_k, factor, largest, total, mean,
+    q,  # the queries of the block
+    key,  # the packed keys of the image
+    j0,  # first key position of the tile
+    n_k, packed_k,  # key positions, and padded
+    factor,  # of the exponent of P
+    largest, total, mean,  # of each row so far: largest score, sum of exponentials, sum of keys
     LAST: tl.constexpr,  # whether the tile reaches beyond the last key
-    MEAN: tl.constexpr, PIECES: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEAN: tl.constexpr,  # whether the mean key is wanted
+    PIECES: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # as of the kernel
 ):  # fmt: skip
     """One tile of a row's online softmax."""
     j = j0 + tl.arange(0, COLUMNS)
@@ -94,30 +103,33 @@ def row_step(
     return larger, total, mean
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(
+    aligned={"packed": "packed", "rows": "fp32", "open_rows": "i32"},
+    floats=("factor", "bias"),
+    padded=("packed_q", "packed_k"),
+)
 def row_kernel(
     packed,  # in and out: the packed maps; shifts go into the query, sums into the value
     rows,  # out: (B, 2, packed_q), shift and sum; with MEAN (B, 2 + depth, packed_q), the mean key behind them
-    open_rows,  # (B, packed_q + 1), the number of rows in its last place; with GATED
-    n_q, n_k, packed_q, packed_k, depth,  # positions, padded positions, channels
-    factor, bias,  # of the exponent of P
-    GATED: tl.constexpr,
-    EXACT: tl.constexpr,  # whether the shift is the largest score and the value is divided; else it is the lse
+    open_rows,  # in: (B, packed_q + 1), the number of rows in its last place; read with GATED only
+    n_q, n_k,  # query positions and key positions
+    packed_q, packed_k,  # the same, padded
+    depth,  # channels of query and key
+    factor,  # of the exponent of P
+    bias,  # P is stored multiplied by 2^bias
+    GATED: tl.constexpr,  # whether there are `open_rows`
+    EXACT: tl.constexpr,  # whether the shift is the largest score and the value is divided; else it is the log-sum-exp
     FOLDED: tl.constexpr,  # whether the shift goes into the query
-    MEAN: tl.constexpr,
-    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a number, and those that products take
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MEAN: tl.constexpr,  # whether the mean key is wanted
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of ROWS query positions: shift, sum and mean key; what lies behind the last row is finite."""
     b, i0 = block_of(packed_q, ROWS)
-    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
-    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
-    key = query + size_q
-    value = key + size_k
+    query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * (2 + depth if MEAN else 2) * packed_q
-    stop = n_q
-    if GATED:
-        stop = tl.load(open_rows + b * (packed_q + 1) + packed_q)
+    stop = end_of_rows(open_rows, b, n_q, packed_q, GATED)
     i, d = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH)
     if i0 < stop:
         q = load(query, d[None, :] * packed_q + i[:, None], DEPTH * packed_q, PIECES)
@@ -157,27 +169,32 @@ def row_kernel(
             tl.store(rows + number * packed_q + i, tl.zeros((ROWS,), tl.float32))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(
+    aligned={"packed": "packed", "rows": "fp32", "open_rows": "i32", "out": "data"},
+    floats=("factor", "unbias"),
+    padded=("packed_q", "packed_k"),
+)
 def column_kernel(
     packed, rows, open_rows,  # in: as the row kernel leaves them
     out,  # out: (B, channels, n_k)
-    n_q, n_k, packed_q, packed_k,  # positions, padded positions
-    kept, channels,  # numbers that `rows` has for each; channels of the result
-    factor, unbias,  # of the exponent of P, of the result
-    GATED: tl.constexpr, FOLDED: tl.constexpr, KEPT: tl.constexpr, PIECES: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    n_q, n_k,  # query positions and key positions
+    packed_q, packed_k,  # the same, padded
+    kept,  # numbers that `rows` has for each query position
+    channels,  # of the result
+    factor,  # of the exponent of P
+    unbias,  # of the result: 2^-bias
+    GATED: tl.constexpr,  # whether there are `open_rows`
+    FOLDED: tl.constexpr,  # whether the query holds the shift
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of COLUMNS key positions: Z. Tiles are transposed, so that P is the operand that stays in registers."""
     b, j0 = block_of(n_k, COLUMNS)
-    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
-    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
-    key = query + size_q
-    value = key + size_k
+    query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * kept * packed_q
     out += b * channels * n_k
-    stop = n_q
-    if GATED:
-        stop = tl.load(open_rows + b * (packed_q + 1) + packed_q)
+    stop = end_of_rows(open_rows, b, n_q, packed_q, GATED)
     j = j0 + tl.arange(0, COLUMNS)
     d, c = tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     k = load(key, d[None, :] * packed_k + j[:, None], DEPTH * packed_k, PIECES)
@@ -198,3 +215,11 @@ def column_kernel(
         z += tl.where(small - small == 0, small, 0.0)
     at = out + c[None, :] * n_k + j[:, None]
     tl.store(at, narrow(z * unbias, out.dtype.element_ty), mask=(j < n_k)[:, None] & (c < channels)[None, :])
+
+
+def variants(plan: Plan, channels: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    constants = plan.constants | {"GATED": False}
+    yield Variant("row", row_kernel, constants | {"MEAN": False}, plan.tiles.row)
+    yield Variant("row, mean key", row_kernel, constants | {"MEAN": True}, plan.tiles.row)
+    yield Variant("column", column_kernel, constants, plan.tiles.column)

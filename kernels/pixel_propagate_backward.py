@@ -5,15 +5,20 @@ key_j and delta_i = <V_i, U_i>, so that dV_i = U_i and dquery_i = scale (A_i - d
 forward. The column pass owns key positions: dkey_j = scale sum_i P_ij (t_ij - delta_i) query_i. The packed maps are
 those of the forward; G is packed, and these are three launches. Closed rows are not packed; their gradients are 0. In
 float32, V and the delta of the column pass are divided by the row's sum instead of P, as in the forward.
+
+In the code u, a and t are U, A and t of a tile, dk is dkey, and `delta` is delta before that division.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from corrmatch.kernels.gate import end_of_rows
 from corrmatch.kernels.language import (
     LOG2E,
     block_of,
@@ -27,8 +32,8 @@ from corrmatch.kernels.language import (
     transposed,
     transposed_product,
 )  # fmt: skip
-from corrmatch.kernels.launch import SIZES, launch_tiles
-from corrmatch.kernels.packing import pack_gradient
+from corrmatch.kernels.launch import Variant, kernel, launch_tiles
+from corrmatch.kernels.packing import maps_of, pack_gradient
 from corrmatch.kernels.plan import Plan, padded
 
 
@@ -38,7 +43,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Fills the gradients that are given. `packed`, `rows`, `open_rows` are the forward's; dquery needs the mean key.
 
-    Of query, key and value nothing is read but what they look like.
+    Of query, key and value only shapes, dtypes and device are read.
     """
     with on_device_of(query):
         plan = Plan.of(query, key, value, scale, grad_out.shape[1] > value.shape[1])
@@ -56,7 +61,7 @@ def backward(
         unbias = 2.0**-plan.bias
         form = (gated, plan.folded, plan.kept, plan.pieces, plan.depth, plan.channels)
         launch_tiles(
-            backward_row_kernel, plan.configs.backward_row, "ROWS", packed_q, batch,
+            backward_row_kernel, plan.tiles.backward_row, "ROWS", packed_q, batch,
             (packed, grad, rows, open_rows, delta, dquery, dvalue),
             (*shape, value.shape[1], plan.factor, unbias, scale),
             (dquery is not None, dvalue is not None, plan.exact, *form),
@@ -64,7 +69,7 @@ def backward(
         if dkey is None:
             return
         launch_tiles(
-            backward_column_kernel, plan.configs.backward_column, "COLUMNS", n_k, batch,
+            backward_column_kernel, plan.tiles.backward_column, "COLUMNS", n_k, batch,
             (packed, grad, rows, open_rows, delta, dkey),
             (*shape, plan.factor, unbias * (1 / LOG2E if plan.exact else scale)),
             form,
@@ -72,11 +77,30 @@ def backward(
 
 
 @triton.jit
+def maps_and_rows(
+    packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept,
+    GATED: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Where query, key, value, gradient, rows and delta of an image begin, and the number of rows that count."""
+    query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
+    grad += b * KEPT * CHANNELS * packed_k
+    rows += b * kept * packed_q
+    delta += b * packed_q
+    return query, key, value, grad, rows, delta, end_of_rows(open_rows, b, n_q, packed_q, GATED)
+
+
+@triton.jit
 def backward_row_step(
-    q, v, shift, key, grad, j0, n_k, packed_k, factor, u, a,
+    q, v, shift,  # queries, values and shifts of the block
+    key, grad,  # the packed keys and gradients of the image
+    j0,  # first key position of the tile
+    n_k, packed_k,  # key positions, and padded
+    factor,  # of the exponent of P
+    u, a,  # the sums so far
     LAST: tl.constexpr,  # whether the tile reaches beyond the last key
-    DQUERY: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DQUERY: tl.constexpr,  # whether `a` is wanted
+    FOLDED: tl.constexpr, PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # these as of the kernel
 ):  # fmt: skip
     """What one tile adds to U and A."""
     j = j0 + tl.arange(0, COLUMNS)
@@ -95,32 +119,41 @@ def backward_row_step(
     return u, a
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(
+    aligned={
+        "packed": "packed", "grad": "packed", "rows": "fp32", "open_rows": "i32", "delta": "fp32", "dquery": "data",
+        "dvalue": "data",
+    },
+    floats=("factor", "unbias", "scale"),
+    padded=("packed_q", "packed_k"),
+)  # fmt: skip
 def backward_row_kernel(
-    packed, grad,  # in: the packed maps; (B, KEPT, CHANNELS, packed_k)
-    rows, open_rows,  # in: as the forward leaves them
+    packed,  # in: the packed maps
+    grad,  # in: (B, KEPT, CHANNELS, packed_k), the packed gradient of the result
+    rows, open_rows,  # in: as the forward leaves them; the latter read with GATED only
     delta,  # out: (B, packed_q), 0 behind the last row
-    dquery, dvalue,  # out: (B, depth, n_q) with DQUERY, (B, values, n_q) with DVALUE
-    n_q, n_k, packed_q, packed_k, kept, depth, values,  # positions, padded; numbers in `rows` for each; channels
-    factor, unbias, scale,  # of the exponent of P, of sums of P, of the scores
-    DQUERY: tl.constexpr, DVALUE: tl.constexpr,
+    dquery,  # out: (B, depth, n_q); written with DQUERY only
+    dvalue,  # out: (B, values, n_q); written with DVALUE only
+    n_q, n_k,  # query positions and key positions
+    packed_q, packed_k,  # the same, padded
+    kept,  # numbers that `rows` has for each query position
+    depth, values,  # channels of query and key, and of value
+    factor,  # of the exponent of P
+    unbias,  # of sums of P: 2^-bias
+    scale,  # of the scores
+    DQUERY: tl.constexpr, DVALUE: tl.constexpr,  # whether these gradients are wanted
     EXACT: tl.constexpr,  # whether P is to be divided by the sum of its row
-    GATED: tl.constexpr, FOLDED: tl.constexpr, KEPT: tl.constexpr, PIECES: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,  # whether there are `open_rows`
+    FOLDED: tl.constexpr,  # whether the query holds the shift
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of ROWS query positions: delta, dquery and dvalue."""
     b, i0 = block_of(packed_q, ROWS)
-    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
-    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
-    key = query + size_q
-    value = key + size_k
-    grad += b * KEPT * CHANNELS * packed_k
-    rows += b * kept * packed_q
-    delta += b * packed_q
-    stop = n_q
-    if GATED:
-        open_rows += b * (packed_q + 1)
-        stop = tl.load(open_rows + packed_q)
+    query, key, value, grad, rows, delta, stop = maps_and_rows(
+        packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
+    )
     i, d, c = i0 + tl.arange(0, ROWS), tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     if i0 < stop:
         q = load(query, d[None, :] * packed_q + i[:, None], DEPTH * packed_q, PIECES)
@@ -142,22 +175,22 @@ def backward_row_kernel(
         inside = i < stop
         row = i
         if GATED:
-            row = tl.load(open_rows + i)
+            row = tl.load(open_rows + b * (packed_q + 1) + i)
         u *= unbias
-        own = tl.sum(u * joined(v, PIECES), 1)
+        row_delta = tl.sum(u * joined(v, PIECES), 1)
         if EXACT:
             total = tl.load(rows + packed_q + i)
             u /= total[:, None]
-            tl.store(delta + i, tl.where(inside, own / total, 0.0))
+            tl.store(delta + i, tl.where(inside, row_delta / total, 0.0))
         else:
-            tl.store(delta + i, tl.where(inside, own, 0.0))
+            tl.store(delta + i, tl.where(inside, row_delta, 0.0))
         if DVALUE:
             at = dvalue + b * values * n_q + c[None, :] * n_q + row[:, None]
             tl.store(at, narrow(u, dvalue.dtype.element_ty), mask=inside[:, None] & (c < values)[None, :])
         if DQUERY:
             wanted = inside[:, None] & (d < depth)[None, :]
             mean = tl.load(rows + (2 + d[None, :]) * packed_q + i[:, None], mask=wanted, other=0.0)
-            constant = own[:, None] * mean
+            constant = row_delta[:, None] * mean
             # With a single key P is 1 whatever the query, and nothing but rounding is left.
             dq = scale * (tl.where(n_k > 1, a * unbias, constant) - constant)
             at = dquery + b * depth * n_q + d[None, :] * n_q + row[:, None]
@@ -166,28 +199,34 @@ def backward_row_kernel(
         tl.store(delta + i, tl.zeros((ROWS,), tl.float32))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(
+    aligned={
+        "packed": "packed", "grad": "packed", "rows": "fp32", "open_rows": "i32", "delta": "fp32", "dkey": "data",
+    },
+    floats=("factor", "unbias"),
+    padded=("packed_q", "packed_k"),
+)  # fmt: skip
 def backward_column_kernel(
     packed, grad, rows, open_rows, delta,  # in: as the other kernels leave them
     dkey,  # out: (B, depth, n_k)
-    n_q, n_k, packed_q, packed_k, kept, depth,  # positions, padded; numbers in `rows` for each; channels
-    factor, unbias,  # of the exponent of P, of the result
-    GATED: tl.constexpr, FOLDED: tl.constexpr, KEPT: tl.constexpr, PIECES: tl.constexpr,
-    DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    n_q, n_k,  # query positions and key positions
+    packed_q, packed_k,  # the same, padded
+    kept,  # numbers that `rows` has for each query position
+    depth,  # channels of query and key
+    factor,  # of the exponent of P
+    unbias,  # of the result: 2^-bias, and what the scores were scaled by
+    GATED: tl.constexpr,  # whether there are `open_rows`
+    FOLDED: tl.constexpr,  # whether the query holds the shift
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of COLUMNS key positions: dkey."""
     b, j0 = block_of(n_k, COLUMNS)
-    size_q, size_k = KEPT * DEPTH * packed_q.to(tl.int64), KEPT * DEPTH * packed_k.to(tl.int64)
-    query = packed + b * (size_q + size_k + KEPT * CHANNELS * packed_q.to(tl.int64))
-    key = query + size_q
-    value = key + size_k
-    grad += b * KEPT * CHANNELS * packed_k
-    rows += b * kept * packed_q
-    delta += b * packed_q
+    query, key, value, grad, rows, delta, stop = maps_and_rows(
+        packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
+    )
     dkey += b * depth * n_k
-    stop = n_q
-    if GATED:
-        stop = tl.load(open_rows + b * (packed_q + 1) + packed_q)
     j = j0 + tl.arange(0, COLUMNS)
     d, c = tl.arange(0, DEPTH), tl.arange(0, CHANNELS)
     k = load(key, d[None, :] * packed_k + j[:, None], DEPTH * packed_k, PIECES)
@@ -197,17 +236,23 @@ def backward_column_kernel(
         i = i0 + tl.arange(0, ROWS)
         q = load(query, d[:, None] * packed_q + i[None, :], DEPTH * packed_q, PIECES)
         v = load(value, c[:, None] * packed_q + i[None, :], CHANNELS * packed_q, PIECES)
-        own = tl.load(delta + i)
+        row_delta = tl.load(delta + i)
         scores = transposed_product(k, q, tl.zeros((COLUMNS, ROWS), tl.float32), PIECES) * factor
         if not FOLDED:
             scores -= tl.load(rows + i)[None, :]
         p = tl.exp2(scores)
         t = transposed_product(g, v, tl.zeros((COLUMNS, ROWS), tl.float32), PIECES)
-        w = p * (t - own[None, :])
-        weights = split(w, packed.dtype.element_ty, PIECES)
+        weights = split(p * (t - row_delta[None, :]), packed.dtype.element_ty, PIECES)
         if PIECES == 1:
             dk = dot(weights[0], tl.trans(q[0]), dk)
         else:  # a product that is under way while the loop turns would make the compiler wait for each one
             dk += product(weights, transposed(q, PIECES), tl.zeros((COLUMNS, DEPTH), tl.float32), PIECES)
     at = dkey + d[None, :] * n_k + j[:, None]
     tl.store(at, narrow(dk * unbias, dkey.dtype.element_ty), mask=(j < n_k)[:, None] & (d < depth)[None, :])
+
+
+def variants(plan: Plan, channels: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    constants = plan.constants | {"GATED": False, "DQUERY": True, "DVALUE": True}
+    yield Variant("backward row", backward_row_kernel, constants, plan.tiles.backward_row)
+    yield Variant("backward column", backward_column_kernel, constants, plan.tiles.backward_column)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from corrmatch.kernels.configs import Configs, architecture, configs
+from corrmatch.kernels.configs import Tiles, architecture, tiles_for
 from corrmatch.kernels.language import LOG2E
 
 ALIGNMENT = 128  # positions; a multiple of every block size
@@ -57,8 +57,8 @@ class Plan:
         factor: What turns the product of packed query and key into an exponent of 2.
         exact: Whether the shift of a row is its largest score and V is divided by its sum; otherwise it is the lse.
         folded: Whether the shift fits behind the channels of the query; otherwise the kernels subtract it.
-        bias: P is 2^bias times what it is, so that the small entries of float16 keep their digits.
-        configs: Tile shapes.
+        bias: P is stored multiplied by 2^bias, which keeps small entries out of float16's subnormal range.
+        tiles: Tile shapes.
     """
 
     dtype: torch.dtype
@@ -71,7 +71,7 @@ class Plan:
     exact: bool
     folded: bool
     bias: float
-    configs: Configs
+    tiles: Tiles
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, scale: float, mass: bool) -> Plan:
@@ -80,6 +80,19 @@ class Plan:
         rough = torch.backends.cuda.matmul.fp32_precision == "tf32"
         dtypes = (query.dtype, key.dtype, value.dtype)
         return _plan(dtypes, query.shape[1], value.shape[1], scale, mass, rough, architecture(query))
+
+    @classmethod
+    def on(cls, arch: int, dtype: torch.dtype, channels: int) -> Plan:
+        """For so many channels of query and of value, of one dtype, on an architecture that need not be there."""
+        return _plan((dtype,) * 3, channels, channels, channels**-0.5, False, False, arch)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Those of the kernels over packed maps, by name."""
+        return {
+            "KEPT": self.kept, "PIECES": self.pieces, "DEPTH": self.depth, "CHANNELS": self.channels,
+            "EXACT": self.exact, "FOLDED": self.folded,
+        }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,7 +103,8 @@ def _plan(
     dtype, kept = packed_form(*dtypes, mass)
     padded_depth, channels = padded_channels(depth), padded_channels(values + mass)
     exact = kept > 1
-    # A product with the query rounds once a channel, one with the score rounds it as a whole; half types cannot.
+    # In float32 the query is scaled: each channel is rounded once, and the errors average out. A half-precision query
+    # would lose digits, so there the score is scaled.
     query_factor, factor = (scale * LOG2E, 1.0) if exact else (1.0, scale * LOG2E)
     # Folding divides by the factor, and float16 ends at 65504.
     folded = padded_depth - depth >= SPARE and abs(factor) >= 2**-20 and dtype == torch.bfloat16 and not exact
@@ -105,7 +119,7 @@ def _plan(
         exact,
         folded,
         8.0 if dtype == torch.float16 else 0.0,
-        configs(arch, exact, max(padded_depth, channels)),
+        tiles_for(arch, exact, max(padded_depth, channels)),
     )
 
 

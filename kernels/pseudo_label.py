@@ -6,13 +6,16 @@ peak is an atomic maximum over the blocks, the same in whatever order they come.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from corrmatch.kernels.language import INTERPRETED, LOG2E, block_of, on_device_of
-from corrmatch.kernels.launch import SIZES, UNALIGNED, launch
+from corrmatch.kernels.launch import Variant, kernel, launch
+from corrmatch.kernels.plan import Plan
 
 NAN = tl.constexpr(0x7FC00000)  # as an integer larger than every confidence
 UNROLL = tl.constexpr(4)  # classes whose loads are under way at once
@@ -52,18 +55,27 @@ def cell(position, inputs, outputs, WIDE: tl.constexpr):
     return low.to(tl.int64), high.to(tl.int64), (scaled % steps).to(tl.float32) / steps
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(
+    unaligned={"logits": "data", "ignore": "i1"},
+    aligned={"labels": "i64", "confidence": "fp32", "class_peak": "i32"},
+    floats=("log2e",),
+)
 def label_kernel(
-    logits, ignore,  # in; the latter with IGNORE
-    labels, confidence, class_peak,  # out: (B, height, width), the same, and (classes,) as the bits of its numbers
-    classes, grid_height, grid_width, height, width,
-    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # of the logits
-    ignore_b: tl.int64, ignore_y: tl.int64, ignore_x: tl.int64,
-    log2e,
+    logits,  # in: (B, classes, grid_height, grid_width)
+    ignore,  # in: (B, height, width), bool; read with IGNORE only
+    labels,  # out: (B, height, width)
+    confidence,  # out: (B, height, width)
+    class_peak,  # in and out: (classes,), the bits of float32 numbers; zeros before
+    classes,  # number of classes
+    grid_height, grid_width,  # of the logits
+    height, width,  # of the results
+    stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the logits
+    ignore_b: tl.int64, ignore_y: tl.int64, ignore_x: tl.int64,  # strides of `ignore`
+    log2e,  # log2(e), which makes exp2 an exponential
     RESIZE: tl.constexpr,  # whether the logits are enlarged
     WIDE: tl.constexpr,  # whether a size times that of the grid needs more than 31 bits
-    IGNORE: tl.constexpr,
-    BLOCK: tl.constexpr,  # pixels
+    IGNORE: tl.constexpr,  # whether there is `ignore`
+    BLOCK: tl.constexpr,  # pixels of a block
 ):  # fmt: skip
     """Owner of BLOCK pixels."""
     b, start = block_of(height * width, BLOCK)
@@ -113,3 +125,8 @@ def label_kernel(
         member = first + tl.arange(0, CHUNK)
         peak = tl.max(tl.where(label[None, :] == member[:, None], bits[None, :], 0), 1)
         tl.atomic_max(class_peak + member, peak, mask=peak > 0, sem="relaxed")
+
+
+def variants(plan: Plan, classes: int) -> Iterator[Variant]:
+    """What `inspect` compiles."""
+    yield Variant("label", label_kernel, {"RESIZE": True, "WIDE": False, "IGNORE": True, "BLOCK": BLOCK})

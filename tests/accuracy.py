@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import peers
 import torch
+from ops.pixel_propagate import published
 from torch import Tensor
 
 
@@ -114,11 +114,11 @@ def _published(
         q = q * (scale * q.shape[1] ** 0.5)
     opened = torch.ones_like(v[:, :1]) if gate is None else gate.cpu().reshape(v[:, :1].shape).to(v.dtype)
     if normalize:
-        both = peers.published(q, k, torch.cat([v * opened, opened], 1))
+        both = published(q, k, torch.cat([v * opened, opened], 1))
         arrived = both[:, -1:] > 0
         z = torch.where(arrived, both[:, :-1] / torch.where(arrived, both[:, -1:], 1), 0)
     else:
-        z = peers.published(q, k, v * opened)
+        z = published(q, k, v * opened)
     gradients = torch.autograd.grad(z, maps, grad.cpu().to(z.dtype))
     return Propagated(*(x.detach().flatten(2) for x in (z, *gradients)))
 

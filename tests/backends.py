@@ -19,14 +19,14 @@ from corrmatch import _C
 from corrmatch.ops.backend import use_emulator
 
 if not torch.cuda.is_available():
-    use_emulator(build.Kernels())
+    use_emulator(build.Extension())
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way to run an op: `name` is what `backend=` takes."""
+class Target:
+    """One way to run an op, on one device and with one instruction set: `name` is what `backend=` takes."""
 
     name: str
     device: str = "cpu"
@@ -53,20 +53,19 @@ class Case:
         return self.name not in ("reference", "torch")
 
 
-def cases(op: str) -> list[Case]:
-    """Every way this installation can run the op, or the function of that name."""
-    op = "pixel_loss" if op in ("cross_entropy", "divergence") else op
+def targets(op: str) -> list[Target]:
+    """Every way this installation can run the op."""
     if op == "correlation_rows":  # one implementation for all devices
-        return [Case("torch", device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())]
+        return [Target("torch", device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())]
     found = []
     for backend in corrmatch.backends().values():
         if not backend.available or op not in backend.ops:
             continue
         if backend.name == "cpu":
-            found += [Case("cpu", isa=isa) for isa in _C.cpu.isas()]
+            found += [Target("cpu", isa=isa) for isa in _C.cpu.isas()]
         elif backend.devices is None:
-            found.append(Case(backend.name))
+            found.append(Target(backend.name))
         else:
             device = backend.devices[0]
-            found.append(Case(backend.name, device, dtypes=FLOATING[1:], interpreted=device == "cpu"))
+            found.append(Target(backend.name, device, dtypes=FLOATING[1:], interpreted=device == "cpu"))
     return found

@@ -16,7 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from backends import cases
+from backends import targets
 from samples import SAMPLES
 
 from corrmatch import _C
@@ -68,16 +68,18 @@ def pytest_generate_tests(metafunc):
         return
 
     def asked(op):
-        return [case for case in cases(op) if case.fast or not metafunc.config.option.fast]
+        return [target for target in targets(op) if target.fast or not metafunc.config.option.fast]
 
     if "sample" in metafunc.fixturenames:
-        pairs = [(case, sample) for sample in samples_of(metafunc) for case in asked(SAMPLES[sample][0])]
-        ids = [f"{case}-{sample}" for case, sample in pairs]
+        pairs = [(target, sample) for sample in samples_of(metafunc) for target in asked(SAMPLES[sample][0])]
+        ids = [f"{target}-{sample}" for target, sample in pairs]
         metafunc.parametrize("backend,sample", pairs, ids=ids, indirect=["backend"])
         return
     found = asked(getattr(metafunc.function, "op", metafunc.module.OP))
     if "dtype" in metafunc.fixturenames:
-        both = [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in found for dtype in case.dtypes]
+        both = [
+            pytest.param(target, dtype, id=f"{target}-{str(dtype)[6:]}") for target in found for dtype in target.dtypes
+        ]
         metafunc.parametrize("backend,dtype", both, indirect=["backend"])
     else:
         metafunc.parametrize("backend", found, ids=str, indirect=True)
@@ -90,11 +92,11 @@ def samples_of(metafunc):
 @pytest.fixture
 def backend(request):
     """A backend; on a CPU with one of the instruction sets selected."""
-    case = request.param
+    target = request.param
     before = _C.cpu.isa()
-    if case.isa is not None:
-        _C.cpu.select_isa(case.isa)
-    yield case
+    if target.isa is not None:
+        _C.cpu.select_isa(target.isa)
+    yield target
     _C.cpu.select_isa(before)
 
 

@@ -3,7 +3,7 @@
     python tests/fuzz.py [--cases 2000] [--seed 0] [--only CASE] [--ops ...] [--backends ...]
 
 The cases run in a process of their own, so that a crash or a hang is seen as well. Whatever goes wrong prints the
-command that repeats it. What the cases are is in problems.py, what agreement means in agreement.py.
+command that repeats it. What the cases are, and what agreement means, is in support/ for each op.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 
 import agreement
 import backends
-import problems
+import random_calls
 import torch
 from emulator import build
-from problems import Problem
+from random_inputs import RandomCall
 
 from corrmatch import _C, ops
 
@@ -36,32 +36,32 @@ def work(seed: int, cases: list[int], names: list[str], only: list[str], pipe: C
     torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
     for index in cases:
         pipe.send((index, "", "", None))
-        problem = problems.problem(seed, index)
-        if problem.op not in names:
+        drawn = random_calls.random_call(seed, index)
+        if drawn.name not in names:
             continue
-        floating = {x.dtype for x in problem.tensors.values() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-        for case in backends.cases(problem.op):
-            if not floating <= set(case.dtypes) or (only and str(case) not in only):
+        floating = {x.dtype for x in drawn.tensors.values() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        for target in backends.targets(random_calls.OP_OF[drawn.name]):
+            if not floating <= set(target.dtypes) or (only and str(target) not in only):
                 continue
-            pipe.send((index, str(case), problem.op, None))
-            wrong = attempt(problem, case)
+            pipe.send((index, str(target), drawn.name, None))
+            wrong = attempt(drawn, target)
             if wrong is not None:
-                pipe.send((index, str(case), problem.op, f"{wrong}\n  {problem}"))
+                pipe.send((index, str(target), drawn.name, f"{wrong}\n  {drawn}"))
     pipe.send(None)
 
 
-def attempt(problem: Problem, case: backends.Case) -> str | None:
+def attempt(drawn: RandomCall, target: backends.Target) -> str | None:
     """What is wrong with one backend's result."""
-    if case.isa is not None:
-        _C.cpu.select_isa(case.isa)
-    torch.set_num_threads(1 if case.interpreted else problem.threads)
-    before = {k: x.clone() for k, x in problem.tensors.items() if isinstance(x, torch.Tensor)}
+    if target.isa is not None:
+        _C.cpu.select_isa(target.isa)
+    torch.set_num_threads(1 if target.interpreted else drawn.threads)
+    before = {k: x.clone() for k, x in drawn.tensors.items() if isinstance(x, torch.Tensor)}
     try:
-        wrong = agreement.disagreement(problem, case)
+        wrong = agreement.disagreement(drawn, target)
     except Exception:  # noqa: BLE001  (whatever it is, it is a finding)
         return "".join(traceback.format_exc(limit=-2))
     for name, x in before.items():
-        if not torch.equal(torch.nan_to_num(x), torch.nan_to_num(problem.tensors[name])):
+        if not torch.equal(torch.nan_to_num(x), torch.nan_to_num(drawn.tensors[name])):
             return f"{name} was changed"
     return wrong
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", default=[], help="cpu-avx2, triton and so on (default: all)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        build.kernels()  # here, not while a call's time is running
+        build.extension()  # here, not while a call's time is running
     cases = list(range(options.cases)) if options.only is None else [options.only]
     return int(fuzz(options.seed, cases, options.ops, options.backends) > 0)
 

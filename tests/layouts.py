@@ -40,6 +40,11 @@ ANY = {f.__name__: f for f in (transposed, reversed_dimensions, sliced, unaligne
 MAPS = {**ANY, "channels_last": channels_last}
 
 
+def wide(*shape, dtype=torch.float32) -> Tensor:
+    """Of any size, in the memory of one number."""
+    return torch.zeros(1, dtype=dtype).expand(shape)
+
+
 def moved(x: Tensor, device: str) -> Tensor:
     """On the device with its strides and offset, which Tensor.to keeps of dense tensors only."""
     if x.device.type == device:

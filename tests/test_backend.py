@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import OPS
 
 import corrmatch
 from corrmatch import _C, ops
 from corrmatch.ops import backend as backends_module
-from corrmatch.ops.backend import ALL_OPS, Backend, choose
+from corrmatch.ops.backend import Backend, Implementation, choose
 
 X = torch.zeros(1)
 TRITON = corrmatch.backends()["triton"]
+ALL_OPS = {name for backend in corrmatch.backends().values() for name in backend.ops}
 
 
 def test_the_cpu_and_the_reference_have_every_op():
@@ -25,8 +27,7 @@ def test_the_cpu_and_the_reference_have_every_op():
     for name in ("cpu", "reference"):
         assert found[name].available
         assert found[name].ops == ALL_OPS
-    losses = {"cross_entropy", "divergence"}  # two functions of one op
-    assert set(ops.__all__) - {"correlation_rows", *losses} == ALL_OPS - {"pixel_loss"}
+    assert set(ops.__all__) - {"correlation_rows"} == {name for op in ALL_OPS for name in OPS[op].FUNCTIONS}
 
 
 def test_what_is_missing_says_why():
@@ -88,9 +89,10 @@ def test_environment_variable(monkeypatch):
 
 
 def test_environment_variable_counts_for_the_ops_of_its_backend(monkeypatch):
-    some = Backend("some", None, frozenset({"pixel_propagate"}))
-    absent = Backend("absent", None, frozenset({"pixel_propagate"}), "it was never built")
-    elsewhere = Backend("elsewhere", ("cuda", "xpu"), frozenset({"pixel_propagate"}))
+    implementations = {"pixel_propagate": Implementation(print)}
+    some = Backend("some", None, implementations)
+    absent = Backend("absent", None, implementations, "it was never built")
+    elsewhere = Backend("elsewhere", ("cuda", "xpu"), implementations)
     known = (some, absent, elsewhere, *corrmatch.backends().values())
     monkeypatch.setattr(backends_module, "_BACKENDS", known)
     monkeypatch.setattr(backends_module, "NAMES", tuple(backend.name for backend in known))
@@ -138,7 +140,7 @@ def test_triton_refuses_too_many_channels():
 @pytest.mark.parametrize(("major", "minor", "served"), [(7, 5, False), (8, 0, True), (12, 0, True)])
 def test_gpus_that_are_too_old_are_refused(monkeypatch, major, minor, served):
     gpu = SimpleNamespace(device=torch.device("cuda", 0))
-    kernels = Backend("kernels", ("cuda",), frozenset({"region_masks"}), capability=80)
+    kernels = Backend("kernels", ("cuda",), {"region_masks": Implementation(print, capability=80)})
     properties = SimpleNamespace(major=major, minor=minor)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     reason = None if served else f"it takes GPUs of compute capability 8.0 or more, not {major}.{minor}"
@@ -176,13 +178,8 @@ def test_the_reference_is_what_it_says(monkeypatch):
             corrmatch.reference, name, lambda *a, f=original, n=name, **k: called.append(n) or f(*a, **k)
         )
     monkeypatch.setenv("CORRMATCH_BACKEND", "reference")
-    x = torch.randn(1, 2, 3, 3)
-    ops.pixel_propagate(x, x, x)
-    masks = ops.region_masks(x, x, torch.arange(2), (5, 5))
-    flags = torch.ones(1, 5, 5, dtype=torch.bool)
-    ops.region_propagate(flags.long(), flags, masks, 0.5, num_classes=2)
-    ops.connected_components(flags)
-    ops.pseudo_label(x)
-    ops.cross_entropy(x, flags.long())
-    ops.divergence(x, x)
+    for op in ALL_OPS:
+        for make in OPS[op].SAMPLES.values():
+            call, arguments = make()
+            call(*arguments)
     assert set(called) == functions

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import bench_corr
-import cases
-import measure
 import numpy as np
-import peers
 import pytest
-import report
 import torch
+from harness import measure, report
+from ops import OPS, connected_components, pixel_propagate
+
+import corrmatch
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_script_prints_tables_and_writes_figures(tmp_path):
 
     lines = done.stdout.splitlines()
     assert [line for line in lines if len(line) > 120] == []
-    assert {line.split(":")[0] for line in lines} >= set(cases.OPS)
+    assert {line.split(":")[0] for line in lines} >= set(OPS)
     assert "All agree with the oracle." in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -45,7 +45,7 @@ def test_script_prints_tables_and_writes_figures(tmp_path):
     assert record["environment"]["threads"] == 1
     assert {"device", "torch", "python", "corrmatch", "commit", "date", "backends"} <= set(record["environment"])
     measured = [case["op"] for case in record["cases"]]
-    assert {op: measured.count(op) for op in cases.OPS} == dict.fromkeys(cases.OPS, 2) | {"connected_components": 4}
+    assert {op: measured.count(op) for op in OPS} == dict.fromkeys(OPS, 2) | {"connected_components": 4}
     assert sum(line.startswith("▸ corrmatch") for line in lines) == len(measured)
     for case in record["cases"]:
         assert case["elements"] > 0
@@ -79,7 +79,7 @@ def run(tmp_path, *arguments):
 
 
 def doubled_gradient(query, key, value):
-    out = peers.row_chunked(64)(query, key, value)
+    out = pixel_propagate.row_chunked(64)(query, key, value)
     return out + (out - out.detach())
 
 
@@ -92,7 +92,7 @@ WRONG = {
 
 @pytest.mark.parametrize("garbage", WRONG.values(), ids=WRONG)
 def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, garbage):
-    monkeypatch.setattr(peers, "published", garbage)
+    monkeypatch.setattr(pixel_propagate, "published", garbage)
     code, record = run(tmp_path, "--ops", "pixel_propagate")
     assert code == 1
     assert record["failures"] == len(record["cases"]) == 2
@@ -115,7 +115,7 @@ def test_peer_that_raises_is_reported_and_the_others_timed(monkeypatch, tmp_path
     def refuses(query, key, value):
         raise error("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(peers, "published", refuses)
+    monkeypatch.setattr(pixel_propagate, "published", refuses)
     code, record = run(tmp_path, "--ops", "pixel_propagate")
     assert code == 1
     assert record["failures"] == len(record["cases"]) == 2
@@ -137,8 +137,8 @@ def test_peer_that_raises_while_it_is_timed_is_reported_and_the_others_timed(mon
             raise CompilationError("no more")
         return 1 * row_chunked(query, key, value)
 
-    row_chunked = peers.row_chunked(64)
-    monkeypatch.setattr(peers, "published", tires)
+    row_chunked = pixel_propagate.row_chunked(64)
+    monkeypatch.setattr(pixel_propagate, "published", tires)
     code, record = run(tmp_path, "--ops", "pixel_propagate", "--sizes", "5")
     assert code == 1
     rows = {row["name"]: row for row in record["cases"][0]["contenders"]}
@@ -151,7 +151,7 @@ def test_case_that_cannot_be_made_stops_no_other(monkeypatch, tmp_path, capsys):
     def refuses(*arguments):
         raise CompilationError("no masks")
 
-    monkeypatch.setattr(cases.ops, "region_masks", refuses)
+    monkeypatch.setattr(corrmatch.ops, "region_masks", refuses)
     code, record = run(tmp_path, "--ops", "region_propagate,pseudo_label", "--sizes", "5")
     assert code == 1
     assert record["failures"] == 1
@@ -166,7 +166,7 @@ def test_what_compiles_comes_last_and_is_compared_with_corrmatch(monkeypatch, tm
         return lambda *maps: (order.append((name, maps[0].shape[2])), f(*maps))[1]
 
     monkeypatch.setattr(torch, "compile", lambda f, **_: noted("compiled", f))
-    monkeypatch.setattr(cases.ops, "pixel_propagate", noted("ours", cases.ops.pixel_propagate))
+    monkeypatch.setattr(corrmatch.ops, "pixel_propagate", noted("ours", corrmatch.ops.pixel_propagate))
     code, record = run(tmp_path, "--ops", "pixel_propagate", "--sizes", "5,7", "--compile")
     assert code == 0
     first = order.index(("compiled", 5))
@@ -206,7 +206,7 @@ def test_interrupted_run_leaves_what_was_timed(tmp_path, timed):
 
 
 def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cases.ops, "connected_components", lambda image: torch.zeros_like(image, dtype=torch.int32))
+    monkeypatch.setattr(corrmatch.ops, "connected_components", lambda image: torch.zeros_like(image, dtype=torch.int32))
     code, record = run(tmp_path, "--ops", "connected_components")
     assert code == 1
     assert [row["status"] for case in record["cases"] for row in case["contenders"] if row["ours"]] == ["wrong"] * 4
@@ -214,7 +214,7 @@ def test_wrong_corrmatch_is_reported_and_not_timed(monkeypatch, tmp_path, capsys
 
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(peers, "component_peers", lambda connectivity: {})
+    monkeypatch.setattr(connected_components, "component_peers", lambda connectivity: {})
     code, record = run(tmp_path, "--ops", "connected_components")
     assert code == 0
     for case in record["cases"]:

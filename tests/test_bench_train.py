@@ -6,10 +6,10 @@ import json
 import re
 
 import bench_train
-import peer_step
-import planted
 import pytest
 import torch
+from step import published
+from step.planted import StepInputs
 
 pytestmark = pytest.mark.slow
 
@@ -44,14 +44,14 @@ def test_variants(capsys):
 
 
 def test_the_planted_outputs_give_the_method_something_to_do():
-    setting = planted.Setting(bench_train.parse([*TINY, "--crop", "65"]))
-    _, scalars = setting.ours(setting.leaves()).train()(setting.batch, setting.progress())
+    inputs = StepInputs(bench_train.parse([*TINY, "--crop", "65"]))
+    _, scalars = inputs.ours(inputs.leaves()).train()(inputs.batch, inputs.progress())
     assert 0.1 < scalars["reliable"] < scalars["reliable_after"] < 1
     assert scalars["mask_area"] > 0.005
 
 
 def test_a_step_that_disagrees_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(peer_step, "masked_mean", lambda pixels, reliable, counted: pixels[reliable].mean())
+    monkeypatch.setattr(published, "masked_mean", lambda pixels, reliable, counted: pixels[reliable].mean())
     assert bench_train.main(TINY) == 1
     assert "WRONG, nothing timed" in capsys.readouterr().out
 

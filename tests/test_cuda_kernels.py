@@ -32,7 +32,7 @@ emulated = pytest.mark.skipif(not cuda.EMULATED, reason="a GPU has no seed")
 @pytest.fixture(autouse=True)
 def seed_of_this_test():
     if cuda.EMULATED:
-        build.seed(build.kernels(), 0)
+        build.seed(build.extension(), 0)
 
 
 @emulated
@@ -41,7 +41,7 @@ def seed_of_this_test():
 def test_any_schedule(sample, seed):
     call, arguments = SAMPLES[sample][1](backend="cuda")
     expected = results(call(*arguments))
-    build.seed(build.kernels(), 1 + seed)
+    build.seed(build.extension(), 1 + seed)
     for a, b in zip(results(call(*arguments)), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -53,7 +53,7 @@ def test_any_schedule(sample, seed):
 def test_components_under_any_schedule(name, connectivity, seed):
     picture = patterns(67).get(name, np.random.default_rng(seed).random((67, 67)) < 0.55)
     image = torch.as_tensor(picture)
-    build.seed(build.kernels(), seed)
+    build.seed(build.extension(), seed)
     found = ops.connected_components(image, connectivity=connectivity, backend="cuda")
     assert torch.equal(found, ops.connected_components(image, connectivity=connectivity, backend="cpu"))
 
@@ -126,7 +126,7 @@ def test_connected_region_of_one_row_under_any_schedule(width, seed):
     """No second sweep makes up for what the first leaves out."""
     picture = np.zeros((1, width), bool)
     picture[0, : width - 2] = True
-    build.seed(build.kernels(), seed)
+    build.seed(build.extension(), seed)
     assert drawn(picture, (0, 0), 8).sum() == width - 2
 
 
@@ -158,8 +158,8 @@ def test_positions_out_of_range_give_empty_masks():
     index = torch.tensor([[-1, 30, 2**40, -(2**62), 7]], device=DEVICE)
     packed = torch.full((1, 5, 2), -1, dtype=torch.int32, device=DEVICE)
     rows = (borrow(query), borrow(key), borrow(index), 6, 7)
-    scratch = functools.partial(cuda.KERNELS.region_masks_scratch, *rows, 0)
-    cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, 0.5, 0.5, 0, 8, borrow(packed))
+    scratch = functools.partial(cuda.EXTENSION.region_masks_scratch, *rows, 0)
+    cuda.launch(cuda.EXTENSION.region_masks, query, scratch, *rows, 0.5, 0.5, 0, 8, borrow(packed))
     assert (packed[0, :4] == 0).all()
     assert (packed[0, 4] != 0).any()
 
@@ -171,10 +171,10 @@ def test_labels_out_of_range_do_no_harm(threshold):
     masks = RegionMasks.from_bool(torch.ones(1, 3, 9, 40, dtype=torch.bool, device=DEVICE))
     out, after = torch.full_like(labels, -1), torch.zeros_like(flags)
     limit = torch.tensor(threshold, dtype=torch.float64, device=DEVICE)
-    scratch = functools.partial(cuda.KERNELS.region_propagate_scratch, borrow(labels), borrow(masks.packed), 21)
+    scratch = functools.partial(cuda.EXTENSION.region_propagate_scratch, borrow(labels), borrow(masks.packed), 21)
     arguments = (labels, flags, masks.packed, limit, None)
     lent = [borrow(x) for x in arguments]
-    cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *lent, 21, borrow(out), borrow(after))
+    cuda.launch(cuda.EXTENSION.region_propagate, labels, scratch, *lent, 21, borrow(out), borrow(after))
     assert after.all()
 
 
@@ -183,7 +183,7 @@ def test_dtype_without_a_kernel_is_refused():
     index, packed = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, dtype=torch.int32)
     rows = (borrow(query), borrow(query), borrow(index), 3, 3)
     with pytest.raises(ValueError, match=r"no CUDA kernel takes this dtype"):
-        cuda.launch(cuda.KERNELS.region_masks, query, lambda: 0, *rows, 0.5, 0.5, 0, 8, borrow(packed))
+        cuda.launch(cuda.EXTENSION.region_masks, query, lambda: 0, *rows, 0.5, 0.5, 0, 8, borrow(packed))
 
 
 SANITIZED = {  # some of every kind

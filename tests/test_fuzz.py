@@ -6,8 +6,8 @@ import re
 import subprocess
 import sys
 
-import problems
 import pytest
+import random_calls
 import torch
 from child import FOLDER, run_python
 
@@ -25,10 +25,10 @@ def test_a_share(pytestconfig):
 
 
 def test_cases_are_of_every_op_and_repeat_themselves():
-    made = [problems.problem(7, i) for i in range(200)]
-    assert {problem.op for problem in made} == set(ops.__all__)
+    made = [random_calls.random_call(7, i) for i in range(200)]
+    assert {drawn.name for drawn in made} == set(ops.__all__)
     for i in (0, 50, 199):
-        again = problems.problem(7, i)
+        again = random_calls.random_call(7, i)
         assert str(again) == str(made[i])
         for name, x in again.tensors.items():
             if isinstance(x, torch.Tensor):
@@ -38,24 +38,24 @@ def test_cases_are_of_every_op_and_repeat_themselves():
 
 PLANTED = """
 import os, sys, time
-import agreement, fuzz, problems, torch
+import agreement, fuzz, random_calls, torch
 torch.set_num_threads(1)  # threads do not survive the fork
 torch.cuda.is_available = lambda: False  # a process that is not forked would not have the fault
 right, fault = agreement.call, sys.argv[1]
-pictures = ((i, problems.problem(5, i)) for i in range(200))
-cases = [i for i, x in pictures if x.op == "connected_components" and x.tensors["image"].numel() > 1][:4]
-planted = str(problems.problem(5, cases[1]))
+pictures = ((i, random_calls.random_call(5, i)) for i in range(200))
+cases = [i for i, x in pictures if x.name == "connected_components" and x.tensors["image"].numel() > 1][:4]
+planted = str(random_calls.random_call(5, cases[1]))
 
-def call(problem, case):
-    if str(problem) == planted:
+def call(drawn, target):
+    if str(drawn) == planted:
         if fault == "wrong":
-            return right(problem, case).flatten().sort().values.view(problem.tensors["image"].shape) + 1
+            return right(drawn, target).flatten().sort().values.view(drawn.tensors["image"].shape) + 1
         if fault == "raises":
             raise ZeroDivisionError("planted")
         if fault == "crash":
             os.abort()
         time.sleep(1000)
-    return right(problem, case)
+    return right(drawn, target)
 
 agreement.call = call
 print("planted in", cases[1])

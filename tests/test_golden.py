@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import cases
+from backends import targets
 
 from corrmatch import RegionMasks, nn, ops
 
@@ -81,7 +81,7 @@ def test_training_steps(backend, name):
     """What the ops give in two steps: labels, the threshold, labels and reliability after region propagation."""
     vectors = load(name)
     theta = nn.DynamicThreshold(0.85 if "voc" in name else 0.6).to(backend.device)
-    labeller = backend.name if backend.name in {case.name for case in cases("pseudo_label")} else None
+    labeller = backend.name if backend.name in {target.name for target in targets("pseudo_label")} else None
     for step in ("t0_", "t1_"):
         at = {k.removeprefix(step): v for k, v in vectors.items() if k.startswith(step)}
         pictures, classes = at["ignore"].shape[0], at["out_w"].shape[1]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import Propagated, assert_all_accurate
-from backends import cases
+from backends import targets
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
 
 from corrmatch import ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-GPU = [(sample, case) for sample, (op, _) in SAMPLES.items() for case in cases(op) if case.device == "cuda"]
-both = pytest.mark.parametrize(("sample", "case"), GPU, ids=lambda x: str(x))
+GPU = [(sample, target) for sample, (op, _) in SAMPLES.items() for target in targets(op) if target.device == "cuda"]
+both = pytest.mark.parametrize(("sample", "target"), GPU, ids=lambda x: str(x))
 
 
 def runner(sample):
@@ -25,8 +25,8 @@ def assert_same(actual, expected):
 
 
 @both
-def test_no_synchronisation_with_the_host(sample, case):
-    call, arguments = SAMPLES[sample][1](device="cuda", backend=case.name)
+def test_no_synchronisation_with_the_host(sample, target):
+    call, arguments = SAMPLES[sample][1](device="cuda", backend=target.name)
     run = runner(sample)
     expected = run(call, arguments)  # compiles
     torch.cuda.synchronize()
@@ -39,10 +39,10 @@ def test_no_synchronisation_with_the_host(sample, case):
 
 
 @both
-def test_cuda_graph(sample, case):
+def test_cuda_graph(sample, target):
     """A captured graph computes the same on new inputs."""
-    call, arguments = SAMPLES[sample][1](device="cuda", backend=case.name)
-    _, others = SAMPLES[sample][1](device="cuda", backend=case.name)
+    call, arguments = SAMPLES[sample][1](device="cuda", backend=target.name)
+    _, others = SAMPLES[sample][1](device="cuda", backend=target.name)
     run = runner(sample)
     expected = run(call, others)
     side = torch.cuda.Stream()
@@ -60,9 +60,9 @@ def test_cuda_graph(sample, case):
 
 
 @both
-def test_side_stream(sample, case):
+def test_side_stream(sample, target):
     """Work goes to the current stream: behind what it waits for."""
-    call, arguments = SAMPLES[sample][1](device="cuda", backend=case.name)
+    call, arguments = SAMPLES[sample][1](device="cuda", backend=target.name)
     run = runner(sample)
     expected = run(call, arguments)
     late = [torch.zeros_like(x) for x in arguments]
@@ -79,8 +79,8 @@ def test_side_stream(sample, case):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @both
-def test_second_device_while_the_first_is_current(sample, case):
-    call, arguments = SAMPLES[sample][1](device="cuda:0", backend=case.name)
+def test_second_device_while_the_first_is_current(sample, target):
+    call, arguments = SAMPLES[sample][1](device="cuda:0", backend=target.name)
     run = runner(sample)
     expected = run(call, arguments)
     with torch.cuda.device(0):

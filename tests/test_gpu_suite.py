@@ -13,9 +13,9 @@ from pathlib import Path
 
 import gpu_suite
 import pytest
-import suite_results
-import suite_steps
-from test_suite_results import ENVIRONMENT, GPU
+from suite import results as suite_results
+from suite import steps as suite_steps
+from test_suite_results import ENVIRONMENT, GPU, misfits
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_dry_run_goes_through_every_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + logs
 
     results = json.loads((out / "results.json").read_text())
-    assert suite_results.problems(results) == []
+    assert misfits(results) == []
     with tarfile.open(tmp_path / "out.tgz") as archive:
         packed = {entry.name for entry in archive if entry.isfile()}
         assert json.load(archive.extractfile("out/results.json"))["steps"] == results["steps"]
@@ -50,11 +50,8 @@ def test_dry_run_goes_through_every_step(tmp_path):
         assert (out / step["log"]).exists()
         assert step["part"] != "tests" or step["tests"]["passed"] > 3
     measured = {(case["op"], case["dtype"]) for case in results["cases"]}
-    assert measured == {
-        ("pixel_propagate", "bfloat16"), ("pixel_propagate", "float32"), ("pseudo_label", "float32"),
-        ("region_masks", "float32"), ("region_propagate", "float32"), ("connected_components", "float32"),
-        ("pixel_loss", "float32"),
-    }  # fmt: skip
+    assert measured == {("pixel_propagate", "bfloat16"), *((op, "float32") for op in suite_steps.OPS)}
+    assert len(suite_steps.OPS) >= 6
     assert set(results["train"]["parts"]["step"]) == {
         "corrmatch", "published eager", "corrmatch + bf16", "corrmatch + channels_last"
     }  # fmt: skip
@@ -101,10 +98,10 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(suite_steps.os, "sched_getaffinity", lambda pid: range(26))
         monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: None if name in lacking else name)
         monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path: None if name in lacking else name)
-        monkeypatch.setattr(gpu_suite.suite_report, "draw", lambda results, out: [])
+        monkeypatch.setattr(gpu_suite.report, "draw", lambda results, out: [])
         code = gpu_suite.main([str(tmp_path / "out"), *arguments])
         results = json.loads((tmp_path / "out/results.json").read_text())
-        assert suite_results.problems(results) == []
+        assert misfits(results) == []
         return code, results, machine
 
     return suite
@@ -190,7 +187,7 @@ def test_a_run_that_is_ended_leaves_what_it_had(run, tmp_path):
     with pytest.raises(Ended):
         run("--archive", str(archive), codes=Codes(other=0))
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert suite_results.problems(results) == []
+    assert misfits(results) == []
     assert [step["name"] for step in results["steps"]] == ORDER[: ORDER.index("train")]
     assert seen == list(range(1, 1 + ORDER.index("train")))
     with tarfile.open(archive) as file:
@@ -208,14 +205,16 @@ def test_architectures_are_asked_from_the_driver(monkeypatch, tmp_path, printed,
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CORRMATCH_CUDA_ARCHS", raising=False)
     assert suite_steps.architectures() == expected
-    build = suite_steps.Plan(tmp_path, False, tmp_path).build("build", True)
+    build = suite_steps.Schedule(tmp_path, False, tmp_path).build("build", True)
     assert build.environment.get("CORRMATCH_CUDA_ARCHS") == expected
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert suite_steps.architectures() is None
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert suite_steps.architectures() is None
     monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "80")  # the caller's list reaches the step as it is
-    assert "CORRMATCH_CUDA_ARCHS" not in suite_steps.Plan(tmp_path, False, tmp_path).build("build", True).environment
+    assert (
+        "CORRMATCH_CUDA_ARCHS" not in suite_steps.Schedule(tmp_path, False, tmp_path).build("build", True).environment
+    )
 
 
 def test_a_device_that_answers_late_gets_a_second_chance(run):

@@ -10,6 +10,7 @@ import sys
 import pytest
 import triton
 from child import FOLDER, run_python
+from support import OPS
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -23,7 +24,7 @@ LINE = re.compile(
 )
 PASSES = {"row", "row, mean key", "column", "backward row", "backward column"}
 # Linear in the positions: without an inner loop.
-LINEAR = {"pack", "pack gradient", "gate", "open rows", "label", "cross-entropy", "divergence"}
+LINEAR = {name for support in OPS.values() for name in getattr(support, "LINEAR", ())}
 BLOCKS = {"row": 4, "row, mean key": 3, "column": 5, "backward row": 3, "backward column": 4}  # an H100 holds, bfloat16
 SINGLE = {"row": 8, "row, mean key": 16, "column": 12, "backward row": 25, "backward column": 20}  # slots, float32
 
@@ -66,19 +67,18 @@ SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may h
 WIDEST = """
 import sys
 from corrmatch.kernels import inspect, pixel_propagate, pixel_propagate_backward
-from corrmatch.kernels.configs import configs
+from corrmatch.kernels.configs import tiles_for
 from corrmatch.kernels.plan import padded_channels
 
 arch, dtype, pieces, depth, channels = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 depth, channels = padded_channels(depth), padded_channels(channels)
-tiles = configs(arch, pieces > 1, max(depth, channels))
+tiles = tiles_for(arch, pieces > 1, max(depth, channels))
 flags = {"GATED": True, "FOLDED": False, "KEPT": pieces, "PIECES": pieces, "DEPTH": depth, "CHANNELS": channels}
 flags |= {"EXACT": pieces > 1, "DQUERY": True, "DVALUE": True}
 for name in ("column", "backward_row", "backward_column"):
     module = pixel_propagate if name == "column" else pixel_propagate_backward
     tile = getattr(tiles, name)
-    constants = flags | {"ROWS": tile.rows, "COLUMNS": tile.columns}
-    made = inspect.compile_one(name, getattr(module, f"{name}_kernel"), arch, dtype, constants, tile)
+    made = inspect.compile_one(name, getattr(module, f"{name}_kernel"), arch, dtype, flags, tile)
     print(made.shared)
 """
 

@@ -11,7 +11,7 @@ import triton
 
 from corrmatch import ops
 from corrmatch.kernels import configs, launch, plan
-from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Configs
+from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Tiles
 from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
 from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
 
@@ -41,7 +41,7 @@ def distinct(configs):
 @pytest.mark.parametrize("config", distinct({*SHIPPED, *CANDIDATES}), ids=lambda c: "x".join(map(str, c)))
 def test_every_tile_shape_gives_the_same(monkeypatch, config):
     dtype = torch.bfloat16 if config.rows * config.columns >= 2048 else torch.float32
-    monkeypatch.setattr(plan, "configs", lambda *_: Configs(*[config] * 4))
+    monkeypatch.setattr(plan, "tiles_for", lambda *_: Tiles(*[config] * 4))
     plan._plan.cache_clear()
     accuracy.assert_all_accurate(*propagate(dtype))
     plan._plan.cache_clear()
@@ -103,8 +103,8 @@ def test_family_of_an_architecture(arch, family):
     for single, table in ((False, FAMILIES[family].half), (True, FAMILIES[family].single)):
         sizes = sorted(table)
         assert sizes[:2] == [32, 64]
-        assert configs.configs(arch, single, 16) == table[32]
+        assert configs.tiles_for(arch, single, 16) == table[32]
         for size, larger in pairwise(sizes):
-            assert configs.configs(arch, single, size) == table[size]
-            assert configs.configs(arch, single, 2 * size) == table[larger]
-        assert configs.configs(arch, single, 2 * sizes[-1]) == table[sizes[-1]]  # what choose refuses
+            assert configs.tiles_for(arch, single, size) == table[size]
+            assert configs.tiles_for(arch, single, 2 * size) == table[larger]
+        assert configs.tiles_for(arch, single, 2 * sizes[-1]) == table[sizes[-1]]  # what choose refuses

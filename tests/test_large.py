@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import cases
+from backends import targets
 from child import run_python
+from layouts import wide
 from samples import SAMPLES, results
+from support import OPS
 
-from corrmatch import _C, ops
-from corrmatch.kernels import gate, packing, pixel_propagate, pixel_propagate_backward, plan, pseudo_label
+from corrmatch import _C
+from corrmatch.kernels import plan
 
 pytestmark = pytest.mark.slow
 
 BEYOND = 2**31
+LAUNCHING = [support for support in OPS.values() if hasattr(support, "LAUNCHES")]
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_pictures_of_801_by_401(sample, selected_isa, monkeypatch):
 
 LARGE_MAP = """
 import sys, torch
-from corrmatch import _C, ops
+from corrmatch import _C
 
 isa, height, width, channels = sys.argv[1], 256, 256, 4
 _C.cpu.select_isa(isa)
@@ -137,27 +140,19 @@ class Grids:
         return lambda *arguments, **options: None
 
 
-KERNELS = {
-    packing: ("pack_kernel", "pack_gradient_kernel"),
-    gate: ("confidence_gate_kernel", "open_rows_kernel"),
-    pixel_propagate: ("row_kernel", "column_kernel"),
-    pixel_propagate_backward: ("backward_row_kernel", "backward_column_kernel"),
-    pseudo_label: ("label_kernel",),
-}
-
-
-@pytest.mark.skipif(not cases("pseudo_label")[0].interpreted, reason="launches nothing")
+@pytest.mark.skipif(not targets("pseudo_label")[0].interpreted, reason="launches nothing")
 def test_grids_of_large_batches(monkeypatch, untouched_memory):
     """A grid takes 2^31 - 1 blocks along x and 65,535 along y and z. Nothing is computed here."""
     grids = {}
-    for module, names in KERNELS.items():
-        for name in names:
-            grids[name] = Grids()
-            monkeypatch.setattr(module, name, grids[name])
+    for support in LAUNCHING:
+        for module, names in support.LAUNCHES.items():
+            for name in names:
+                grids[name] = Grids()
+                monkeypatch.setattr(module, name, grids[name])
     batch = 70_000
     maps = [torch.zeros(1, 3, 3, 3, dtype=torch.bfloat16).expand(batch, 3, 3, 3).requires_grad_() for _ in range(3)]
-    ops.pixel_propagate(*maps, threshold=0.5, backend="triton").sum().backward()
-    ops.pseudo_label(maps[0].detach(), backend="triton")
+    for support in LAUNCHING:
+        support.large_batch(maps)
     for name, kernel in grids.items():
         assert kernel.seen, name
         for x, *others in kernel.seen:
@@ -165,20 +160,7 @@ def test_grids_of_large_batches(monkeypatch, untouched_memory):
             assert all(n <= 65_535 for n in others), name
 
 
-def wide(*shape, dtype=torch.float32):
-    """Of any size, in the memory of one number."""
-    return torch.zeros(1, dtype=dtype).expand(shape)
-
-
-TOO_LARGE = {
-    "logits": lambda: ops.pseudo_label(wide(1, 2, 2**16, 2**15)),
-    "size": lambda: ops.pseudo_label(wide(1, 2, 3, 3), size=(2**16, 2**15)),
-    "image": lambda: ops.connected_components(wide(2**16, 2**15, dtype=torch.uint8)),
-    "query": lambda: ops.region_masks(*[wide(1, 2, 2**16, 2**15)] * 2, torch.arange(3), (9, 9)),
-    "labels": lambda: ops.region_propagate(
-        wide(1, 2**16, 2**15, dtype=torch.uint8), wide(1, 2**16, 2**15, dtype=torch.bool), None, 0.5, num_classes=3
-    ),
-}
+TOO_LARGE = {name: call for support in OPS.values() for name, call in support.TOO_LARGE.items()}
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)

@@ -74,7 +74,8 @@ def test_a_gate_costs_one_launch_and_its_confidence_another(launches):
 STUBBED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import stub_gpu, torch, triton
+import torch, triton
+from harness import stub_gpu
 from corrmatch import ops
 driver = stub_gpu.install()
 """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-import machine
 import pytest
 import torch
+from harness import machine
 
 ANSWER = "1980, 1980, 2619, 2619, 412.53, 700.00, 44"
 

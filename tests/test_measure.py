@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import bench_corr
-import cases
-import measure
 import numpy as np
-import peers
 import pytest
-import report
 import torch
+from harness import measure, report
+from harness.case import TOLERANCE, largest_relative_error
+from ops import pixel_propagate
+from ops.connected_components import raster_order
 
 SCRIPT = Path(bench_corr.__file__)
 TINY = ["--sizes", "5,7x6", "--batch", "1", "--budget", "1", "--device", "cpu"]
@@ -79,14 +79,14 @@ def test_composition_of_attentions_has_the_gradients_of_the_published_form(dtype
     maps = [torch.randn(2, c, 5, 7, dtype=dtype).requires_grad_() for c in (21, 21, 6)]
     wide = [x.detach().double().requires_grad_() for x in maps]
     upstream = torch.randn(2, 6, 5, 7, dtype=torch.float64)
-    out = peers.attention_composition(attention, power_of_two=True)(*maps)
-    expected = peers.published(*wide)
+    out = pixel_propagate.attention_composition(attention, power_of_two=True)(*maps)
+    expected = pixel_propagate.published(*wide)
     found = (out.detach(), *torch.autograd.grad(out, maps, upstream.to(dtype)))
     wanted = (expected.detach(), *torch.autograd.grad(expected, wide, upstream))
-    assert cases.largest_relative_error(found, wanted) < cases.TOLERANCE[dtype] + 1e-5
+    assert largest_relative_error(found, wanted) < TOLERANCE[dtype] + 1e-5
 
 
 def test_components_are_renumbered_in_raster_order():
     labels = np.array([[0, 7, 7], [3, 0, 0], [3, 0, 5]])
-    assert cases.raster_order(labels).tolist() == [[0, 1, 1], [2, 0, 0], [2, 0, 3]]
-    assert cases.raster_order(np.array([[4, 2]])).tolist() == [[1, 2]]
+    assert raster_order(labels).tolist() == [[0, 1, 1], [2, 0, 0], [2, 0, 3]]
+    assert raster_order(np.array([[4, 2]])).tolist() == [[1, 2]]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import bench_corr
 import gpu_suite
+import jsonschema
 import pytest
-import suite_report
-import suite_results
-import suite_steps
+from suite import report as suite_report
+from suite import results as suite_results
+from suite.steps import SuiteStep
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ except KeyboardInterrupt:
     print("asked to stop", flush=True)"""
     start = time.monotonic()
     with log.open("w") as file:
-        assert gpu_suite.wait(suite_steps.Step("x", [sys.executable, "-c", code]), 3, dict(os.environ), file) is None
+        assert gpu_suite.wait(SuiteStep("x", [sys.executable, "-c", code]), 3, dict(os.environ), file) is None
     assert time.monotonic() - start < 60
     assert log.read_text().splitlines() == ["started", "asked to stop"]
     while time.monotonic() - start < 60 and running(int(pid.read_text())):
@@ -50,7 +51,7 @@ except KeyboardInterrupt:
 
 
 def test_exit_code_of_a_process(tmp_path):
-    step = suite_steps.Step("x", [sys.executable, "-c", "import os, sys; print(os.getcwd()); sys.exit(7)"], tmp_path)
+    step = SuiteStep("x", [sys.executable, "-c", "import os, sys; print(os.getcwd()); sys.exit(7)"], tmp_path)
     with (tmp_path / "log").open("w") as file:
         assert gpu_suite.wait(step, 60, dict(os.environ), file) == 7
     assert (tmp_path / "log").read_text().strip() == str(tmp_path)
@@ -65,35 +66,57 @@ ENVIRONMENT = {
 TIMES = {"forward": {"median": 1.0, "spread": 0.1, "rounds": 3}}
 OURS = {"name": "corrmatch", "ours": True, "family": None, "status": "ok", "error": 0.0,
         "peak_extra_bytes": {"forward": 7}, "times": TIMES, "floor_shares": {"forward": 0.5}}  # fmt: skip
-CASE = {"op": "pseudo_label", "size": "5x5", "workload": "C = 21", "positions": 25, "batch": 1, "dtype": "float32",
-        "elements": 9, "unit": "pixels", "tolerance": 1e-4, "exponentials": {}, "contenders": [OURS]}  # fmt: skip
+CASE = {"op": "pseudo_label", "title": "labels", "size": "5x5", "workload": "C = 21", "positions": 25, "batch": 1,
+        "dtype": "float32", "elements": 9, "unit": "pixels", "tolerance": 1e-4, "exponentials": {},
+        "contenders": [OURS]}  # fmt: skip
 STEP = {"part": "ops", "name": "ops-float32", "command": ["python"], "status": "passed", "reason": None, "seconds": 1.5,
         "limit": 9, "log": "logs/ops-float32.txt", "tests": None, "clocks": [CLOCKS, None]}  # fmt: skip
 GOOD = {"schema": 1, "dry_run": False, "environment": ENVIRONMENT, "command": [], "seconds": 2.5, "failures": 0,
         "steps": [STEP], "cases": [CASE], "train": None}  # fmt: skip
 
 
+SCHEMA = json.loads(Path(suite_results.__file__).with_name("results.schema.json").read_text())
+
+
+def misfits(results):
+    """Where results are not as the schema says, or count failures wrongly; empty where nothing is wrong."""
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    found = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(results)]
+    if not found and results["failures"] != sum(s["status"] not in suite_results.FINE for s in results["steps"]):
+        found.append("$.failures: not the number of steps that did not pass")
+    return found
+
+
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
 def test_good_results_have_no_problem():
-    assert suite_results.problems(GOOD) == []
+    assert misfits(GOOD) == []
 
 
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        (["schema"], 2, "results.schema: 2, expected 1"),
-        (["dry_run"], 1, "results.dry_run: expected bool"),
-        (["failures"], True, "results.failures: expected int"),
-        (["failures"], 1, "results.failures: 1, but 0 steps"),
-        (["environment", "gpu", "driver"], 580, "results.environment.gpu.driver: expected str"),
-        (["environment", "torch"], ..., "results.environment.torch: lacking"),
-        (["steps", 0, "extra"], 1, "results.steps[0].extra: not documented"),
-        (["steps", 0, "clocks", 0, "sm_mhz"], "fast", "results.steps[0].clocks[0].sm_mhz: expected"),
-        (["cases"], {}, "results.cases: expected a list"),
-        (["cases", 0, "contenders", 0, "times", "forward", "spread"], None, "times.forward.spread: expected"),
-        (["cases", 0, "contenders", 0, "times"], [], "times: expected an object"),
-        (["cases", 0, "contenders", 0, "floor_shares"], ..., "pseudo_label 5x5, corrmatch: was timed, but has no"),
-        (["train"], {"parts": {}, "differences": []}, "results.train.setting: lacking"),
-        ([], None, "results: expected an object"),
+        (["schema"], 2, "$.schema: 1 was expected"),
+        (["dry_run"], 1, "$.dry_run: 1 is not of type 'boolean'"),
+        (["failures"], True, "$.failures: True is not of type 'integer'"),
+        (["failures"], 1, "$.failures: not the number of steps"),
+        (["environment", "gpu", "driver"], 580, "$.environment: "),
+        (["environment", "torch"], ..., "$.environment: "),
+        (["steps", 0, "extra"], 1, "$.steps[0]: Additional properties are not allowed ('extra' was unexpected)"),
+        (["steps", 0, "status"], "fine", "$.steps[0].status: 'fine' is not one of"),
+        (["steps", 0, "clocks", 0, "sm_mhz"], "fast", "$.steps[0].clocks: "),
+        (["cases"], {}, "$.cases: {} is not of type 'array'"),
+        (
+            ["cases", 0, "contenders", 0, "times", "forward", "spread"],
+            None,
+            "times.forward.spread: None is not of type",
+        ),
+        (["cases", 0, "contenders", 0, "times"], [], "times: [] is not of type 'object'"),
+        (["cases", 0, "contenders", 0, "floor_shares"], ..., "contenders[0]: 'floor_shares' is a required property"),
+        (["train"], {"parts": {}, "differences": []}, "$.train: "),
+        ([], None, "$: None is not of type 'object'"),
     ],
 )
 def test_what_is_not_as_documented_is_found(path, value, problem):
@@ -105,16 +128,16 @@ def test_what_is_not_as_documented_is_found(path, value, problem):
         del at[keys[-1]]
     else:
         at[keys[-1]] = value
-    found = suite_results.problems(results[""])
-    assert len(found) == 1
+    found = misfits(results[""])
+    assert len({line.split(": ")[0] for line in found}) == 1
     assert problem in found[0]
 
 
 def test_every_field_is_documented():
-    """In the words above the schema, or in those of bench_corr for what it wrote."""
-    words = suite_results.__doc__
-    assert all(name in words for name in (*suite_results.RESULTS, *suite_results.STEP))
-    fields = (*suite_results.CASE, *suite_results.CONTENDER, *suite_results.TIMES, *suite_results.ENVIRONMENT)
+    """In the words above `collect`, or in those of bench_corr for what it wrote."""
+    forms, words = SCHEMA["$defs"], suite_results.__doc__
+    assert all(name in words for name in (*SCHEMA["properties"], *forms["step"]["properties"]))
+    fields = [name for form in ("case", "contender", "times", "environment") for name in forms[form]["properties"]]
     assert [name for name in fields if name not in bench_corr.__doc__] == []
 
 

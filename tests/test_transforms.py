@@ -5,13 +5,14 @@ from __future__ import annotations
 import layouts
 import pytest
 import torch
-from backends import cases
+from backends import targets
 from samples import DIFFERENTIABLE, SAMPLES, results, with_gradients
+from support import OPS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import corrmatch
-from corrmatch import RegionMasks, ops
+from corrmatch import ops
 
 pytestmark = pytest.mark.slow
 
@@ -40,47 +41,12 @@ def on(device, x):
 
 def opcheck_calls():
     """Registered op and arguments, without the backend."""
-    maps = [feature(2, 3, 4, 5), feature(2, 3, 3, 2), feature(2, 4, 4, 5)]
-    wide = [x.detach().double().requires_grad_() for x in maps]
-    mixed = [maps[0].detach().half(), maps[1], maps[2].detach().double()]
-    gate, threshold = torch.rand(2, 1, 4, 5) < 0.5, torch.tensor(0.4, dtype=F64)
-    strided = [x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in maps]
-    propagate = REGISTERED.pixel_propagate.default
-    for tensors in (maps, wide, mixed, strided):
-        yield propagate, (*tensors, None, None, 0.5, False, True)
-    yield propagate, (*maps, gate, None, 0.5, True, True)
-    yield propagate, (*maps, None, threshold, 0.5, False, True)
-    yield propagate, (*(x.detach()[:0] for x in maps), None, None, 0.5, False, False)
+    return (call for support in OPS.values() for call in support.opcheck_calls())
 
-    saved = [x.detach() for x in REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, True, "cpu")[1:]]
-    for needs in ([True, True, True], [False, True, False], [True, False, True]):
-        plain = [x.detach() for x in maps]
-        yield REGISTERED.pixel_propagate_backward.default, (torch.randn(2, 4, 3, 2), *plain, *saved, 0.5, needs)
 
-    index = torch.randint(20, (2, 6))
-    query, key = maps[0].detach(), maps[1].detach()
-    for connected in (0, 1, 2):
-        yield REGISTERED.region_masks.default, (query, key, index, 9, 7, 0.5, 0.3, connected, 8)
-    yield REGISTERED.region_masks.default, (query.double(), key.half(), index[:, :0], 9, 7, 0.5, 0.3, 0, 4)
-
-    labels, reliable, valid = torch.randint(4, (2, 9, 7)), torch.rand(2, 9, 7) < 0.7, torch.rand(2, 9, 7) < 0.7
-    packed = RegionMasks.from_bool(torch.rand(2, 5, 9, 7) < 0.5).packed
-    yield REGISTERED.region_propagate.default, (labels, reliable, packed, threshold, valid, 4)
-    yield REGISTERED.region_propagate.default, (labels.to(torch.uint8), reliable, packed, threshold, None, 4)
-    yield REGISTERED.region_propagate.default, (labels.mT.contiguous().mT, reliable, packed, threshold, None, 4)
-
-    for image in (labels, labels[0], labels.bool(), labels.mT):
-        yield REGISTERED.connected_components.default, (image, 8, 0)
-
-    logits = torch.randn(2, 5, 4, 6)
-    yield REGISTERED.pseudo_label.default, (logits, None, 4, 6)
-    yield REGISTERED.pseudo_label.default, (logits.half(), torch.rand(2, 9, 7) < 0.3, 9, 7)
-
-    wanted = torch.randn(2, 5, 4, 6, requires_grad=True)
-    classes, weight = torch.randint(5, (2, 9, 7)), torch.rand(2, 9, 7)
-    yield REGISTERED.pixel_loss.default, (wanted, classes, None, weight, True)
-    yield REGISTERED.pixel_loss.default, (wanted, None, logits, weight, True)
-    yield REGISTERED.pixel_loss.default, (logits.half(), classes.to(torch.uint8), None, weight.half(), False)
+def opcheck_others():
+    """The same of registered ops that take no backend."""
+    return [call for support in OPS.values() for call in support.opcheck_others()]
 
 
 CALLS = [op.name().removeprefix("corrmatch::") for op, _ in opcheck_calls()]
@@ -89,8 +55,7 @@ CALLS = [op.name().removeprefix("corrmatch::") for op, _ in opcheck_calls()]
 def test_every_op_is_checked():
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
     registered = {name for library, name in names if library == "corrmatch"}
-    # Those that have no backends have tests of their own.
-    assert registered == {*CALLS, "correlation_rows", "pixel_loss_backward", "checked_labels"}
+    assert registered == {*CALLS, *(op.name().removeprefix("corrmatch::") for op, _ in opcheck_others())}
 
 
 @pytest.mark.parametrize("call", range(len(CALLS)), ids=lambda i: f"{i}-{CALLS[i]}")
@@ -98,16 +63,16 @@ def test_opcheck(call):
     """Of every call on every backend that takes it."""
     op, arguments = list(opcheck_calls())[call]
     floating = {x.dtype for x in arguments[:4] if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    for case in cases(CALLS[call].removesuffix("_backward")):
-        if not floating <= set(case.dtypes):
+    for target in targets(CALLS[call].removesuffix("_backward")):
+        if not floating <= set(target.dtypes):
             continue
-        if CALLS[call].startswith("pixel_") and case.name == "reference":
+        if CALLS[call].startswith("pixel_") and target.name == "reference":
             continue  # that oracle is not an op of its own
-        arguments = [on(case.device, x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        arguments = [on(target.device, x) if isinstance(x, torch.Tensor) else x for x in arguments]
         if CALLS[call] == "pixel_propagate_backward":
-            _, *saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, case.name)
+            _, *saved = REGISTERED.pixel_propagate(*arguments[1:4], None, None, 0.5, False, True, target.name)
             arguments[4:7] = [x.detach() for x in saved]
-        assert set(opcheck(op, (*arguments, case.name)).values()) == {"SUCCESS"}, case
+        assert set(opcheck(op, (*arguments, target.name)).values()) == {"SUCCESS"}, target
 
 
 @pytest.mark.skipif(not TRITON.available, reason=str(TRITON.missing))
@@ -123,19 +88,9 @@ def test_gradient_that_was_not_announced_is_refused():
     assert maps[1].grad.isfinite().all()
 
 
-def test_opcheck_around_losses():
-    arguments = (torch.tensor(0.3), torch.randn(2, 3, 4, 5), torch.float16)
-    assert set(opcheck(REGISTERED.pixel_loss_backward.default, arguments).values()) == {"SUCCESS"}
-    arguments = (torch.randint(4, (2, 5, 6)), torch.rand(2, 5, 6), 4)
-    assert set(opcheck(REGISTERED.checked_labels.default, arguments).values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("index", [(2, 6), (2, 1)], ids=str)
-def test_opcheck_of_correlation_rows(index):
-    arguments = (feature(2, 3, 20), feature(2, 3, 6), torch.randint(20, index), 0.7)
-    assert set(opcheck(REGISTERED.correlation_rows.default, arguments).values()) == {"SUCCESS"}
-    halves = [x.detach().half().requires_grad_() for x in arguments[:2]]
-    assert set(opcheck(REGISTERED.correlation_rows.default, (*halves, *arguments[2:])).values()) == {"SUCCESS"}
+def test_opcheck_of_ops_without_a_backend():
+    for op, arguments in opcheck_others():
+        assert set(opcheck(op, arguments).values()) == {"SUCCESS"}, op
 
 
 def assert_compiles(sample, backend, compiler):

@@ -1,13 +1,17 @@
-"""Which implementation serves a call. One predicate, `Backend.refusal`, both explains and decides."""
+"""Which implementation serves a call. One predicate, `Backend.refusal`, both explains and decides.
+
+Every op registers its implementations where it is defined, each with its own limits (`implementation`). `choose`,
+`corrmatch info` and the documents read these.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,55 +21,31 @@ from corrmatch.ops import cuda
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = 128 * 1024  # bytes; GPUs of compute capability 8.6, 8.9 and 12 have 99 KiB
-ALL_OPS = frozenset(
-    {"pixel_propagate", "region_masks", "region_propagate", "connected_components", "pseudo_label", "pixel_loss"}
-)
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Backend:
-    """One implementation of the ops.
+class Implementation:
+    """One op on one backend, and the limits of what it takes.
 
     Attributes:
-        name: What `backend=` calls it.
-        devices: Device types whose tensors it takes; None for any.
-        ops: Names of the ops it has.
-        dtypes: Floating dtypes that it takes; None for any. Integers it takes all.
+        run: Computes the op; takes the arguments of the registered op but for the backend.
+        dtypes: Floating dtypes that it takes; None for any. It takes all integer dtypes.
         channels: The most channels that it takes; None for any number.
-        narrow: The most of pixel_propagate in float32 and float16 where a block has less than SMALL shared memory.
+        narrow: The most channels of float32 and float16 where a block has less than SMALL shared memory.
         capability: The least compute capability of a GPU that it takes, 80 for 8.0; None for any.
-        automatic: Whether it may be chosen where no backend is named.
-        missing: Why it cannot run in this installation; None where it can.
-        detail: What is in use, for people.
     """
 
-    name: str
-    devices: tuple[str, ...] | None
-    ops: frozenset[str]
-    missing: str | None = None
-    detail: str = ""
+    run: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...] | None = None
     channels: int | None = None
     narrow: int | None = None
     capability: int | None = None
-    automatic: bool = True
 
-    @property
-    def available(self) -> bool:
-        """Whether it can run in this installation."""
-        return self.missing is None
-
-    def refusal(self, op: str, *tensors: Tensor) -> str | None:
-        """Why this backend cannot serve `op` on these tensors, which are on one device; None where it can."""
-        if self.missing is not None:
-            return self.missing
-        if op not in self.ops:
-            return f"it has no {op}"
-        device = tensors[0].device.type
-        if self.devices is not None and device not in self.devices:
-            return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
-        if self.capability is not None and device == "cuda" and not torch.compiler.is_compiling():
-            reason = self._refusal_of_gpu(op, *tensors)
+    def refusal(self, *tensors: Tensor) -> str | None:
+        """Why it does not take these tensors, which are on one device; None where it does."""
+        if self.capability is not None and tensors[0].device.type == "cuda" and not torch.compiler.is_compiling():
+            reason = self._refusal_of_gpu(*tensors)
             if reason is not None:
                 return reason
         for tensor in tensors:
@@ -75,12 +55,12 @@ class Backend:
                 return f"it takes at most {self.channels} channels, not {tensor.shape[1]}"
         return None
 
-    def _refusal_of_gpu(self, op: str, *tensors: Tensor) -> str | None:
+    def _refusal_of_gpu(self, *tensors: Tensor) -> str | None:
         gpu = torch.cuda.get_device_properties(tensors[0].device)
         if self.capability is not None and 10 * gpu.major + gpu.minor < self.capability:
             least = f"{self.capability // 10}.{self.capability % 10}"
             return f"it takes GPUs of compute capability {least} or more, not {gpu.major}.{gpu.minor}"
-        if self.narrow is None or op != "pixel_propagate":
+        if self.narrow is None:
             return None
         most = max(tensor.shape[1] for tensor in tensors)
         shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's annotations lack it
@@ -89,30 +69,91 @@ class Backend:
         return f"on {gpu.name} it takes at most {self.narrow} channels of float32 or float16, not {most}"
 
 
+# By backend, best first, and op. Every file of an op adds its own.
+_IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {"cuda": {}, "triton": {}, "cpu": {}, "reference": {}}
+NAMES = tuple(_IMPLEMENTATIONS)
+
+
+def implementation(op: str, backend: str, **limits: Any) -> Callable[[Run], Run]:
+    """Registers a function as what computes `op` on `backend`; `limits` are the attributes of `Implementation`."""
+
+    def register(run: Run) -> Run:
+        _IMPLEMENTATIONS[backend][op] = Implementation(run, **limits)
+        return run
+
+    return register
+
+
+def call(op: str, backend: str, *arguments: Any) -> Any:
+    """What the implementation of `op` on `backend` makes of the arguments."""
+    return _IMPLEMENTATIONS[backend][op].run(*arguments)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the ops: what is true of it in this installation, whatever the op.
+
+    Attributes:
+        name: What `backend=` calls it.
+        devices: Device types whose tensors it takes; None for any.
+        implementations: Those that it has, by op; each has the limits of its own.
+        missing: Why it cannot run in this installation; None where it can.
+        detail: What is in use, for people.
+        automatic: Whether it may be chosen where no backend is named.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    implementations: Mapping[str, Implementation]
+    missing: str | None = None
+    detail: str = ""
+    automatic: bool = True
+
+    @property
+    def available(self) -> bool:
+        """Whether it can run in this installation."""
+        return self.missing is None
+
+    @property
+    def ops(self) -> frozenset[str]:
+        """Names of the ops it has."""
+        return frozenset(self.implementations)
+
+    def refusal(self, op: str, *tensors: Tensor) -> str | None:
+        """Why this backend cannot serve `op` on these tensors, which are on one device; None where it can."""
+        if self.missing is not None:
+            return self.missing
+        if op not in self.implementations:
+            return f"it has no {op}"
+        device = tensors[0].device.type
+        if self.devices is not None and device not in self.devices:
+            return f"it takes tensors on {' or '.join(self.devices)}, not on {device}"
+        return self.implementations[op].refusal(*tensors)
+
+
 def _known(*, gpu: bool) -> tuple[Backend, ...]:
     """All backends, best first, where there is a GPU or none."""
+    cpu, reference = _IMPLEMENTATIONS["cpu"], _IMPLEMENTATIONS["reference"]
     return (
         _cuda(gpu),
         _triton(gpu),
-        Backend("cpu", ("cpu",), ALL_OPS, detail=f"{_C.cpu.isa()} of {', '.join(_C.cpu.isas())}"),
-        Backend("reference", None, ALL_OPS, detail="plain PyTorch, materialises; for checks"),
+        Backend("cpu", ("cpu",), cpu, detail=f"{_C.cpu.isa()} of {', '.join(_C.cpu.isas())}"),
+        Backend("reference", None, reference, detail="plain PyTorch, materialises; for checks"),
     )
 
 
 def _cuda(gpu: bool) -> Backend:
     missing = None
-    if cuda.KERNELS is None:
+    if cuda.EXTENSION is None:
         missing = _C.cuda_status
     elif not cuda.EMULATED and not gpu:
         missing = f"no GPU ({_C.cuda_status})"
     return Backend(
         "cuda",
         ("cpu",) if cuda.EMULATED else ("cuda",),
-        frozenset({"region_masks", "region_propagate", "connected_components"}),
+        _IMPLEMENTATIONS["cuda"],
         missing,
         detail="emulated on the CPU; for checks" if cuda.EMULATED else _C.cuda_status,
-        dtypes=HALF_AND_SINGLE,
-        capability=80,
         automatic=not cuda.EMULATED,
     )
 
@@ -127,26 +168,22 @@ def _triton(gpu: bool) -> Backend:
     return Backend(
         "triton",
         ("cpu",) if interpreted else ("cuda",),
-        frozenset({"pixel_propagate", "pseudo_label", "pixel_loss"}),
+        _IMPLEMENTATIONS["triton"],
         missing,
         detail="interpreted on the CPU; for checks" if interpreted else "",
-        dtypes=HALF_AND_SINGLE,
-        channels=256,
-        narrow=128,
-        capability=80,
         automatic=not interpreted,
     )
 
 
-# A tensor on a GPU is proof of one. To ask torch would start the driver, after which no forked process can use it.
+# Assumes a GPU: a CUDA tensor proves that there is one. Asking torch would start the driver, and forked processes could
+# no longer use it.
 _BACKENDS = _known(gpu=True)
-NAMES = tuple(backend.name for backend in _BACKENDS)
 
 
-def use_emulator(kernels: ModuleType) -> None:
-    """From here on "cuda" stands for these kernels, which take tensors on a CPU: those that tests/emulator builds."""
+def use_emulator(extension: Any) -> None:
+    """From here on "cuda" stands for this extension of tests/emulator, which takes tensors on a CPU."""
     global _BACKENDS
-    cuda.KERNELS, cuda.EMULATED = kernels, True
+    cuda.EXTENSION, cuda.EMULATED = extension, True
     _BACKENDS = _known(gpu=True)
 
 
@@ -180,7 +217,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
 
 
 def run_on_cpu(kernel: Callable[..., None], *arguments: object) -> None:
-    """Calls a kernel for CPUs, which takes the number of threads last: as many as torch uses."""
+    """Calls an operator of the extension, which takes the number of threads last: as many as torch uses."""
     threads = torch.get_num_threads()
     if _forked is None or threads == 1:
         kernel(*arguments, threads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -44,20 +44,38 @@ def connected_components(
 
 def connected_components_op(image: Tensor, connectivity: int, background: int, backend: str) -> Tensor:
     """Component numbers, int32."""
-    out = _empty_result(image)
     if image.numel() == 0:
-        return out
-    if backend == "reference":
-        return reference.connected_components(image, connectivity=connectivity, background=background)
-    pictures = image.reshape(-1, *image.shape[-2:])
-    results = out.view(pictures.shape)
-    if backend == "cuda":
-        scratch = functools.partial(cuda.KERNELS.connected_components_scratch, borrow(pictures))
-        arguments = (borrow(pictures), connectivity, background, borrow(results))
-        cuda.launch(cuda.KERNELS.connected_components, image, scratch, *arguments)
-        return out
-    run_on_cpu(_C.cpu.connected_components, borrow(pictures), connectivity, background, borrow(results))
+        return _empty_result(image)
+    return call("connected_components", backend, image, connectivity, background)
+
+
+@implementation("connected_components", "reference")
+def _reference(image: Tensor, connectivity: int, background: int) -> Tensor:
+    return reference.connected_components(image, connectivity=connectivity, background=background)
+
+
+@implementation("connected_components", "cpu")
+def _cpu(image: Tensor, connectivity: int, background: int) -> Tensor:
+    out = _empty_result(image)
+    images, results = _batches(image, out)
+    run_on_cpu(_C.cpu.connected_components, borrow(images), connectivity, background, borrow(results))
     return out
+
+
+@implementation("connected_components", "cuda", capability=80)
+def _cuda(image: Tensor, connectivity: int, background: int) -> Tensor:
+    out = _empty_result(image)
+    images, results = _batches(image, out)
+    scratch = functools.partial(cuda.EXTENSION.connected_components_scratch, borrow(images))
+    arguments = (borrow(images), connectivity, background, borrow(results))
+    cuda.launch(cuda.EXTENSION.connected_components, image, scratch, *arguments)
+    return out
+
+
+def _batches(image: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (B, H, W)."""
+    images = image.reshape(-1, *image.shape[-2:])
+    return images, out.view(images.shape)
 
 
 def _empty_result(image: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -52,11 +52,7 @@ def cross_entropy(
     _check_pixels("weight", weight, checks.FLOATING, logits)
     if weight.shape != labels.shape:
         raise ValueError(f"weight: expected shape {tuple(labels.shape)} as labels, got {tuple(weight.shape)}")
-    backend = choose("pixel_loss", backend, logits)
-    if backend == "reference":
-        labels = torch.ops.corrmatch.checked_labels(labels, weight, logits.shape[1])
-        return reference.cross_entropy(logits, labels, weight)
-    return _fused(logits, labels, None, weight, backend)
+    return _loss(logits, labels, None, weight, choose("pixel_loss", backend, logits))
 
 
 def divergence(
@@ -92,10 +88,7 @@ def divergence(
     if weight is None:
         weight = _ones(logits, logits[:, 0].shape)
     _check_pixels("weight", weight, checks.FLOATING, logits)
-    backend = choose("pixel_loss", backend, logits, target)
-    if backend == "reference":
-        return reference.divergence(logits, target, weight)
-    return _fused(logits, None, target, weight, backend)
+    return _loss(logits, None, target, weight, choose("pixel_loss", backend, logits, target))
 
 
 def _check_pixels(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], logits: Tensor) -> None:
@@ -111,9 +104,11 @@ def _ones(logits: Tensor, shape: torch.Size) -> Tensor:
     return torch.ones(shape, dtype=accumulation_dtype(logits), device=logits.device)
 
 
-def _fused(
+def _loss(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return call("pixel_loss", backend, logits, labels, target, weight)
     checks.backward_only(logits=logits)
     gradient = torch.is_grad_enabled() and logits.requires_grad
     loss, pixels, _ = torch.ops.corrmatch.pixel_loss(logits, labels, target, weight, gradient, backend)
@@ -125,27 +120,51 @@ def pixel_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its pixels and, where `gradient`, the gradient of the loss (B, C, h, w), all in the accumulation dtype.
 
-    The cross-entropy of labels, or the divergence from a target. The gradient is not narrowed: a loss scale may come.
+    The cross-entropy of labels, or the divergence from a target. The gradient stays in the accumulation dtype, because
+    a loss scaler may still multiply it.
     """
-    loss, pixels, grad = _empty_results(logits, weight, gradient)
+    loss, pixels, grad = results = _empty_results(logits, weight, gradient)
     if pixels.numel() == 0:
-        return loss.zero_(), pixels, grad
-    if backend == "triton":
-        from corrmatch.kernels import pixel_loss as kernels
+        loss.zero_()
+    else:
+        call("pixel_loss", backend, logits, labels, target, weight, loss, pixels, grad if gradient else None)
+    return results
 
-        if labels is not None:
-            checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
-        kernels.loss(logits, labels, target, weight, loss, pixels, grad if gradient else None)
-        return loss, pixels, grad
+
+@implementation("pixel_loss", "reference")
+def _reference(logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Called by the functions and not within the registered op, so that autograd differentiates it."""
+    if labels is None:
+        return reference.divergence(logits, target, weight)  # type: ignore[arg-type]  # one of the two is there
+    labels = torch.ops.corrmatch.checked_labels(labels, weight, logits.shape[1])
+    return reference.cross_entropy(logits, labels, weight)
+
+
+@implementation("pixel_loss", "cpu")
+def _cpu(
+    logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, loss: Tensor, pixels: Tensor,
+    grad: Tensor | None,
+) -> None:  # fmt: skip
     run_on_cpu(
         _C.cpu.pixel_loss, borrow(logits), borrow(labels), borrow(target), borrow(weight), borrow(pixels), borrow(loss),
-        borrow(grad) if gradient else None,
+        borrow(grad),
     )  # fmt: skip
-    return loss, pixels, grad
+
+
+@implementation("pixel_loss", "triton", dtypes=HALF_AND_SINGLE, channels=256, capability=80)
+def _triton(
+    logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, loss: Tensor, pixels: Tensor,
+    grad: Tensor | None,
+) -> None:  # fmt: skip
+    from corrmatch.kernels import pixel_loss as kernels
+
+    if labels is not None:  # the operator for CPUs checks them itself
+        checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
+    kernels.loss(logits, labels, target, weight, loss, pixels, grad)
 
 
 def checked_labels_op(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """The labels, none of which is wrong: an op, for a compiler cannot look at values."""
+    """Returns the labels after checking their range. An op of its own, because a compiler cannot trace such a check."""
     checks.classes(labels, weight != 0, num_classes, "where the weight is not 0")
     return labels.clone()
 
@@ -175,7 +194,7 @@ def _fake_backward(grad_loss, grad, dtype):
 def _save(ctx, inputs, output):
     logits, _, _, _, ctx.gradient, _ = inputs
     ctx.dtype = logits.dtype
-    ctx.set_materialize_grads(False)  # the terms and the gradient take none, which would be maps of zeros
+    ctx.set_materialize_grads(False)  # no zeros for the two outputs that have no gradient
     ctx.save_for_backward(output[2])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype, autocast_dtype, confidence_gate, without_autocast
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -78,10 +78,7 @@ def pixel_propagate(
     backend = choose("pixel_propagate", backend, query, key, value)
     query, key, value = _autocast_maps(query, key, value)
     if backend == "reference":
-        with without_autocast(query.device):
-            return reference.pixel_propagate(
-                query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
-            )
+        return call("pixel_propagate", backend, query, key, value, scale, confidence, threshold, normalize)
 
     checks.backward_only(query=query, key=key, value=value)
     gate = None
@@ -104,6 +101,18 @@ def _autocast_maps(*maps: Tensor) -> tuple[Tensor, ...]:
     if dtype is None:
         return maps
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in maps)
+
+
+@implementation("pixel_propagate", "reference")
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, confidence: Tensor | None, threshold: Tensor | None,
+    normalize: bool,
+) -> Tensor:  # fmt: skip
+    """Called by the function and not within the registered op, so that autograd differentiates it."""
+    with without_autocast(query.device):
+        return reference.pixel_propagate(
+            query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
+        )
 
 
 def _as_map(x: Tensor) -> Tensor:
@@ -130,20 +139,33 @@ def pixel_propagate_op(
     which rows are open come after it (`kernels.plan.Layout`): 3 x 32 numbers a position at 21 channels, in half types
     of two bytes, in float32 of six. What a backend does not need is empty.
     """
-    out, normalizer, packed, open_rows = results = _empty_results(
-        query, key, value, gate is not None or threshold is not None, mass, gradient, backend
-    )
-    if out.numel() > 0 and backend == "triton":
-        from corrmatch.kernels import pixel_propagate as kernels
-
-        gated = open_rows if open_rows.numel() > 0 else None
-        kernels.forward(query, key, value, gate, threshold, scale, out, packed, normalizer, gated)
-    elif out.numel() > 0:
-        run_on_cpu(
-            _C.cpu.pixel_propagate_forward, borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold),
-            scale, borrow(out), borrow(normalizer),
-        )  # fmt: skip
+    gated = gate is not None or threshold is not None
+    results = _empty_results(query, key, value, gated, mass, gradient, backend)
+    if query.shape[0] > 0:
+        call("pixel_propagate", backend, query, key, value, gate, threshold, scale, *results)
     return results
+
+
+@implementation("pixel_propagate", "cpu")
+def _cpu(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, threshold: Tensor | None, scale: float, out: Tensor,
+    normalizer: Tensor, packed: Tensor, open_rows: Tensor,
+) -> None:  # fmt: skip
+    run_on_cpu(
+        _C.cpu.pixel_propagate_forward, borrow(query), borrow(key), borrow(value), borrow(gate), borrow(threshold),
+        scale, borrow(out), borrow(normalizer),
+    )  # fmt: skip
+
+
+@implementation("pixel_propagate", "triton", dtypes=HALF_AND_SINGLE, channels=256, narrow=128, capability=80)
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, threshold: Tensor | None, scale: float, out: Tensor,
+    normalizer: Tensor, packed: Tensor, open_rows: Tensor,
+) -> None:  # fmt: skip
+    from corrmatch.kernels import pixel_propagate as kernels
+
+    rows = open_rows if open_rows.numel() > 0 else None
+    kernels.forward(query, key, value, gate, threshold, scale, out, packed, normalizer, rows)
 
 
 def _empty_results(

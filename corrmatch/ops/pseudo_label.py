@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -49,20 +49,33 @@ def pseudo_label_op(
     logits: Tensor, ignore: Tensor | None, height: int, width: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels, confidence and class peaks at (height, width)."""
-    labels, confidence, class_peak = _empty_results(logits, height, width)
-    if labels.numel() == 0:
+    if logits.shape[0] == 0:
+        labels, confidence, class_peak = _empty_results(logits, height, width)
         return labels, confidence, class_peak.zero_()
-    if backend == "reference":
-        return reference.pseudo_label(logits, size=(height, width), ignore=ignore)
-    if backend == "triton":
-        from corrmatch.kernels import pseudo_label as kernels
+    return call("pseudo_label", backend, logits, ignore, height, width)
 
-        kernels.label(logits, ignore, labels, confidence, class_peak)
-        return labels, confidence, class_peak
+
+@implementation("pseudo_label", "reference")
+def _reference(logits: Tensor, ignore: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.pseudo_label(logits, size=(height, width), ignore=ignore)
+
+
+@implementation("pseudo_label", "cpu")
+def _cpu(logits: Tensor, ignore: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    labels, confidence, class_peak = results = _empty_results(logits, height, width)
     run_on_cpu(
         _C.cpu.pseudo_label, borrow(logits), borrow(ignore), borrow(labels), borrow(confidence), borrow(class_peak)
     )
-    return labels, confidence, class_peak
+    return results
+
+
+@implementation("pseudo_label", "triton", dtypes=HALF_AND_SINGLE, channels=256, capability=80)
+def _triton(logits: Tensor, ignore: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    from corrmatch.kernels import pseudo_label as kernels
+
+    results = _empty_results(logits, height, width)
+    kernels.label(logits, ignore, *results)
+    return results
 
 
 def _empty_results(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -89,23 +89,48 @@ def region_masks_op(
     backend: str,
 ) -> Tensor:
     """Packed masks int32 (B, K, words); index is (B, K), connected an index into CONNECTED."""
-    packed = _empty_masks(query, index, height, width)
-    if packed.numel() == 0:
-        return packed
-    if backend == "reference":
-        checks.positions(index, query.shape[2] * query.shape[3])
-        return reference.region_masks(
-            query, key, index, (height, width), scale=scale, threshold=threshold, connected=CONNECTED[connected],
-            connectivity=connectivity,
-        ).packed  # fmt: skip
-    rows = (borrow(query), borrow(key), borrow(index), height, width)
-    options = (scale, threshold, connected, connectivity, borrow(packed))
-    if backend == "cuda":
-        checks.positions(index, query.shape[2] * query.shape[3])
-        scratch = functools.partial(cuda.KERNELS.region_masks_scratch, *rows, connected)
-        cuda.launch(cuda.KERNELS.region_masks, query, scratch, *rows, *options)
-    else:
-        run_on_cpu(_C.cpu.region_masks, *rows, *options)
+    if index.numel() == 0:
+        return _empty_masks(query, index, height, width)
+    size = (height, width)
+    return call("region_masks", backend, query, key, index, size, scale, threshold, connected, connectivity)
+
+
+@implementation("region_masks", "reference")
+def _reference(
+    query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int], scale: float, threshold: float, connected: int,
+    connectivity: int,
+) -> Tensor:  # fmt: skip
+    checks.positions(index, query.shape[2] * query.shape[3])
+    return reference.region_masks(
+        query, key, index, size, scale=scale, threshold=threshold, connected=CONNECTED[connected],
+        connectivity=connectivity,
+    ).packed  # fmt: skip
+
+
+@implementation("region_masks", "cpu")
+def _cpu(
+    query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int], scale: float, threshold: float, connected: int,
+    connectivity: int,
+) -> Tensor:  # fmt: skip
+    packed = _empty_masks(query, index, *size)
+    run_on_cpu(
+        _C.cpu.region_masks, borrow(query), borrow(key), borrow(index), *size, scale, threshold, connected,
+        connectivity, borrow(packed),
+    )  # fmt: skip
+    return packed
+
+
+@implementation("region_masks", "cuda", dtypes=HALF_AND_SINGLE, capability=80)
+def _cuda(
+    query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int], scale: float, threshold: float, connected: int,
+    connectivity: int,
+) -> Tensor:  # fmt: skip
+    checks.positions(index, query.shape[2] * query.shape[3])
+    packed = _empty_masks(query, index, *size)
+    inputs = (borrow(query), borrow(key), borrow(index), *size)
+    scratch = functools.partial(cuda.EXTENSION.region_masks_scratch, *inputs, connected)
+    arguments = (*inputs, scale, threshold, connected, connectivity, borrow(packed))
+    cuda.launch(cuda.EXTENSION.region_masks, query, scratch, *arguments)
     return packed
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.masks import RegionMasks
 from corrmatch.ops import checks, cuda
-from corrmatch.ops.backend import choose, run_on_cpu
+from corrmatch.ops.backend import call, choose, implementation, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -82,24 +82,50 @@ def region_propagate_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Labels and reliability after propagation; packed is RegionMasks.packed."""
-    if backend != "cpu":  # the kernel for CPUs looks itself
-        checks.classes(labels, reliable if valid is None else reliable & valid, num_classes, "where reliable")
-    if backend == "reference":
-        masks = RegionMasks(packed, (labels.shape[1], labels.shape[2]))
-        return reference.region_propagate(labels, reliable, masks, threshold, num_classes=num_classes, valid=valid)
-    out_labels, out_reliable = _empty_results(labels)
     if labels.numel() == 0:
-        return out_labels, out_reliable
+        return _empty_results(labels)
+    return call("region_propagate", backend, labels, reliable, packed, threshold, valid, num_classes)
+
+
+@implementation("region_propagate", "reference")
+def _reference(
+    labels: Tensor, reliable: Tensor, packed: Tensor, threshold: Tensor, valid: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    _check_classes(labels, reliable, valid, num_classes)
+    masks = RegionMasks(packed, (labels.shape[1], labels.shape[2]))
+    return reference.region_propagate(labels, reliable, masks, threshold, num_classes=num_classes, valid=valid)
+
+
+@implementation("region_propagate", "cpu")
+def _cpu(
+    labels: Tensor, reliable: Tensor, packed: Tensor, threshold: Tensor, valid: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    out_labels, out_reliable = results = _empty_results(labels)
+    run_on_cpu(
+        _C.cpu.region_propagate, borrow(labels), borrow(reliable), borrow(packed), borrow(threshold), borrow(valid),
+        num_classes, borrow(out_labels), borrow(out_reliable),
+    )  # fmt: skip
+    return results
+
+
+@implementation("region_propagate", "cuda", capability=80)
+def _cuda(
+    labels: Tensor, reliable: Tensor, packed: Tensor, threshold: Tensor, valid: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    _check_classes(labels, reliable, valid, num_classes)
+    out_labels, out_reliable = results = _empty_results(labels)
     arguments = (
         borrow(labels), borrow(reliable), borrow(packed), borrow(threshold), borrow(valid), num_classes,
         borrow(out_labels), borrow(out_reliable),
     )  # fmt: skip
-    if backend == "cuda":
-        scratch = functools.partial(cuda.KERNELS.region_propagate_scratch, borrow(labels), borrow(packed), num_classes)
-        cuda.launch(cuda.KERNELS.region_propagate, labels, scratch, *arguments)
-    else:
-        run_on_cpu(_C.cpu.region_propagate, *arguments)
-    return out_labels, out_reliable
+    scratch = functools.partial(cuda.EXTENSION.region_propagate_scratch, borrow(labels), borrow(packed), num_classes)
+    cuda.launch(cuda.EXTENSION.region_propagate, labels, scratch, *arguments)
+    return results
+
+
+def _check_classes(labels: Tensor, reliable: Tensor, valid: Tensor | None, num_classes: int) -> None:
+    """The operator for CPUs checks the labels itself."""
+    checks.classes(labels, reliable if valid is None else reliable & valid, num_classes, "where reliable")
 
 
 def _empty_results(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,51 +8,51 @@ namespace corrmatch {
 
 // setup.py defines CORRMATCH_X86 exactly when it compiles the wider variants.
 namespace generic {
-extern const CpuKernels kernels;
+extern const CpuTable table;
 }
 #ifdef CORRMATCH_X86
 namespace avx2 {
-extern const CpuKernels kernels;
+extern const CpuTable table;
 }
 namespace avx512 {
-extern const CpuKernels kernels;
+extern const CpuTable table;
 }
 #endif
 
 namespace {
 
-std::vector<const CpuKernels*> runnable() {
-  std::vector<const CpuKernels*> tables{&generic::kernels};
+std::vector<const CpuTable*> runnable() {
+  std::vector<const CpuTable*> tables{&generic::table};
 #ifdef CORRMATCH_X86
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-  if (v3) tables.push_back(&avx2::kernels);
+  if (v3) tables.push_back(&avx2::table);
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (v4) tables.push_back(&avx512::kernels);
+  if (v4) tables.push_back(&avx512::table);
 #endif
   return tables;
 }
 
-std::atomic<const CpuKernels*>& selected() {
-  static std::atomic<const CpuKernels*> table{runnable().back()};
+std::atomic<const CpuTable*>& selected() {
+  static std::atomic<const CpuTable*> table{runnable().back()};
   return table;
 }
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *selected().load(std::memory_order_relaxed); }
+const CpuTable& cpu_table() { return *selected().load(std::memory_order_relaxed); }
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (const CpuKernels* table : runnable()) names.emplace_back(table->isa);
+  for (const CpuTable* table : runnable()) names.emplace_back(table->isa);
   return names;
 }
 
 void select_cpu_isa(const std::string& name) {
   std::string choices;
-  for (const CpuKernels* table : runnable()) {
+  for (const CpuTable* table : runnable()) {
     if (name == table->isa) {
       selected() = table;
       return;

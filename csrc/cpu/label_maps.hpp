@@ -20,8 +20,8 @@ struct LabelMaps {
   uint64_t* plane(int i) const { return planes + i * words; }
 };
 
-// A label out of range, where one was found.
-struct Offender {
+// Whether a label was out of range, and which.
+struct BadLabel {
   bool found = false;
   int64_t value = 0;
 };
@@ -63,14 +63,14 @@ inline constexpr int64_t kChunk = 2048;  // pixels that are packed at once
 
 // Copies n <= kChunk pixels from p on, a multiple of 64, to the outputs and packs them.
 template <class T>
-Offender pack_chunk(const Tensor& labels, const Tensor& reliable, const OptionalTensor& valid, int64_t b, int64_t p,
+BadLabel pack_chunk(const Tensor& labels, const Tensor& reliable, const OptionalTensor& valid, int64_t b, int64_t p,
                     int64_t n, T largest, T* out_labels, uint8_t* out_reliable, const LabelMaps& maps) {
   alignas(64) uint8_t valid_pixels[kChunk] = {};
   read_pixels(labels, b, p, n, out_labels);
   read_pixels(reliable, b, p, n, out_reliable);
   if (valid) read_pixels(valid, b, p, n, valid_pixels);
 
-  Offender offender;
+  BadLabel first_bad;
   for (int64_t x = 0; x < n; x += kWordBits) {
     const int64_t i = (p + x) / kWordBits;
     const T* label = out_labels + x;
@@ -87,10 +87,10 @@ Offender pack_chunk(const Tensor& labels, const Tensor& reliable, const Optional
     maps.claimed[i] = 0;
     pack_labels(label, i, maps);
     const uint64_t bad = maps.counted[i] & word_of([=](int k) { return label[k] < 0 || label[k] > largest; });
-    if (bad && !offender.found) [[unlikely]]
-      offender = {true, int64_t(label[std::countr_zero(bad)])};
+    if (bad && !first_bad.found) [[unlikely]]
+      first_bad = {true, int64_t(label[std::countr_zero(bad)])};
   }
-  return offender;
+  return first_bad;
 }
 
 // Writes the labels of the claimed pixels of word i, class by class.

@@ -181,12 +181,13 @@ void open_rows(const Picture<T>& picture, int64_t channels, const OptionalTensor
   }
 }
 
-// The whole problem, as many pictures at a time as are in flight: p is a picture's place among those, b its number.
+// The whole op, as many images at a time as are in flight: p is the place of an image among those, b its number.
 template <class T>
-class Problem {
+class PixelPropagate {
  public:
-  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& gate,
-          const OptionalTensor& threshold, double scale, const Tensor& out, const Tensor& normalizer, int threads)
+  PixelPropagate(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& gate,
+                 const OptionalTensor& threshold, double scale, const Tensor& out, const Tensor& normalizer,
+                 int threads)
       : query_(query),
         key_(key),
         value_(value),
@@ -299,7 +300,7 @@ class Problem {
 void pixel_propagate_forward(Tensor query, Tensor key, Tensor value, OptionalTensor gate, OptionalTensor threshold,
                              double scale, Tensor out, Tensor normalizer, int threads) {
   const auto run = [&](auto zero) {
-    Problem<decltype(zero)>(query, key, value, gate, threshold, scale, out, normalizer, threads).run();
+    PixelPropagate<decltype(zero)>(query, key, value, gate, threshold, scale, out, normalizer, threads).run();
   };
   normalizer.dtype == DType::float64 ? run(double{}) : run(float{});
 }

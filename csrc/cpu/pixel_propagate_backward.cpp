@@ -148,13 +148,13 @@ class Backward {
   T inverse_sum_[kBlock];
 };
 
-// The whole problem, as in the forward: p is a picture's place among those in flight, b its number.
+// The whole op, as in the forward: p is the place of an image among those in flight, b its number.
 template <class T>
-class Problem {
+class PixelPropagateBackward {
  public:
-  Problem(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& normalizer,
-          double scale, const OptionalTensor& dquery, const OptionalTensor& dkey, const OptionalTensor& dvalue,
-          int threads)
+  PixelPropagateBackward(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+                         const Tensor& normalizer, double scale, const OptionalTensor& dquery,
+                         const OptionalTensor& dkey, const OptionalTensor& dvalue, int threads)
       : grad_out_(grad_out),
         query_(query),
         key_(key),
@@ -284,7 +284,9 @@ class Problem {
 void pixel_propagate_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor normalizer, double scale,
                               OptionalTensor dquery, OptionalTensor dkey, OptionalTensor dvalue, int threads) {
   const auto run = [&](auto zero) {
-    Problem<decltype(zero)>(grad_out, query, key, value, normalizer, scale, dquery, dkey, dvalue, threads).run();
+    PixelPropagateBackward<decltype(zero)>(grad_out, query, key, value, normalizer, scale, dquery, dkey, dvalue,
+                                           threads)
+        .run();
   };
   normalizer.dtype == DType::float64 ? run(double{}) : run(float{});
 }

@@ -9,23 +9,35 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// Bit patterns of magnitudes, as a half and as a float.
-inline constexpr uint32_t kHalfInfinity = 0x7c00, kHalfQuietNan = 0x7e00, kHalfMantissa = 0x3ff;
+// Bit patterns of IEEE half (1 sign, 5 exponent, 10 mantissa bits), of bfloat16 (1, 8, 7) and of float (1, 8, 23).
+inline constexpr uint32_t kHalfSign = 0x8000, kHalfMagnitude = 0x7fff, kHalfMantissa = 0x3ff;
+inline constexpr uint32_t kHalfInfinity = 0x7c00, kHalfQuietNan = 0x7e00;
+inline constexpr uint32_t kBFloat16QuietBit = 0x40;
+inline constexpr uint32_t kFloatMagnitude = 0x7fffffff;
+inline constexpr int kHalfShift = 23 - 10, kBFloat16Shift = 23 - 7, kSignShift = 31 - 15;  // to the bits of a float
 inline constexpr uint32_t kInfinity = std::bit_cast<uint32_t>(std::numeric_limits<float>::infinity());
 inline constexpr uint32_t kBeyondHalf = std::bit_cast<uint32_t>(65536.0f);
 inline constexpr uint32_t kLeastNormalHalf = std::bit_cast<uint32_t>(0x1p-14f);
 inline constexpr uint32_t kBiasDifference = (127 - 15) << 23;  // of the exponents of a float and a half
+inline constexpr float kBiasFactor = 0x1p112f;                 // 2^(127 - 15)
 inline constexpr uint32_t kOneHalf = std::bit_cast<uint32_t>(0.5f);
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << kBFloat16Shift); }
 inline float widen(Half x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= kHalfInfinity) return std::bit_cast<float>(sign | kInfinity | (magnitude & kHalfMantissa) << 13);
-  // The exponent bias moves from 15 to 127 by a multiplication, which also normalises subnormal halves.
-  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t sign = (x.bits & kHalfSign) << kSignShift, magnitude = x.bits & kHalfMagnitude;
+  if (magnitude >= kHalfInfinity)
+    return std::bit_cast<float>(sign | kInfinity | (magnitude & kHalfMantissa) << kHalfShift);
+  // The multiplication moves the exponent bias from 15 to 127, and normalises subnormal halves as well.
+  const float value = std::bit_cast<float>(magnitude << kHalfShift) * kBiasFactor;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+}
+
+// Bits without their last `shift`, rounded to nearest, ties to even: adds just under half of the last place that stays,
+// and one more where that place is odd.
+inline uint32_t rounded_off(uint32_t bits, int shift) {
+  return (bits + (1u << (shift - 1)) - 1 + (bits >> shift & 1)) >> shift;
 }
 
 // Rounds to nearest, ties to even.
@@ -35,19 +47,19 @@ inline void narrow(float x, float& out) { out = x; }
 inline void narrow(float x, double& out) { out = x; }
 inline void narrow(float x, BFloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const bool nan = (bits & 0x7fffffff) > kInfinity;
-  out.bits = nan ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const bool nan = (bits & kFloatMagnitude) > kInfinity;
+  out.bits = uint16_t(nan ? bits >> kBFloat16Shift | kBFloat16QuietBit : rounded_off(bits, kBFloat16Shift));
 }
 inline void narrow(float x, Half& out) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & kFloatMagnitude;
+  const uint32_t sign = bits >> kSignShift & kHalfSign;
   if (magnitude >= kBeyondHalf) {  // inf and NaN as well
     out.bits = uint16_t(sign | (magnitude > kInfinity ? kHalfQuietNan : kHalfInfinity));
   } else if (magnitude < kLeastNormalHalf) {  // a subnormal half: float addition at 1/2 rounds at its last place
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     out.bits = uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - kOneHalf));
   } else {
-    out.bits = uint16_t(sign | (magnitude - kBiasDifference + 0xfff + (magnitude >> 13 & 1)) >> 13);
+    out.bits = uint16_t(sign | rounded_off(magnitude - kBiasDifference, kHalfShift));
   }
 }
 template <class S>

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "enlarged_rows.hpp"
 #include "ops.hpp"
 #include "parallel.hpp"
-#include "rows.hpp"
 
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
@@ -123,7 +123,7 @@ class Labeller {
   const int classes_;
   const int64_t width_;
   const Columns<T>& columns_;
-  Rows<T> rows_;
+  EnlargedRows<T> rows_;
   Buffer<T> values_;  // (classes, lanes)
   Buffer<int64_t> labels_;
   Buffer<float> confidences_;

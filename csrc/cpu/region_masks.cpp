@@ -102,18 +102,59 @@ void check_index(const Tensor& index, int64_t positions) {
   }
 }
 
+// The sampled queries, in blocks of kQueriesAtOnce, multiplied by the factor of the scores. The last block repeats the
+// last query.
 template <class T>
-void run(const Tensor& query, const Tensor& key, const Tensor& index, int64_t height, int64_t width, double scale,
-         double threshold, Connected connected, int connectivity, const Tensor& packed, int threads) {
-  const int64_t batch = query.size[0], depth = query.size[1], masks = index.size[3];
-  const int64_t n_q = positions(query), n_k = positions(key), tiles = tile_count<T>(n_k), padded = tiles * kWidth<T>;
-  const int64_t blocks = (masks + kQueriesAtOnce - 1) / kQueriesAtOnce, pitch = padded + kLanes<T>;
-  Buffer<T> keys(batch * depth * padded), queries(batch * depth * blocks * kQueriesAtOnce);
+class SampledQueries {
+ public:
+  SampledQueries(const Tensor& query, const Tensor& index, T factor)
+      : index_(index),
+        factor_(factor),
+        depth_(query.size[1]),
+        count_(index.size[3]),
+        blocks_((count_ + kQueriesAtOnce - 1) / kQueriesAtOnce),
+        values_(query.size[0] * depth_ * step()) {}
+
+  int64_t blocks() const { return blocks_; }
+  int64_t step() const { return blocks_ * kQueriesAtOnce; }  // between two channels of a query
+  // Channel 0 of a block of queries; the other channels follow at a distance of `step`.
+  const T* block(int64_t b, int64_t i) const { return values_ + b * depth_ * step() + i * kQueriesAtOnce; }
+  int64_t position(int64_t b, int64_t k) const { return *index_.at<const int64_t>(0, 0, b, k); }
+
+  // Takes the samples of channel d of image b out of its plane.
+  void gather(int64_t b, int64_t d, const T* plane) {
+    T* out = values_ + (b * depth_ + d) * step();
+    for (int64_t k = 0; k < step(); ++k) out[k] = plane[position(b, std::min(k, count_ - 1))] * factor_;
+  }
+
+ private:
+  const Tensor index_;
+  const T factor_;
+  const int64_t depth_, count_, blocks_;
+  Buffer<T> values_;  // (batch, depth, blocks, kQueriesAtOnce)
+};
+
+struct RegionMasks {
+  Tensor query, key, index;
+  int64_t height, width;
+  double scale, threshold;
+  Connected connected;
+  int connectivity;
+  Tensor packed;
+};
+
+template <class T>
+void run(const RegionMasks& p, int threads) {
+  const int64_t batch = p.query.size[0], depth = p.query.size[1], masks = p.index.size[3];
+  const int64_t n_q = positions(p.query), n_k = positions(p.key), tiles = tile_count<T>(n_k);
+  const int64_t padded = tiles * kWidth<T>, pitch = padded + kLanes<T>;
+  SampledQueries<T> queries(p.query, p.index, T(p.scale * kLog2e<double>));
+  Buffer<T> keys(batch * depth * padded);
   Buffer<T> planes(threads * std::max(n_q, padded)), scores(threads * kQueriesAtOnce * pitch);
-  const Axis<T> y(key.size[2], height), x(key.size[3], width);
+  const Axis<T> y(p.key.size[2], p.height), x(p.key.size[3], p.width);
   std::vector<Masker<T>> maskers;
   maskers.reserve(threads);
-  for (int i = 0; i < threads; ++i) maskers.emplace_back(y, x, T(threshold), connected, connectivity);
+  for (int i = 0; i < threads; ++i) maskers.emplace_back(y, x, T(p.threshold), p.connected, p.connectivity);
 
 #pragma omp parallel num_threads(threads)
   {
@@ -121,22 +162,19 @@ void run(const Tensor& query, const Tensor& key, const Tensor& index, int64_t he
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t d = 0; d < depth; ++d) {
-        pack_channel<T>(key, b, d, depth, keys + b * depth * padded, plane);
-        read_plane(query, b, d, plane);
-        T* sampled = queries + (b * depth + d) * blocks * kQueriesAtOnce;
-        for (int64_t k = 0; k < blocks * kQueriesAtOnce; ++k)
-          sampled[k] = plane[*index.at<const int64_t>(0, 0, b, std::min(k, masks - 1))] * T(scale * kLog2e<double>);
+        pack_channel<T>(p.key, b, d, depth, keys + b * depth * padded, plane);
+        read_plane(p.query, b, d, plane);
+        queries.gather(b, d, plane);
       }
     }
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < batch; ++b) {
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t block = 0; block < queries.blocks(); ++block) {
         T* block_scores = scores + thread_number() * kQueriesAtOnce * pitch;
-        const T* sampled = queries + b * depth * blocks * kQueriesAtOnce + block * kQueriesAtOnce;
         for (int64_t t = 0; t < tiles; ++t) {
           Vec<T> acc[kQueriesAtOnce][2] = {};
-          multiply_add<kQueriesAtOnce>(sampled, blocks * kQueriesAtOnce, keys + (b * tiles + t) * depth * kWidth<T>,
-                                       depth, acc);
+          multiply_add<kQueriesAtOnce>(queries.block(b, block), queries.step(),
+                                       keys + (b * tiles + t) * depth * kWidth<T>, depth, acc);
           for (int m = 0; m < kQueriesAtOnce; ++m)
             for (int h = 0; h < 2; ++h) store(block_scores + m * pitch + t * kWidth<T> + h * kLanes<T>, acc[m][h]);
         }
@@ -144,10 +182,11 @@ void run(const Tensor& query, const Tensor& key, const Tensor& index, int64_t he
           std::fill(block_scores + m * pitch + n_k, block_scores + (m + 1) * pitch,
                     -std::numeric_limits<T>::infinity());
         for (int64_t k = block * kQueriesAtOnce; k < std::min(masks, (block + 1) * kQueriesAtOnce); ++k) {
-          const int64_t position = *index.at<const int64_t>(0, 0, b, k);
-          const Pixel seed{nearest(position / query.size[3], query.size[2], height),
-                           nearest(position % query.size[3], query.size[3], width)};
-          maskers[thread_number()].mask(block_scores + k % kQueriesAtOnce * pitch, seed, packed.at<uint32_t>(0, b, k));
+          const int64_t position = queries.position(b, k), grid_width = p.query.size[3];
+          const Pixel seed{nearest(position / grid_width, p.query.size[2], p.height),
+                           nearest(position % grid_width, grid_width, p.width)};
+          maskers[thread_number()].mask(block_scores + k % kQueriesAtOnce * pitch, seed,
+                                        p.packed.at<uint32_t>(0, b, k));
         }
       }
     }
@@ -160,8 +199,9 @@ void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_
                   int connected, int connectivity, Tensor packed, int threads) {
   check_index(index, positions(query));
   const bool wide = query.dtype == DType::float64 || key.dtype == DType::float64;
-  const auto kernel = wide ? run<double> : run<float>;
-  kernel(query, key, index, height, width, scale, threshold, Connected(connected), connectivity, packed, threads);
+  const RegionMasks problem{query,        key,   index, height, width, scale, threshold, Connected(connected),
+                            connectivity, packed};
+  (wide ? run<double> : run<float>)(problem, threads);
 }
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -204,18 +204,18 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
     propagations.emplace_back(pictures[b], threshold);
   }
 
-  std::vector<Offender> offenders(batch * chunks);
+  std::vector<BadLabel> bad_labels(batch * chunks);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t p = chunk * kChunk;
-      offenders[b * chunks + chunk] =
+      bad_labels[b * chunks + chunk] =
           pack_chunk(labels, reliable, valid, b, p, std::min(kChunk, pixels - p), T(largest),
                      out_labels.at<T>(0, b) + p, out_reliable.at<uint8_t>(0, b) + p, pictures[b]);
     }
   }
-  for (const Offender& offender : offenders)
-    if (offender.found) refuse("labels", " where reliable", 0, num_classes - 1, offender.value);
+  for (const BadLabel& bad : bad_labels)
+    if (bad.found) refuse("labels", " where reliable", 0, num_classes - 1, bad.value);
 
   std::vector<Region> regions(batch * masks);
 #pragma omp parallel num_threads(threads)

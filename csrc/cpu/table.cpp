@@ -8,16 +8,12 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-extern const CpuKernels kernels;
-const CpuKernels kernels = {
+extern const CpuTable table;
+const CpuTable table = {
     CORRMATCH_STRING(CORRMATCH_ISA),
-    pixel_propagate_forward,
-    pixel_propagate_backward,
-    region_masks,
-    region_propagate,
-    connected_components,
-    pseudo_label,
-    pixel_loss,
+#define OP(name, parameters) name,
+#include "ops.def"
+#undef OP
 };
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -44,7 +44,7 @@ __device__ inline float load(const void* data, int64_t offset, DType dtype) {
   return widen(static_cast<const BFloat16*>(data)[offset]);
 }
 
-struct Problem {
+struct RegionMasks {
   Map<uint16_t> query;  // of query_dtype
   DType query_dtype;
   const int64_t* index;
@@ -100,7 +100,7 @@ __device__ T reduce(T value, T* cells, F&& combine) {
 
 // The row of one mask, and how to enlarge it.
 struct Row {
-  const Problem& problem;
+  const RegionMasks& problem;
   const float* grid;
 
   __device__ float at(int y, int x) const {
@@ -115,7 +115,7 @@ struct Row {
 
 // Scores of all keys, and then 2^(score - largest); false where that is constant or no number. All threads.
 template <class K>
-__device__ bool compute_row(const Problem& problem, const Map<K>& keys, int64_t b, int64_t position, float* query,
+__device__ bool compute_row(const RegionMasks& problem, const Map<K>& keys, int64_t b, int64_t position, float* query,
                             float* row, unsigned long long* cells, float& least, Extremum& largest) {
   const int positions = problem.positions(), width = problem.x.inputs;
   const int64_t at = problem.query.offset(b, position / problem.query_width, position % problem.query_width);
@@ -152,7 +152,7 @@ __device__ bool compute_row(const Problem& problem, const Map<K>& keys, int64_t 
 }
 
 // Extrema of the enlarged row, from each thread's own of the row. All threads.
-__device__ void find_extrema(const Problem& problem, const Row& row, unsigned long long* cells, float& least,
+__device__ void find_extrema(const RegionMasks& problem, const Row& row, unsigned long long* cells, float& least,
                              Extremum& largest) {
   __syncthreads();  // the row is complete
   if (!problem.y.coincides() || !problem.x.coincides()) {
@@ -174,7 +174,7 @@ __device__ void find_extrema(const Problem& problem, const Row& row, unsigned lo
 
 // Words of 32 pixels in raster order: bit(y, x) says which are set. All threads, a warp a word.
 template <class F>
-__device__ void pack(const Problem& problem, uint32_t* packed, F&& bit) {
+__device__ void pack(const RegionMasks& problem, uint32_t* packed, F&& bit) {
   const int lane = int(threadIdx.x) % kWarp;
   for (int word = int(threadIdx.x) / kWarp; word < problem.words; word += kWarps) {
     const int pixel = word * kWarp + lane;
@@ -186,7 +186,7 @@ __device__ void pack(const Problem& problem, uint32_t* packed, F&& bit) {
 
 // The part of the mask that is connected with the marked pixel. All threads.
 template <class F>
-__device__ void pack_connected(const Problem& problem, uint32_t* packed, uint32_t* memory, int mark_y, int mark_x,
+__device__ void pack_connected(const RegionMasks& problem, uint32_t* packed, uint32_t* memory, int mark_y, int mark_x,
                                F&& above) {
   const BitRows mask{memory, problem.y.outputs, problem.row_words};
   const BitRows filled{memory + int64_t(mask.height) * mask.pitch, mask.height, mask.pitch};
@@ -208,7 +208,7 @@ __device__ void pack_connected(const Problem& problem, uint32_t* packed, uint32_
 // A kernel of its own for whole masks, which needs fewer registers.
 template <class K, bool kShared, bool kConnected>
 __global__ void __launch_bounds__(kThreads, kConnected ? 2 : 4)
-    mask_kernel(Problem problem, Map<K> keys, Layout layout, float* scratch) {
+    mask_kernel(RegionMasks problem, Map<K> keys, Layout layout, float* scratch) {
   float* memory = shared_memory<float>();
   if constexpr (!kShared) memory = scratch + int64_t(blockIdx.x) * (layout.bytes / 4);
   auto* cells = reinterpret_cast<unsigned long long*>(memory);
@@ -267,26 +267,26 @@ int64_t region_masks_scratch(Tensor query, Tensor key, Tensor index, int64_t hei
 void region_masks(Tensor query, Tensor key, Tensor index, int64_t height, int64_t width, double scale, double threshold,
                   int connected, int connectivity, Tensor packed, Tensor scratch, uintptr_t stream) {
   const Layout layout = layout_of(key, height, width, connected);
-  const Problem problem{Map<uint16_t>(query),
-                        query.dtype,
-                        index.at<const int64_t>(0),
-                        index.stride[2],
-                        index.stride[3],
-                        query.size[0],
-                        index.size[3],
-                        int(query.size[1]),
-                        int(query.size[2]),
-                        int(query.size[3]),
-                        Axis(key.size[2], height),
-                        Axis(key.size[3], width),
-                        Divisor(width),
-                        int(ceil_div(height * width, kWarp)),
-                        int(ceil_div(width, kWarp)),
-                        float(scale * M_LOG2E),
-                        float(threshold),
-                        Connected(connected),
-                        connectivity == 8,
-                        packed.at<uint32_t>(0)};
+  const RegionMasks problem{Map<uint16_t>(query),
+                            query.dtype,
+                            index.at<const int64_t>(0),
+                            index.stride[2],
+                            index.stride[3],
+                            query.size[0],
+                            index.size[3],
+                            int(query.size[1]),
+                            int(query.size[2]),
+                            int(query.size[3]),
+                            Axis(key.size[2], height),
+                            Axis(key.size[3], width),
+                            Divisor(width),
+                            int(ceil_div(height * width, kWarp)),
+                            int(ceil_div(width, kWarp)),
+                            float(scale * M_LOG2E),
+                            float(threshold),
+                            Connected(connected),
+                            connectivity == 8,
+                            packed.at<uint32_t>(0)};
   const int64_t masks = problem.batch * problem.masks, blocks = scratch_blocks(layout, masks);
   const auto run = [&](auto zero, auto is_shared, auto is_connected) {
     using K = decltype(zero);

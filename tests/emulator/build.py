@@ -1,6 +1,6 @@
 """Builds CUDA sources for the CPU, against the headers beside this file, into Python modules.
 
-`kernels()` is csrc/cuda with its binding; `load()` takes anything else that is a pybind11 module.
+`extension()` is csrc/cuda with its binding; `load()` takes anything else that is a pybind11 module.
 CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule of launches. CORRMATCH_EMULATOR_ARCH, looked at
 by every call, is the architecture that the device professes: 80, 86, 89 or 90 (the default).
 CORRMATCH_EMULATOR_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (of GCC); Python must then
@@ -38,17 +38,17 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 @functools.cache
-def kernels() -> ModuleType:
+def extension() -> ModuleType:
     """The module corrmatch_emulated: `.cuda` holds what a CUDA build of corrmatch._C holds there."""
     flags = ["-DCORRMATCH_CUDA=1", '-DCORRMATCH_CUDA_STATUS="emulated on the CPU"']
     return load("corrmatch_emulated", CSRC / "binding.cpp", sorted((CSRC / "cuda").glob("*.cu")), flags)
 
 
-class Kernels:
-    """The kernels, built when the first of them is asked for."""
+class Extension:
+    """The CUDA operators, built when the first of them is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(kernels().cuda, name)
+        return getattr(extension().cuda, name)
 
 
 def load(name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
@@ -90,7 +90,7 @@ def build(
     command = [*compiler(), *FLAGS, *flags, *(f"-I{path}" for path in include)]
     sanitizers = SANITIZE if sanitize else []
     files = sorted(path for folder in (EMULATOR, CSRC) for path in folder.rglob("*"))
-    headers = [path for path in files if path.suffix in (".h", ".hpp", ".cuh")]
+    headers = [path for path in files if path.suffix in (".h", ".hpp", ".cuh", ".def")]
     surroundings = digest(run([*compiler(), "--version"]), pybind11.__version__, *headers)
 
     def make(stem: str, suffix: str, key: str, command: Sequence[str]) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import measure
 import torch
-import workload
-from measure import Contender
+
+from harness import measure
+from harness.case import Case
+from harness.measure import Contender
 
 QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
 FIELDS = ("op", "size", "exponentials", "workload", "positions", "batch", "elements", "unit", "tolerance")
@@ -20,7 +21,7 @@ class Measurement:
     Whatever a contender raises ends that contender alone: the others can still be measured.
     """
 
-    def __init__(self, case: workload.Case, device: str):
+    def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
         self.expected = case.expected()
         self.rows: dict[str, dict[str, Any]] = {}

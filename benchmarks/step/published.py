@@ -10,12 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from peers import region_propagate
+from ops.region_propagate import published as region_propagate
 from torch import Tensor, nn
 
+from corrmatch.data.images import IGNORE
 from corrmatch.methods.base import Progress
-
-IGNORE = 255
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:

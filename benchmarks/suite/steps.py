@@ -9,10 +9,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8  # processes of the tests: each holds a context and oracles on the one GPU
 LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight pictures of 101 x 101
 
+# Every op that is measured has a file; it is not imported, for corrmatch is not yet built.
+OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks/ops").glob("[!_]*.py")))
+MASKS, COMPONENTS = ("region_masks", "region_propagate"), ("connected_components",)  # with steps of their own
+# The rest is timed in one step, in float32; pixel_propagate, whose peers take longest, comes last.
+SINGLE = sorted({*OPS} - {*MASKS, *COMPONENTS}, key=lambda op: (op == "pixel_propagate", op))
 LIMITS = {  # seconds that a step may take, in the order of the run: what is worth most comes first
     "build": 150,
     "build-without-cuda": 60,  # only where the first failed: Triton's kernels can still be measured
@@ -27,17 +32,15 @@ LIMITS = {  # seconds that a step may take, in the order of the run: what is wor
     "tests-sanitizer": 60,
 }
 
-SINGLE = "pseudo_label,pixel_loss,pixel_propagate"  # what is timed in float32
 TRAINER = ("timm", "omegaconf", "yaml", "accelerate", "torchmetrics", "torchvision")
-DEVICE = """import json, sys, machine
+DEVICE = """import json, sys
+from harness import machine
 with open(sys.argv[2], "w") as file:
     json.dump(machine.environment(sys.argv[1]), file)"""
 
 # Of the tests, with a GPU: what only a GPU can show, then every body that runs on one. Without one, some that take
 # the interpreter and the emulator through the same door. Files and an expression for -k.
-OPS = ("connected_components", "pixel_loss", "pixel_propagate", "pixel_propagate_layout", "pseudo_label",
-       "region_masks", "region_propagate")  # fmt: skip
-MORE = ("backend", "cuda_kernels", "golden", "threads", "transforms")
+MORE = ("pixel_propagate_layout", "backend", "cuda_kernels", "golden", "threads", "transforms")
 TESTS = {
     "tests-core": (["test_gpu.py"], ""),
     "tests-rest": ([f"test_{name}.py" for name in (*OPS, *MORE)], "triton or cuda or opcheck"),
@@ -54,7 +57,7 @@ DRY_TESTS = {
 
 
 @dataclass
-class Step:
+class SuiteStep:
     """A process to run.
 
     Attributes:
@@ -95,7 +98,7 @@ def architectures() -> str | None:
     return ";".join("90a" if number == "90" else number for number in found)
 
 
-class Plan:
+class Schedule:
     """Makes the steps: full ones on a GPU, tiny ones on a CPU in a dry run. `site` is where the build is put."""
 
     def __init__(self, out: Path, dry: bool, site: Path):
@@ -106,7 +109,7 @@ class Plan:
         """What a step writes beside its log."""
         return self.out / "runs" / f"{name}{suffix}"
 
-    def build(self, name: str, cuda: bool) -> Step:
+    def build(self, name: str, cuda: bool) -> SuiteStep:
         """pip, without isolation and without an index. In a dry run it stops before it compiles."""
         options = ["--dry-run"] if self.dry else ["--target", str(self.site)]
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *options]
@@ -114,36 +117,37 @@ class Plan:
         archs = None if self.dry or "CORRMATCH_CUDA_ARCHS" in os.environ else architectures()
         if archs is not None:
             variables["CORRMATCH_CUDA_ARCHS"] = archs
-        return Step(name, [*command, str(ROOT)], environment=variables, needs=("pip", "pybind11", "ninja"))
+        return SuiteStep(name, [*command, str(ROOT)], environment=variables, needs=("pip", "pybind11", "ninja"))
 
-    def probe(self) -> Step:
+    def probe(self) -> SuiteStep:
         """Writes down the machine and the software."""
         command = [sys.executable, "-c", DEVICE, self.device, str(self.file("device"))]
-        return Step("device", command, ROOT / "benchmarks")
+        return SuiteStep("device", command, ROOT / "benchmarks")
 
-    def tests(self, name: str, workers: int = 0, tool: tuple[str, ...] = (), **variables: str) -> Step:
+    def tests(self, name: str, workers: int = 0, tool: tuple[str, ...] = (), **variables: str) -> SuiteStep:
         """Some tests. They run in their folder, for the source tree lacks the extension."""
         files, expression = (DRY_TESTS if self.dry else TESTS)[name]
         command = [*([] if self.dry else tool), sys.executable, "-m", "pytest", "-q", *files, "-k", expression]
         command += ["-o", "addopts=--import-mode=importlib", f"--junitxml={self.file(name, '.xml')}"]
         if workers > 1 and not self.dry and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(workers)]
-        return Step(name, command, ROOT / "tests", variables, ("pytest", "hypothesis"), tool[0] if tool else None)
+        return SuiteStep(name, command, ROOT / "tests", variables, ("pytest", "hypothesis"), tool[0] if tool else None)
 
-    def corr(self, name: str, *arguments: str) -> Step:
+    def corr(self, name: str, *arguments: str) -> SuiteStep:
         """A run of bench_corr."""
         tiny = ["--sizes", "5", "--batch", "1", "--budget", "0.2"] if self.dry else []
         command = [sys.executable, "benchmarks/bench_corr.py", "--device", self.device, "--json", str(self.file(name))]
-        return Step(name, [*command, *arguments, *tiny])
+        return SuiteStep(name, [*command, *arguments, *tiny])
 
-    def train(self) -> Step:
+    def train(self) -> SuiteStep:
         """A run of bench_train."""
         tiny = ["--crop", "33", "--channels", "8", "--backbone", "test_resnet", "--budget", "0.2"]
         command = [sys.executable, "benchmarks/bench_train.py", "--device", self.device, "--budget", "30"]
         command += ["--variants", "bf16", "channels_last"]
-        return Step("train", [*command, "--json", str(self.file("train")), *(tiny if self.dry else [])], needs=TRAINER)
+        command += ["--json", str(self.file("train")), *(tiny if self.dry else [])]
+        return SuiteStep("train", command, needs=TRAINER)
 
-    def steps(self, memory: int) -> list[Step]:
+    def steps(self, memory: int) -> list[SuiteStep]:
         """What follows build and device, in order."""
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         batch = ["--batch", "8"] if memory >= LARGE else []
@@ -152,10 +156,10 @@ class Plan:
         return [
             self.tests("tests-core", workers),
             self.corr("ops-bfloat16", *half, "--sizes", "101,65,41"),
-            self.corr("regions-masks", "--ops", "region_masks,region_propagate", "--budget", "10"),
-            self.corr("regions-components", "--ops", "connected_components", "--budget", "10"),
+            self.corr("regions-masks", "--ops", ",".join(MASKS), "--budget", "10"),
+            self.corr("regions-components", "--ops", ",".join(COMPONENTS), "--budget", "10"),
             self.train(),
-            self.corr("ops-float32", "--ops", SINGLE, "--sizes", "41,65", "--budget", "15"),
+            self.corr("ops-float32", "--ops", ",".join(SINGLE), "--sizes", "41,65", "--budget", "15"),
             self.tests("tests-rest", workers),
             # Without its cache torch asks the driver for every tensor, so that the tool knows where each one ends.
             self.tests("tests-sanitizer", tool=memcheck, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),

@@ -1,4 +1,4 @@
-"""The tables of `bench_corr`. A result is one of the "cases" of its JSON."""
+"""The tables of `bench_corr`. A result is one of the "cases" of its JSON. Needs no torch, as the GPU suite does not."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from typing import Any
 
 WIDTH = 116
 NAME = 25
-TITLES = {
-    "pixel_propagate": "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D)); D = C = 21",
-    "region_masks": "rows of the map, enlarged, normalised, cut at one half; D = 21, 8 pixels a grid step",
-    "region_propagate": "each region in turn takes its dominant label; 21 classes, threshold 0.85",
-    "connected_components": "component numbers of a binary picture",
-    "pixel_loss": "weighted cross-entropy of enlarged logits, and their gradient; 21 classes",
-    "pseudo_label": "logits enlarged; class, confidence, largest confidence of each class; 21 classes",
-}
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 LEGEND = {
     "ms": "median of the rounds ± half the interquartile range; contenders take turns.",
@@ -58,14 +50,13 @@ def threads(environment: dict[str, Any]) -> str:
     return "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
 
 
-def passes_of(op: str) -> tuple[str, ...]:
-    """The passes that an op's table shows."""
-    return tuple(PASSES) if op in ("pixel_propagate", "pixel_loss") else ("forward",)
+def passes_of(*rows: dict[str, Any]) -> tuple[str, ...]:
+    """The passes that a table shows: of contenders that were timed, some with their backward or none."""
+    return tuple(PASSES) if any("both" in row["times"] for row in rows) else ("forward",)
 
 
-def op_header(op: str) -> str:
+def op_header(op: str, title: str, passes: tuple[str, ...]) -> str:
     """Title and column heads of an op."""
-    passes = passes_of(op)
     top, heads = " " * NAME, " " * NAME
     for name in passes:
         top += f"  {PASSES[name] if len(passes) > 1 else '':>18}"
@@ -73,19 +64,20 @@ def op_header(op: str) -> str:
     mebibytes = 14 if len(passes) > 1 else 11
     top = f"{top}{'':>9}{'peak extra':>{mebibytes}}"
     heads = f"{heads}{'per s':>9}{'MiB':>{mebibytes}}{'error':>8}"
-    return "\n".join([f"{op}: {TITLES[op]}", "=" * WIDTH, top, heads])
+    return "\n".join([f"{op}: {title}", "=" * WIDTH, top, heads])
 
 
 def block(result: dict[str, Any]) -> str:
     """One row for each contender of a case, and one for its CUDA graphs."""
     lines = [f"{result['size']} ({result['workload']}; {_si(result['elements'])} {result['unit']})"]
     timed = [row for row in result["contenders"] if row["status"] == "ok"]
+    passes = passes_of(*timed)
     for row in result["contenders"]:
         name = f"{row['name']:<{NAME - 2}}"
         if row["status"] == "ok":
-            lines.append(_row(row, timed, passes_of(result["op"]), result["elements"]))
+            lines.append(_row(row, timed, passes, result["elements"]))
             if "forward_graph" in row["times"]:
-                lines.append(_times("    in a CUDA graph", row, timed, [f"{p}_graph" for p in passes_of(result["op"])]))
+                lines.append(_times("    in a CUDA graph", row, timed, [f"{p}_graph" for p in passes]))
             elif "no_graph" in row:
                 lines.append(f"    no CUDA graph: {row['no_graph']}"[:WIDTH])
         elif row["status"] == "wrong":
@@ -153,20 +145,13 @@ def ratio(row: dict[str, Any], timed: list[dict[str, Any]], name: str) -> str:
 
 
 def footer(
-    results: list[dict[str, Any]],
+    notes: list[str],
     failures: int,
     elapsed: float,
     environment: dict[str, Any],
-    options: argparse.Namespace,
 ) -> str:
-    """What was left out, and the verdict."""
-    notes = []
-    if any(result["op"] == "pixel_propagate" for result in results):
-        if options.device == "cpu":
-            notes.append("The attention composition has no backward on a CPU: its lse carries no gradient there.")
-        notes.append("Row-chunked is the fastest of 64, 128 and 256 rows at each size; it recomputes in the backward.")
-        if not options.compile and options.device == "cpu":
-            notes.append("Left out: the published form under torch.compile. Add it with --compile.")
+    """What the ops have to say of what was measured, and the verdict."""
+    notes = [*notes]
     after = environment["load_after"]
     if after is not None and after > environment["threads"] + 0.7:
         notes.append(f"Load {after:.1f} at the end: other processes ran meanwhile, and {UNCERTAIN}")

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from harness.case import CHANNELS, MASKS
 from omegaconf import OmegaConf
-from workload import CHANNELS, MASKS
 
 from corrmatch.config import Config, parse
 from corrmatch.data.datasets import find_data

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import report
+from harness import report
 
 COLORS = {
     "corrmatch": "#c1121f",

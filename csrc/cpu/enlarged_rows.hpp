@@ -1,4 +1,4 @@
-// Picture rows of a map on a small grid, enlarged vertically only, all channels at a time.
+// Image rows of a map on a small grid: enlarged vertically only, all channels at a time.
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,10 @@ namespace corrmatch::CORRMATCH_ISA {
 
 // A row is a (channels, pitch) array; behind its end the last column is repeated, so that reading too far is harmless.
 template <class T>
-class Rows {
+class EnlargedRows {
  public:
-  // Without `resize` the rows of the picture are those of the map.
-  Rows(const Tensor& map, const Axis<T>& y, bool resize)
+  // Without `resize` the rows of the image are those of the map.
+  EnlargedRows(const Tensor& map, const Axis<T>& y, bool resize)
       : map_(map),
         y_(y),
         resize_(resize),
@@ -24,14 +24,14 @@ class Rows {
 
   int64_t pitch() const { return pitch_; }
 
-  // Row y of picture b; stays until the next call.
+  // Row y of image b; valid until the next call.
   const T* at(int64_t b, int64_t y) {
     if (!resize_) return read(b, y, upper_);
     const int64_t low = y_.low()[y];
-    if (b != loaded_picture_ || low != loaded_row_) {
+    if (b != loaded_image_ || low != loaded_row_) {
       read(b, low, upper_);
       read(b, y_.high(y), lower_);
-      loaded_picture_ = b;
+      loaded_image_ = b;
       loaded_row_ = low;
     }
     const T weight = y_.weight()[y];
@@ -61,7 +61,7 @@ class Rows {
   const int64_t pitch_;
   Buffer<T> upper_, lower_;  // the map's rows around the current one
   Buffer<T> line_;           // their mixture
-  int64_t loaded_picture_ = -1, loaded_row_ = -1;
+  int64_t loaded_image_ = -1, loaded_row_ = -1;
 };
 
 }  // namespace corrmatch::CORRMATCH_ISA

@@ -6,8 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import plot
-import report
+from harness import plot, report
 
 DRY = "**Dry run: nothing in this report was measured on a GPU.** It shows only that every step works."
 
@@ -74,7 +73,9 @@ def figures(results: dict[str, Any]) -> list[str]:
     found = []
     for op, dtype in dict.fromkeys((case["op"], case["dtype"]) for case in results["cases"]):
         cases = [case for case in results["cases"] if (case["op"], case["dtype"]) == (op, dtype)]
-        lines = [report.op_header(op), *(report.block(case) for case in cases)]
+        rows = [row for case in cases for row in case["contenders"] if row["status"] == "ok"]
+        heads = report.op_header(op, cases[0]["title"], report.passes_of(*rows))
+        lines = [heads, *(report.block(case) for case in cases)]
         found.append("\n".join([f"## {op}, {dtype}", "", "```", "\n".join(lines).rstrip(), "```"]))
     return found
 
@@ -84,7 +85,7 @@ def training(results: dict[str, Any]) -> list[str]:
     if results["train"] is None:
         return []
     setting, parts = results["train"]["setting"], results["train"]["parts"]
-    lines = ["## Training step", "", f"{setting['backbone']}, {setting['batch']} + {setting['batch']} pictures of "
+    lines = ["## Training step", "", f"{setting['backbone']}, {setting['batch']} + {setting['batch']} images of "
              f"{setting['crop']} x {setting['crop']}, float32; +: with this on top of what lines before it add.", "",
              "| part | contender | ms | spread | peak extra MiB |", "|---|---|---|---|---|"]  # fmt: skip
     for part, rows in parts.items():

@@ -1,19 +1,22 @@
-"""What a case of the benchmark is made of: its description, its inputs, its errors."""
+"""What a benchmark of an op is made of: its cases, their inputs, their errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Contender
 from torch import Tensor
 
+from harness.measure import Contender
+
 CHANNELS = 21  # of query, key and value, and the number of classes: Pascal VOC
-MASKS = 128  # regions sampled a picture
+MASKS = 128  # regions sampled an image
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+ONE_SIZE = ((41, 41),)
 
 
 @dataclass
@@ -74,6 +77,29 @@ class Setting:
         return torch.Generator().manual_seed(0)
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured of one op.
+
+    Attributes:
+        op: Name of the op.
+        title: What it computes, for people.
+        cases: Its cases at one setting, with inputs that are made when a case is asked for.
+        sizes: Grids that are measured where none are named.
+        share: Of the time for all ops, at one size.
+        backward: Whether its backward is measured, too.
+        notes: What is to be said below the tables, of device and whether torch.compile was asked for.
+    """
+
+    op: str
+    title: str
+    cases: Callable[[Setting], Iterator[Case]]
+    sizes: tuple[tuple[int, int], ...] = ONE_SIZE
+    share: float = 1.0
+    backward: bool = False
+    notes: Callable[[str, bool], list[str]] = lambda device, compiled: []
+
+
 def smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generator: torch.Generator) -> Tensor:
     """Random maps of about so many bumps a side."""
     coarse = torch.randn(batch, channels, waves, waves, generator=generator)
@@ -81,7 +107,7 @@ def smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generat
 
 
 def smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key that vary smoothly over the picture, as a network's do, and the sampled positions."""
+    """Query and key that vary smoothly over the image, as a network's do, and the sampled positions."""
     generator = s.generator()
     features = smooth(s.batch, CHANNELS, s.grid, 4, generator)
     query, key = (

@@ -1,0 +1,1 @@
+"""The GPU suite: its steps, its results and its report."""
