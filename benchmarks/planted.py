@@ -18,7 +18,8 @@ from workload import CHANNELS, MASKS, smooth
 from corrmatch.config import parse
 from corrmatch.methods.base import Progress
 from corrmatch.methods.corrmatch import CorrMatch
-from corrmatch.models.deeplab import DeepLabV3Plus, Prediction, enlarge
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.network import Prediction, enlarge
 
 THETA, MOMENTUM = 0.85, 0.999
 
