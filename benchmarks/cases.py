@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from measure import Contender
 from torch import Tensor
 from workload import (
-    CHANNELS,
     Case,
     Setting,
     largest,
@@ -41,7 +40,7 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
     """The peers, forward and backward."""
     generator, (height, width) = s.generator(), s.grid
     query, key, value, upstream = (
-        torch.randn(s.batch, CHANNELS, height, width, generator=generator).to(s.device, s.dtype) for _ in range(4)
+        torch.randn(s.batch, s.channels, height, width, generator=generator).to(s.device, s.dtype) for _ in range(4)
     )
     leaves = [query, key, value] if s.value_grad else [query, key]
     for leaf in leaves:
@@ -75,7 +74,8 @@ def pixel_propagate(s: Setting) -> Iterator[Case]:
     positions = height * width
     yield Case(
         "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
-        f"N = {positions}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
+        f"N = {positions}, D = C = {s.channels}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype],
+        positions, s.batch,
         oracle_bytes=6 * 8 * s.batch * positions**2,
         exponentials={"forward": 2 * s.batch * positions**2, "both": 4 * s.batch * positions**2},
     )  # fmt: skip
@@ -116,8 +116,8 @@ def region_masks(s: Setting) -> Iterator[Case]:
     pixels = s.batch * index.shape[0] * size[0] * size[1]
     yield Case(
         "region_masks", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "mask pixels",
-        f"K = {index.shape[0]} masks a picture", contenders, expected, error, TOLERANCE[s.dtype], height * width,
-        s.batch, oracle_bytes=4 * 8 * pixels,
+        f"K = {index.shape[0]} masks a picture, D = {s.channels}", contenders, expected, error, TOLERANCE[s.dtype],
+        height * width, s.batch, oracle_bytes=4 * 8 * pixels,
     )  # fmt: skip
 
 
@@ -128,13 +128,13 @@ def region_propagate(s: Setting) -> Iterator[Case]:
     masks = ops.region_masks(query, key, index, size)
     as_bool = masks.to_bool()
     # Classes follow some of the features' channels, so that many regions lie in one class and many do not.
-    labels = F.interpolate(query[:, : CHANNELS // 3].float(), size=size, mode="bilinear").argmax(1)
+    labels = F.interpolate(query[:, : s.channels // 3].float(), size=size, mode="bilinear").argmax(1)
     doubt = smooth(s.batch, 1, size, 8, generator)[:, 0]
     reliable = (doubt < doubt.flatten().kthvalue(int(0.85 * doubt.numel())).values).to(s.device)
-    arguments = (as_bool, THRESHOLD, CHANNELS)
+    arguments = (as_bool, THRESHOLD, s.channels)
 
     def ours() -> tuple[Tensor, Tensor]:
-        return ops.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS)
+        return ops.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=s.channels)
 
     contenders = [Contender("corrmatch", ours, ours=True)]
     if s.device == "cpu":
@@ -143,7 +143,7 @@ def region_propagate(s: Setting) -> Iterator[Case]:
     contenders.append(published)
 
     def expected() -> tuple[tuple[Tensor, Tensor]]:
-        return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS),)
+        return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=s.channels),)
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
         return largest(share_different(x, y) for x, y in zip(got[0], want[0], strict=True))
@@ -152,9 +152,9 @@ def region_propagate(s: Setting) -> Iterator[Case]:
     count = index.shape[0]
     yield Case(
         "region_propagate", f"{size[0]}x{size[1]}, B = {s.batch}", as_bool.numel(), "mask pixels",
-        f"K = {count}; {percent(after != labels)} of the pixels change, reliable are {percent(reliable)}, then "
-        f"{percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
-        oracle_bytes=4 * as_bool.numel(),
+        f"K = {count}, C = {s.channels}; {percent(after != labels)} of the pixels change, reliable are "
+        f"{percent(reliable)}, then {percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1],
+        s.batch, oracle_bytes=4 * as_bool.numel(),
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def raster_order(labels: np.ndarray) -> np.ndarray:
 def pseudo_label(s: Setting) -> Iterator[Case]:
     """Smooth logits, enlarged."""
     size, (height, width) = s.full, s.grid
-    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, s.generator())).to(s.device, s.dtype)
+    logits = (4 * smooth(s.batch, s.channels, s.grid, 6, s.generator())).to(s.device, s.dtype)
     contenders = [
         Contender("corrmatch", lambda: ops.pseudo_label(logits, size=size), ours=True),
         Contender("eager, logsumexp", lambda: peers.pseudo_label_logsumexp(logits, size)),
@@ -247,8 +247,8 @@ def pseudo_label(s: Setting) -> Iterator[Case]:
     pixels = s.batch * size[0] * size[1]
     yield Case(
         "pseudo_label", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
-        f"C = {CHANNELS}", contenders, expected, error, TOLERANCE[s.dtype], height * width, s.batch,
-        oracle_bytes=4 * 8 * CHANNELS * pixels,
+        f"C = {s.channels}", contenders, expected, error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=4 * 8 * s.channels * pixels,
     )  # fmt: skip
 
 
@@ -256,8 +256,8 @@ def pixel_loss(s: Setting) -> Iterator[Case]:
     """Cross-entropy of enlarged logits, a third of the pixels left out, forward and backward."""
     size, (height, width) = s.full, s.grid
     generator = s.generator()
-    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, generator)).to(s.device, s.dtype).requires_grad_()
-    labels = torch.randint(CHANNELS, (s.batch, *size), generator=generator).to(s.device)
+    logits = (4 * smooth(s.batch, s.channels, s.grid, 6, generator)).to(s.device, s.dtype).requires_grad_()
+    labels = torch.randint(s.channels, (s.batch, *size), generator=generator).to(s.device)
     kept = torch.rand(s.batch, *size, generator=generator) < 0.7
     weight = (kept / kept.sum()).to(s.device)
 
@@ -278,8 +278,8 @@ def pixel_loss(s: Setting) -> Iterator[Case]:
     pixels = s.batch * size[0] * size[1]
     yield Case(
         "pixel_loss", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
-        f"C = {CHANNELS}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], height * width, s.batch,
-        oracle_bytes=6 * 8 * CHANNELS * pixels,
+        f"C = {s.channels}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=6 * 8 * s.channels * pixels,
     )  # fmt: skip
 
 

@@ -10,12 +10,12 @@ from typing import Any
 WIDTH = 116
 NAME = 25
 TITLES = {
-    "pixel_propagate": "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D)); D = C = 21",
-    "region_masks": "rows of the map, enlarged, normalised, cut at one half; D = 21, 8 pixels a grid step",
-    "region_propagate": "each region in turn takes its dominant label; 21 classes, threshold 0.85",
+    "pixel_propagate": "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D))",
+    "region_masks": "rows of the map, enlarged, normalised, cut at one half",
+    "region_propagate": "each region in turn takes its dominant label, at a threshold of 0.85",
     "connected_components": "component numbers of a binary picture",
-    "pixel_loss": "weighted cross-entropy of enlarged logits, and their gradient; 21 classes",
-    "pseudo_label": "logits enlarged; class, confidence, largest confidence of each class; 21 classes",
+    "pixel_loss": "weighted cross-entropy of enlarged logits, and their gradient",
+    "pseudo_label": "logits enlarged; class, confidence, largest confidence of each class",
 }
 PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 LEGEND = {
