@@ -54,14 +54,19 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """DeepLabV3+."""
+    """A backbone and a decoder."""
 
     backbone: str = key("resnet101", "of timm")
+    decoder: str = key("deeplabv3plus", "over it; dpt takes plain vision transformers",
+                       choices=("deeplabv3plus", "dpt"))  # fmt: skip
     pretrained: Any = key(True, "true: from timm's hub; a path: from that file; false: from scratch")
     init: str | None = key(None, "a checkpoint of another run, whose evaluated network all networks start from")
-    output_stride: int = key(8, "of the backbone", choices=(8, 16))
-    atrous_rates: list[int] = key([12, 24, 36], "of the pyramid's convolutions", low=1)
-    channels: int = key(256, "width of pyramid and decoder", low=1)
+    frozen: bool = key(False, "leave the backbone as it is: no gradient, evaluation mode")
+    checkpointing: bool = key(False, "compute a transformer's blocks again in the backward: less memory, more time")
+    output_stride: int = key(8, "of a convolutional backbone", choices=(8, 16))
+    atrous_rates: list[int] = key([12, 24, 36], "of the convolutions of deeplabv3plus's pyramid", low=1)
+    channels: int | None = key(None, "width of the decoder; null: as published, 256 in deeplabv3plus", low=1)
+    correlation_channels: int | None = key(None, "of query and key; null: the number of classes, as published", low=1)
 
 
 @dataclass

@@ -34,23 +34,33 @@ class CorrelationHead(nn.Module):
 
     Args:
         in_channels: Channels of the feature map.
-        num_classes: Channels of the logits, and of query and key.
+        num_classes: Channels of the logits.
+        channels: D, of query and key; None: the number of classes, as published.
         hidden_channels: Channels between the convolutions.
         dropout: Probability of Dropout2d.
 
     Source: CorrMatch (CVPR 2024, arXiv 2306.04300).
     """
 
-    def __init__(self, in_channels: int, num_classes: int, *, hidden_channels: int = 256, dropout: float = 0.1):
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int | None = None,
+        hidden_channels: int = 256,
+        dropout: float = 0.1,
+    ):
         super().__init__()
+        channels = num_classes if channels is None else channels
         self.project = nn.Sequential(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
             nn.BatchNorm2d(hidden_channels),
             nn.ReLU(inplace=True),
             nn.Dropout2d(dropout),
         )
-        self.query = nn.Conv2d(hidden_channels, num_classes, 1)
-        self.key = nn.Conv2d(hidden_channels, num_classes, 1)
+        self.query = nn.Conv2d(hidden_channels, channels, 1)
+        self.key = nn.Conv2d(hidden_channels, channels, 1)
 
     def forward(
         self,
@@ -80,7 +90,7 @@ class CorrelationHead(nn.Module):
         return CorrelationOutput(propagate_logits(query, key, logits), masks)
 
     def query_key(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key (B, num_classes, h, w) of a feature map (B, in_channels, h, w)."""
+        """Query and key (B, D, h, w) of a feature map (B, in_channels, h, w)."""
         hidden = self.project(feature)
         return self.query(hidden), self.key(hidden)
 

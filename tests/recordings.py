@@ -19,7 +19,7 @@ from corrmatch.config import parse
 from corrmatch.methods import METHODS
 from corrmatch.methods.base import Progress
 from corrmatch.methods.parts.propagation import resolve
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 TESTS = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from corrmatch.data.sample import draw_sample
 from corrmatch.masks import RegionMasks
 from corrmatch.methods import METHODS, build_method
 from corrmatch.methods.parts.propagation import Propagation
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 from corrmatch.training import diagnostics
 from corrmatch.training.compare import read_rows
 from corrmatch.training.diagnostics import Labels

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrmatch.models.deeplab import DeepLabV3Plus, enlarge, evaluating
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.network import enlarge, evaluating
 from corrmatch.nn import propagate_logits
 
 SMALL = {"output_stride": 16, "channels": 16}

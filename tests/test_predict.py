@@ -17,7 +17,7 @@ from training import SMALL, shorten
 from corrmatch import cli
 from corrmatch.config import Config
 from corrmatch.data.datasets import IGNORE, DataError
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Network, Prediction
 from corrmatch.training import pictures
 from corrmatch.training.predict import KINDS, load_model, predict
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-class Stripes(nn.Module):
+class Stripes(Network):
     """Three classes by the column: a network of these tests."""
 
     def forward(self, images):

@@ -19,7 +19,7 @@ from corrmatch.data.sample import draw_sample
 from corrmatch.data.streams import Streams
 from corrmatch.methods import METHODS, build_method
 from corrmatch.methods.base import Progress, Run
-from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.network import Network
 
 EPOCH_STEPS, STEP = 100, 150  # an odd epoch, and a teacher that is no longer a copy
 Passes = dict[str, int]
@@ -73,7 +73,7 @@ def passes_of(method: torch.nn.Module, run: Callable[[], Any]) -> Passes:
     def count(*_: Any) -> None:
         counted["with gradient" if torch.is_grad_enabled() else "without"] += 1
 
-    networks: Sequence[torch.nn.Module] = [m for m in method.modules() if isinstance(m, DeepLabV3Plus)]
+    networks: Sequence[torch.nn.Module] = [m for m in method.modules() if isinstance(m, Network)]
     hooks = [network.register_forward_pre_hook(count) for network in networks]
     run()
     for hook in hooks:

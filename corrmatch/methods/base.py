@@ -20,8 +20,8 @@ from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.progress import Progress as Progress
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import enlarge
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Network, enlarge
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -146,9 +146,11 @@ class Method(nn.Module):
         return (epochs,)
 
     def trains(self, phase: int) -> list[nn.Parameter]:
-        """What a phase trains: all but teachers. The loop freezes the rest, also when a run is resumed."""
-        teachers = {id(p) for module in self.modules() if isinstance(module, Teacher) for p in module.parameters()}
-        return [p for p in self.parameters() if id(p) not in teachers]
+        """What a phase trains: all but teachers and frozen backbones. The loop freezes the rest, also on resume."""
+        fixed: list[nn.Module] = [module for module in self.modules() if isinstance(module, Teacher)]
+        fixed += [module.backbone for module in self.modules() if isinstance(module, Network) and module.frozen]
+        without = {id(p) for module in fixed for p in module.parameters()}
+        return [p for p in self.parameters() if id(p) not in without]
 
     def begin(self, phase: int, run: Run) -> None:
         """Work before a phase, and before its optimiser exists; not done again when the phase is resumed."""

@@ -26,8 +26,8 @@ from corrmatch.data.views import GRAY, Colour, Geometry, View
 from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import enlarge
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import enlarge
 
 GEOMETRY = Geometry(scales=tuple(i / 10 for i in range(5, 16)), pad="around", fill=GRAY)
 VIEW = View(GEOMETRY, strong=1, colour=Colour((0.4, 0.4, 0.4, 0.1), 0.8, gray=0.2, blur=0), box=half_box)

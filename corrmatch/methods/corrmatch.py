@@ -25,8 +25,8 @@ from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import MODES, Teacher, answer
 from corrmatch.methods.parts.threshold import ClassThreshold, StepThreshold, class_threshold
-from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction
 from corrmatch.nn import DynamicThreshold
 
 WEIGHTS = {"x": 0.25, "x_corr": 0.25, "s": 0.125, "kl": 0.125, "fp": 0.125, "corr": 0.125}

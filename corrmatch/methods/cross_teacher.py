@@ -32,8 +32,8 @@ from corrmatch.methods.parts.photometric import recolour
 from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction
 
 VIEW = View(Geometry(scales=tuple(i / 10 for i in range(5, 17)), flip=0, fill=GRAY))
 JITTER = Colour((0.25, 0.25, 0.25, 0.25), 0.8, gray=0, blur=0)  # whether: once for the batch

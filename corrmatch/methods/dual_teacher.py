@@ -29,8 +29,8 @@ from corrmatch.methods.parts.mixing import class_mix
 from corrmatch.methods.parts.photometric import flip, recolour
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import enlarge
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import enlarge
 
 VIEW = View(Geometry(fill=GRAY), weak=Distortion())
 STRONG = Colour((0.5, 0.5, 0.5, 0.25), 1, gray=0.2, blur=0)  # one draw for the batch

@@ -27,8 +27,8 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction, enlarge
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction, enlarge
 
 GEOMETRY = Geometry(scales=(0.5, 0.75, 1, 1.5, 1.75, 2), pad="around", fill=GRAY)
 WEIGHTS = ("none", "linear", "convex", "concave")

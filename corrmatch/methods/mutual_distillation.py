@@ -34,8 +34,8 @@ from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, nearest
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction
 
 # Jitter, blur, an equal histogram, solarisation or gray.
 ONE_OF_FIVE = v2.RandomChoice(

@@ -33,8 +33,9 @@ from corrmatch.methods.parts.photometric import flip, recolour
 from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, nearest
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import LOW_LEVEL_WIDTH, Prediction, conv_block
+from corrmatch.models.deeplab import conv_block
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction
 
 COLOUR = Colour((0.25, 0.25, 0.25, 0.25), 0.8, gray=0, blur=0.5, sigma=(0.15, 1.15))
 KNOWN = View(Geometry(scales=(0.5, 1.5), pad="mirror"), weak=COLOUR)
@@ -67,9 +68,9 @@ class PRCL(Method):
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
-        self.classes, width = build.num_classes, config.model.channels
+        self.classes, width = build.num_classes, self.model.classifier.in_channels
         self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode="train", buffers="own")
-        fused, dimensions = width + LOW_LEVEL_WIDTH, self.options.dimensions
+        fused, dimensions = width + self.options.dimensions
         self.representation = nn.Sequential(conv_block(fused, width, 3), nn.Conv2d(width, dimensions, 1))
         self.probability = ProbabilityHead(fused, width, dimensions)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from corrmatch.config import ConfigError, ModelConfig
 from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.dpt import DPT
+from corrmatch.models.network import Network
 from corrmatch.paths import expand
 
 
@@ -30,22 +33,38 @@ class NetworkFactory:
     pretrained: bool = True
     init: Mapping[str, Tensor] | None = None
 
-    def __call__(self, *, drop_path: float = 0.0) -> DeepLabV3Plus:
+    def __call__(self, *, drop_path: float = 0.0) -> Network:
         """A network in training mode, with stochastic depth where it is asked for."""
-        model = self.model
         try:
-            network = DeepLabV3Plus(
-                model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
-                channels=model.channels, correlation=self.correlation, drop_path=drop_path, pretrained=self._weights(),
-            )  # fmt: skip
+            network = self._build(drop_path)
         except ValueError as error:  # it names one of these keys
             raise ConfigError(f"model.{error}") from error
         if self.init is not None:
             self._start_from(network, self.init)
-        return network
+        if self.model.frozen:
+            network.frozen = True
+            network.backbone.requires_grad_(False)
+        return network.train()
+
+    def _build(self, drop_path: float) -> Network:
+        model = self.model
+        given: dict[str, Any] = {} if model.channels is None else {"channels": model.channels}
+        if model.decoder == "dpt":
+            return DPT(
+                model.backbone, self.num_classes, correlation=self.correlation, drop_path=drop_path,
+                correlation_channels=model.correlation_channels, checkpointing=model.checkpointing,
+                pretrained=self._weights(), **given,
+            )  # fmt: skip
+        if model.checkpointing:
+            raise ValueError("checkpointing: of vision transformers alone; batch norm would count each batch twice")
+        return DeepLabV3Plus(
+            model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
+            correlation=self.correlation, correlation_channels=model.correlation_channels, drop_path=drop_path,
+            pretrained=self._weights(), **given,
+        )  # fmt: skip
 
     @staticmethod
-    def _start_from(network: DeepLabV3Plus, weights: Mapping[str, Tensor]) -> None:
+    def _start_from(network: Network, weights: Mapping[str, Tensor]) -> None:
         try:
             missing, unknown = network.load_state_dict(weights, strict=False)
         except RuntimeError as error:

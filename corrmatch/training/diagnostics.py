@@ -24,7 +24,7 @@ from corrmatch.masks import RegionMasks
 from corrmatch.methods.base import Method
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.models.deeplab import evaluating
+from corrmatch.models.network import evaluating
 
 PICTURES = 256  # that are looked at, at most: evenly spread over those whose masks are at hand
 

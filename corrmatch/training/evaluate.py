@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -14,9 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from corrmatch.config import Config, EvalConfig
 from corrmatch.data.datasets import IGNORE, Data
 from corrmatch.data.whole import Labelled
-from corrmatch.models.deeplab import enlarge, evaluating
-
-STRIDE = 16  # the largest of a network
+from corrmatch.models.network import Network, evaluating
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,13 @@ def evaluate(
 
 def segment(model: nn.Module, picture: Tensor, config: EvalConfig) -> Tensor:
     """Labels (H, W) of a normalised picture (3, H, W)."""
+    network = cast(Network, model)
     if config.mode == "sliding":
-        return sliding_window(model, picture, config.window, config.stride).argmax(0)
-    return whole(model, picture).argmax(0)
+        return sliding_window(network, picture, config.window, config.stride).argmax(0)
+    return network.whole(picture[None])[0].argmax(0)
 
 
-def whole(model: nn.Module, picture: Tensor) -> Tensor:
-    """Logits (C, H, W) of a picture at once.
-
-    It is padded to a multiple of the stride plus 1, as training crops are: else features, which lie a stride apart, are
-    stretched to corners that they do not reach, and the labels come out up to half a stride beside the objects.
-    """
-    height, width = picture.shape[1:]
-    padded = F.pad(picture.unsqueeze(0), (0, -(width - 1) % STRIDE, 0, -(height - 1) % STRIDE), mode="replicate")
-    return enlarge(model(padded).logits, padded.shape[2:])[0, :, :height, :width]
-
-
-def sliding_window(model: nn.Module, picture: Tensor, window: int, stride: int) -> Tensor:
+def sliding_window(model: Network, picture: Tensor, window: int, stride: int) -> Tensor:
     """Mean class probabilities (C, H, W) of all windows that cover a pixel; the last ones end at the border."""
     height, width = picture.shape[1:]
     windows = [
@@ -95,7 +83,7 @@ def sliding_window(model: nn.Module, picture: Tensor, window: int, stride: int) 
     ]
     total, covered = picture.new_zeros(()), picture.new_zeros(height, width)
     for rows, columns in windows:
-        probability = whole(model, picture[:, rows, columns]).softmax(0)
+        probability = model.whole(picture[None, :, rows, columns])[0].softmax(0)
         if total.dim() == 0:
             total = probability.new_zeros(probability.shape[0], height, width)
         total[:, rows, columns] += probability

@@ -18,7 +18,7 @@ from corrmatch.config import Config
 from corrmatch.data.datasets import Data
 from corrmatch.data.whole import Labelled
 from corrmatch.methods.base import Method
-from corrmatch.models.deeplab import evaluating
+from corrmatch.models.network import evaluating
 from corrmatch.training import snapshot
 from corrmatch.training.evaluate import Scores
 from corrmatch.training.pictures import denormalize, palette, side_by_side, views

@@ -21,7 +21,7 @@ from corrmatch.data.datasets import check_files, find_data
 from corrmatch.data.streams import Streams, batches
 from corrmatch.methods import build_method
 from corrmatch.methods.base import Batch, Method, Progress, Run
-from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.network import Network
 from corrmatch.paths import expand, make_folder
 from corrmatch.training import checkpoint, diagnostics
 from corrmatch.training.evaluate import Scores, evaluate
@@ -85,7 +85,7 @@ class Trainer:
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(self.accelerator.device)
         for module in method.modules() if self.config.train.compile else ():
-            if isinstance(module, DeepLabV3Plus):
+            if isinstance(module, Network):
                 module.compile()
         return method
 

@@ -24,7 +24,7 @@ from corrmatch.data.streams import Streams
 from corrmatch.methods import METHODS, build_method
 from corrmatch.methods.base import Progress
 from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.deeplab import evaluating
+from corrmatch.models.network import evaluating
 from corrmatch.training import checkpoint, trainer
 from corrmatch.training.predict import load_model
 from corrmatch.training.trainer import Trainer

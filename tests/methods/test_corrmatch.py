@@ -16,7 +16,7 @@ from corrmatch.methods.corrmatch import make_targets, terms, total
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 STEPS = [name for name in FILES if name.startswith("step")]
 PRINTED = {"Total loss": "total", "Loss x": "x", "loss_corr_ce": "x_corr", "Loss s": "s", "Loss w_fp": "fp",

@@ -13,7 +13,7 @@ from corrmatch.data.datasets import IGNORE
 from corrmatch.methods import cross_teacher
 from corrmatch.methods.cross_teacher import Bank, high_level, low_level, mix, nearest
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 FILES = recorded("49_cross_teacher_*")
 

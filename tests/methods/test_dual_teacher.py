@@ -11,8 +11,8 @@ from corrmatch.methods import dual_teacher
 from corrmatch.methods.dual_teacher import Mixed, centred_boxes, inside, mix
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.models.deeplab import enlarge
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import enlarge
 
 FILES = recorded("47_dual_teacher_*")
 SWAPPED = torch.tensor([1, 0])

@@ -18,7 +18,7 @@ from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import nearest
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.parts.threshold import StepThreshold
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 FILES = recorded("46_mutual_distillation_*")
 PARTS = ("sup", "unsup")

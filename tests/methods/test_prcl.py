@@ -29,7 +29,7 @@ from corrmatch.methods.prcl import (
     score,
     unsupervised,
 )
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 from corrmatch.training.optimization import make_optimizer, make_schedule, rates
 
 FILES = recorded("44_prcl_*")

@@ -13,7 +13,7 @@ from corrmatch.config import ConfigError, PropagationConfig
 from corrmatch.masks import RegionMasks
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 from corrmatch.training.trainer import Trainer
 
 ON = PropagationConfig(head=True, regions=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recordings import Recorded, load, method_of, progress, recorded, relative, weak_to_strong
 
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 
 @recorded("unimatch_step_*")

@@ -12,7 +12,7 @@ from corrmatch.config import ConfigError, PropagationConfig
 from corrmatch.masks import RegionMasks
 from corrmatch.methods.parts.progress import Progress
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.models.deeplab import Prediction
+from corrmatch.models.network import Prediction
 
 
 class Propagation:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corrmatch.models.deeplab import Prediction, evaluating
+from corrmatch.models.network import Prediction, evaluating
 
 MODES = ("eval", "train")
 BUFFERS = ("copy", "average", "own")
