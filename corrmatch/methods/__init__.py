@@ -21,6 +21,7 @@ from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.prcl import PRCL
 from corrmatch.methods.supervised import Supervised
 from corrmatch.methods.unimatch import UniMatch
+from corrmatch.methods.unimatch_v2 import UniMatchV2
 from corrmatch.models.factory import NetworkFactory
 
 METHODS: dict[str, type[Method]] = {
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "corrmatch": CorrMatch,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
+    "unimatch_v2": UniMatchV2,
     "color_augmentation": ColorAugmentation,
     "fuzzy_positive": FuzzyPositive,
     "dual_teacher": DualTeacher,
