@@ -114,6 +114,16 @@ def test_modes_come_back():
     assert not any(module.training for module in model.backbone.modules())
 
 
+@pytest.mark.parametrize(("size", "padded"), [((16, 17), (17, 17)), ((33, 34), (33, 49)), ((1, 50), (1, 65))])
+def test_images_are_padded_so_that_features_reach_the_corners(size, padded):
+    model, images, seen = DeepLabV3Plus("resnet10t", 5, **SMALL).eval(), torch.randn(1, 3, *size), []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logits = model.whole(images)
+    assert seen[0].shape[2:] == padded
+    assert torch.equal(seen[0][:, :, : size[0], : size[1]], images)
+    assert torch.equal(logits, enlarge(model(seen[0]).logits, padded)[:, :, : size[0], : size[1]])
+
+
 @pytest.mark.parametrize(("old", "new"), [((9, 13), (65, 97)), ((5, 4), (31, 17)), ((1, 3), (4, 4)), ((6, 6), (6, 6))])
 def test_enlargement_is_that_of_torch(old, new):
     x = torch.randn(2, 3, *old, requires_grad=True)

@@ -70,7 +70,7 @@ class PRCL(Method):
         super().__init__(build, config)
         self.classes, width = build.num_classes, self.model.classifier.in_channels
         self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode="train", buffers="own")
-        fused, dimensions = width + self.options.dimensions
+        fused, dimensions = self.model.fused_channels, self.options.dimensions
         self.representation = nn.Sequential(conv_block(fused, width, 3), nn.Conv2d(width, dimensions, 1))
         self.probability = ProbabilityHead(fused, width, dimensions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from typing import Any
 
 import timm
@@ -31,8 +32,8 @@ def build_backbone(name: str, pretrained: bool | str, drop_path: float = 0.0, **
     if drop_path > 0:
         options["drop_path_rate"] = drop_path
     try:
-        if isinstance(pretrained, str) and options.get("features_only"):
-            check_weights(name, pretrained)  # of whole models timm does it
+        if isinstance(pretrained, str):
+            check_weights(name, pretrained)
         return timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **options)
     except TypeError as error:
         refused = next((told for option, told in OPTIONS.items() if option in str(error)), None)
@@ -48,10 +49,11 @@ def build_backbone(name: str, pretrained: bool | str, drop_path: float = 0.0, **
 
 
 def check_weights(name: str, path: str) -> None:
-    """Refuses a file that lacks weights: of a model that returns features timm loads what fits, and leaves the rest."""
+    """Refuses a file that lacks weights of the backbone: timm loads what fits and passes over the rest."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    given = timm.models.load_state_dict(path)
-    missing = sorted(model.state_dict().keys() - given.keys())
+    # What timm makes of the names in a file before it loads them, where it makes anything.
+    renamed = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", lambda weights, model: weights)
+    missing = sorted(model.state_dict().keys() - renamed(timm.models.load_state_dict(path), model).keys())
     if missing:
         raise KeyError(f"{len(missing)} of {len(model.state_dict())} are missing, {missing[0]} the first")

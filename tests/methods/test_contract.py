@@ -36,6 +36,7 @@ ALIVE = {
     "corrmatch": ("corrmatch.threshold=0.2",),
     "fixmatch": ("fixmatch.threshold=0.2",),
     "unimatch": ("unimatch.threshold=0.2",),
+    "unimatch_v2": ("unimatch_v2.threshold=0.2",),
     "color_augmentation": ("color_augmentation.threshold=0.2", "color_augmentation.frozen_norms=false"),
     "fuzzy_positive": (),
     "dual_teacher": ("dual_teacher.threshold=0.2",),
@@ -78,10 +79,12 @@ FORMS = {
         ),
     ),
 }
+VIT = ("model.decoder=dpt", "model.backbone=test_vit")  # no crop of 49 is a multiple of its patches
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
     "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
+    "unimatch_v2": "images are mixed within the batch of one process, of which half go without dropout",
     "dual_teacher": "images are mixed within the batch of one process",
     "mutual_distillation": "images are mixed with the next one of the batch of one process",
     "prcl": "images are mixed with the next one of the batch of one process",
@@ -92,11 +95,11 @@ BATCH_WIDE = {
 def cases(skipped=()):
     """Method, its form, and whether propagation is on."""
     found = []
-    named = {name: (name, ()) for name in METHODS} | FORMS
+    named = {name: (name, ()) for name in METHODS} | FORMS | {f"{name}, dpt": (name, VIT) for name in METHODS}
     for label, (name, form) in named.items():
         if name in skipped:
             continue
-        for on in (False, True):
+        for on in (True,) if form == VIT else (False, True):
             regions = on and METHODS[name].pseudo_labels
             switches = (f"propagation.head={on}", f"propagation.regions={regions}")
             overrides = (f"method={name}", *form, *switches, *ALIVE.get(name, ()))
