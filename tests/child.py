@@ -26,7 +26,8 @@ def in_two_processes(test_file: str, call: str, folder: Path) -> None:
     file, script = Path(test_file), folder / "two.py"
     script.write_text(f"from pathlib import Path\nfrom {file.stem} import *\n{call}\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    paths = os.pathsep.join(map(str, {file.parent, Path(__file__).parent}))
+    given = os.environ.get("PYTHONPATH")
+    paths = os.pathsep.join([*map(str, {file.parent, FOLDER}), *([given] if given else [])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr

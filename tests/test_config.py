@@ -34,7 +34,7 @@ def test_shipped_configurations_by_name_and_by_path(name):
     path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
     config = load_config(name, ["data.root=somewhere"])
     assert config == load_config(str(path), ["data.root=somewhere"])
-    assert config.method in name or config.method == "corrmatch"
+    assert config.method in name or config.method == ("unimatch_v2" if "dinov2" in name else "corrmatch")
 
 
 def test_there_are_the_promised_ones():
@@ -57,6 +57,31 @@ def test_recipes():
     for config in (pascal, cityscapes):
         assert (config.model.backbone, config.model.output_stride) == ("resnet101s", 8)
         assert config.model.atrous_rates == [12, 24, 36]
+
+
+def test_recipes_of_unimatch_v2():
+    """Crop, epochs, images a process, classes; all else is the same."""
+    published = {
+        "pascal_518_dinov2": (518, 60, 4, 21),
+        "cityscapes_798_dinov2": (798, 180, 2, 19),
+        "ade20k_518_dinov2": (518, 60, 2, 150),
+        "coco_518_dinov2": (518, 20, 4, 81),
+    }
+    for name, expected in published.items():
+        config = load_config(name, ["data.root=x"])
+        train, model, city = config.train, config.model, "cityscapes" in name
+        assert (train.crop, train.epochs, train.batch_size, len(config.data.classes)) == expected
+        assert (train.optimizer, train.lr, train.lr_multi, train.weight_decay) == ("adamw", 5e-6, 40, 0.01)
+        assert (train.decay_norms, train.schedule, train.power, train.warmup) == (True, "poly", 0.9, 0)
+        assert (train.epoch, train.precision, train.ohem) == ("unlabeled", "no", city)
+        assert (model.backbone, model.decoder, model.channels) == ("vit_base_patch14_dinov2", "dpt", None)
+        assert (config.options.threshold, config.options.decay) == (0.95, 0.996)
+        assert config.eval.mode == ("sliding" if city else "original")
+        if city:
+            assert (config.eval.window, config.eval.stride, train.ohem_pixels) == (798, 532, 200_000)
+    data = load_config("ade20k_518_dinov2", ["data.root=x"]).data
+    assert data.ids == list(range(1, 151))
+    assert 0 in data.ignore
 
 
 def test_overrides_and_round_trip(tmp_path):

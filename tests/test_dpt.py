@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training import assert_same, small_config, stop_after
+from training import VIT, assert_same, small_config, stop_after
 
 from corrmatch.config import ConfigError, EvalConfig, ModelConfig
 from corrmatch.methods import build_method
@@ -19,7 +19,6 @@ from corrmatch.training.evaluate import segment, sliding_window
 from corrmatch.training.predict import load_model, predict
 from corrmatch.training.trainer import Trainer
 
-VIT = ("model.decoder=dpt", "model.backbone=test_vit")  # patches of 16
 TRAINED = (*VIT, "method=unimatch_v2", "unimatch_v2.threshold=0.2", "propagation.head=true")
 ODD = [(33, 33), (49, 65), (7, 100), (1, 1)]
 

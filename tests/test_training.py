@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_config import CONFIGS
-from training import TINY, scalars, small_config, stop_after
+from training import TINY, VIT, scalars, small_config, stop_after
 
 from corrmatch import cli
 from corrmatch.config import ConfigError, to_yaml
@@ -39,7 +39,7 @@ def sample(small_sample):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_configuration_trains(sample, tmp_path, name):
-    config = small_config(sample, tmp_path / "run", name=name)
+    config = small_config(sample, tmp_path / "run", *(VIT if "dinov2" in name else ()), name=name)
     run = Trainer(config)
     stop_after(run, 2)
     scores = run.run()

@@ -23,6 +23,7 @@ SMALL = (
     "data.classes=classes.txt", "data.labeled=splits/labeled.txt", "data.unlabeled=splits/unlabeled.txt",
     "data.val=splits/val.txt", "data.ids=null", "data.ignore=[255]", "eval.window=65", "eval.stride=43",
 )  # fmt: skip
+VIT = ("model.decoder=dpt", "model.backbone=test_vit")  # timm's smallest; no crop of 49 is a multiple of its patches
 
 
 def small_config(data, work_dir, *overrides, name="sample"):

@@ -18,7 +18,8 @@ from corrmatch.config import parse
 from corrmatch.data.images import IGNORE
 from corrmatch.methods.base import Progress
 from corrmatch.methods.corrmatch import CorrMatch
-from corrmatch.models.deeplab import DeepLabV3Plus, Prediction, enlarge
+from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.models.network import Prediction, enlarge
 from step.published import PublishedStep
 
 THETA, MOMENTUM = 0.85, 0.999

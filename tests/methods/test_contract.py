@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from child import in_two_processes
 from training import (
+    VIT,
     assert_same,
     build_without_batch_effects,
     count_everything,
@@ -79,7 +80,6 @@ FORMS = {
         ),
     ),
 }
-VIT = ("model.decoder=dpt", "model.backbone=test_vit")  # no crop of 49 is a multiple of its patches
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
