@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 from harness import machine, measure, plot, report
-from harness.case import Setting
+from harness.case import CHANNELS, Setting
 from harness.measurement import Measurement, first_line
 from ops import OPS
 
@@ -163,8 +163,12 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Setting]]:
             if batch is None:
                 batch = 4 if 4 * (height * width) ** 2 <= MAP_LIMIT else 1
             dtype = DTYPES[options.dtype]
-            setting = Setting((height, width), batch, dtype, options.device, options.value_grad, options.compile)
-            chosen.append((op, setting))
+            for channels in options.channels if op != "connected_components" else options.channels[:1]:
+                setting = Setting(
+                    (height, width), batch, dtype, options.device, options.value_grad, options.compile, channels,
+                    options.patch,
+                )  # fmt: skip
+                chosen.append((op, setting))
     return chosen
 
 
@@ -173,6 +177,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", type=_ops, default=list(OPS), help=f"comma-separated, of {', '.join(OPS)}")
     parser.add_argument("--sizes", type=_sizes, help="grids: 41,65,41x33 (full resolution: 8 (n - 1) + 1)")
+    parser.add_argument("--channels", type=_counts, default=[CHANNELS], help="D and C: 21,150 (default: 21)")
+    parser.add_argument("--patch", type=_count, help="full resolution: so many pixels a position, as of a transformer")
     parser.add_argument("--batch", type=_count, help="images (default: 4, or 1 where the map passes 10^8 elements)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--value-grad", action="store_true", help="gradients of value too, which the method needs not")
@@ -182,7 +188,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of timing, roughly (default: 40)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory of pixel_propagate against N")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.plot is not None and options.channels != [CHANNELS]:
+        parser.error(f"--plot: it is drawn for {CHANNELS} channels")
+    return options
 
 
 def default_device() -> str:
@@ -204,6 +213,10 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     if len(sizes) < len(found) or any(min(size) < 2 for size in sizes):
         raise argparse.ArgumentTypeError(f"expected sizes of 2 or more such as 41,65x33, got {text!r}")
     return sizes
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
 
 
 def _count(text: str) -> int:

@@ -230,6 +230,17 @@ def test_oracle_that_does_not_fit_fails(monkeypatch, tmp_path, capsys):
     assert "nothing measured" in capsys.readouterr().out
 
 
+def test_channels_and_patches(tmp_path):
+    """As of a transformer: 14 pixels a position, which is no whole ratio of the grids."""
+    shape = ("--sizes", "5x4", "--channels", "3,150", "--patch", "14")
+    code, record = run(tmp_path, "--ops", "pixel_propagate,region_masks,pixel_loss,connected_components", *shape)
+    assert code == 0
+    found = [(case["op"], "= 150" in case["workload"]) for case in record["cases"]]
+    wide_too = ("pixel_propagate", "region_masks", "pixel_loss")
+    assert found == [(op, wide) for op in wide_too for wide in (False, True)] + [("connected_components", False)] * 2
+    assert "5x4 to 70x56" in record["cases"][2]["size"]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes_agree(tmp_path, dtype):
     ops = "pixel_propagate,region_masks,pseudo_label"
@@ -245,6 +256,8 @@ def test_other_dtypes_agree(tmp_path, dtype):
         (["--sizes", "1"], "expected sizes"),
         (["--batch", "0"], "whole number from 1"),
         (["--ops", "sort"], "no op 'sort'"),
+        (["--channels", "21,"], "whole number from 1"),
+        (["--plot", "figure.png", "--channels", "150"], "drawn for 21 channels"),
     ],
 )
 def test_bad_arguments_are_explained(capsys, arguments, message):

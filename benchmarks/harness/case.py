@@ -66,10 +66,14 @@ class Setting:
     device: str
     value_grad: bool
     compiled: bool
+    channels: int = CHANNELS
+    patch: int | None = None
 
     @property
     def full(self) -> tuple[int, int]:
-        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321."""
+        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321. Or of patches: 37 to 518."""
+        if self.patch is not None:
+            return self.patch * self.grid[0], self.patch * self.grid[1]
         return 8 * (self.grid[0] - 1) + 1, 8 * (self.grid[1] - 1) + 1
 
     def generator(self) -> torch.Generator:
@@ -109,7 +113,7 @@ def smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generat
 def smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
     """Query and key that vary smoothly over the image, as a network's do, and the sampled positions."""
     generator = s.generator()
-    features = smooth(s.batch, CHANNELS, s.grid, 4, generator)
+    features = smooth(s.batch, s.channels, s.grid, 4, generator)
     query, key = (
         (features + 0.1 * torch.randn(features.shape, generator=generator)).to(s.device, s.dtype) for _ in range(2)
     )

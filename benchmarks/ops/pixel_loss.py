@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.case import CHANNELS, TOLERANCE, Benchmark, Case, Setting, largest_relative_error, smooth
+from harness.case import TOLERANCE, Benchmark, Case, Setting, largest_relative_error, smooth
 from harness.measure import Contender
 from torch import Tensor
 
@@ -24,8 +24,8 @@ def cases(s: Setting) -> Iterator[Case]:
     """Cross-entropy of enlarged logits, a third of the pixels left out, forward and backward."""
     size, (height, width) = s.full, s.grid
     generator = s.generator()
-    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, generator)).to(s.device, s.dtype).requires_grad_()
-    labels = torch.randint(CHANNELS, (s.batch, *size), generator=generator).to(s.device)
+    logits = (4 * smooth(s.batch, s.channels, s.grid, 6, generator)).to(s.device, s.dtype).requires_grad_()
+    labels = torch.randint(s.channels, (s.batch, *size), generator=generator).to(s.device)
     kept = torch.rand(s.batch, *size, generator=generator) < 0.7
     weight = (kept / kept.sum()).to(s.device)
 
@@ -46,11 +46,11 @@ def cases(s: Setting) -> Iterator[Case]:
     pixels = s.batch * size[0] * size[1]
     yield Case(
         "pixel_loss", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
-        f"C = {CHANNELS}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], height * width, s.batch,
-        oracle_bytes=6 * 8 * CHANNELS * pixels,
+        f"C = {s.channels}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=6 * 8 * s.channels * pixels,
     )  # fmt: skip
 
 
 BENCHMARK = Benchmark(
-    "pixel_loss", "weighted cross-entropy of enlarged logits, and their gradient; 21 classes", cases, backward=True
+    "pixel_loss", "weighted cross-entropy of enlarged logits, and their gradient", cases, backward=True
 )

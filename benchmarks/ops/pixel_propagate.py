@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness.case import CHANNELS, TOLERANCE, Benchmark, Case, Setting, largest_relative_error
+from harness.case import TOLERANCE, Benchmark, Case, Setting, largest_relative_error
 from harness.measure import Contender
 from torch import Tensor
 
@@ -129,7 +129,7 @@ def cases(s: Setting) -> Iterator[Case]:
     """The peers, forward and backward."""
     generator, (height, width) = s.generator(), s.grid
     query, key, value, upstream = (
-        torch.randn(s.batch, CHANNELS, height, width, generator=generator).to(s.device, s.dtype) for _ in range(4)
+        torch.randn(s.batch, s.channels, height, width, generator=generator).to(s.device, s.dtype) for _ in range(4)
     )
     leaves = [query, key, value] if s.value_grad else [query, key]
     for leaf in leaves:
@@ -161,7 +161,8 @@ def cases(s: Setting) -> Iterator[Case]:
     positions = height * width
     yield Case(
         "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
-        f"N = {positions}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype], positions, s.batch,
+        f"N = {positions}, D = C = {s.channels}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype],
+        positions, s.batch,
         oracle_bytes=6 * 8 * s.batch * positions**2,
         exponentials={"forward": 2 * s.batch * positions**2, "both": 4 * s.batch * positions**2},
     )  # fmt: skip
@@ -195,7 +196,7 @@ def notes(device: str, compiled: bool) -> list[str]:
 
 BENCHMARK = Benchmark(
     "pixel_propagate",
-    "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D)); D = C = 21",
+    "Z[:, j] = sum_i V[:, i] softmax_j(<q_i, k_j> / sqrt(D))",
     cases,
     sizes=((41, 41), (65, 65), (101, 101)),
     share=4.0,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from harness.case import (
-    CHANNELS,
     TOLERANCE,
     Benchmark,
     Case,
@@ -45,7 +44,7 @@ def _class_peak(confidence: Tensor, labels: Tensor, classes: int) -> Tensor:
 def cases(s: Setting) -> Iterator[Case]:
     """Smooth logits, enlarged."""
     size, (height, width) = s.full, s.grid
-    logits = (4 * smooth(s.batch, CHANNELS, s.grid, 6, s.generator())).to(s.device, s.dtype)
+    logits = (4 * smooth(s.batch, s.channels, s.grid, 6, s.generator())).to(s.device, s.dtype)
     contenders = [
         Contender("corrmatch", lambda: ops.pseudo_label(logits, size=size), ours=True),
         Contender("eager, logsumexp", lambda: with_logsumexp(logits, size)),
@@ -61,11 +60,9 @@ def cases(s: Setting) -> Iterator[Case]:
     pixels = s.batch * size[0] * size[1]
     yield Case(
         "pseudo_label", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "pixels",
-        f"C = {CHANNELS}", contenders, expected, error, TOLERANCE[s.dtype], height * width, s.batch,
-        oracle_bytes=4 * 8 * CHANNELS * pixels,
+        f"C = {s.channels}", contenders, expected, error, TOLERANCE[s.dtype], height * width, s.batch,
+        oracle_bytes=4 * 8 * s.channels * pixels,
     )  # fmt: skip
 
 
-BENCHMARK = Benchmark(
-    "pseudo_label", "logits enlarged; class, confidence, largest confidence of each class; 21 classes", cases
-)
+BENCHMARK = Benchmark("pseudo_label", "logits enlarged; class, confidence, largest confidence of each class", cases)

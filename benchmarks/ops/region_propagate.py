@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from harness.case import (
-    CHANNELS,
     Benchmark,
     Case,
     Setting,
@@ -72,13 +71,13 @@ def cases(s: Setting) -> Iterator[Case]:
     masks = ops.region_masks(query, key, index, size)
     as_bool = masks.to_bool()
     # Classes follow some of the features' channels, so that many regions lie in one class and many do not.
-    labels = F.interpolate(query[:, : CHANNELS // 3].float(), size=size, mode="bilinear").argmax(1)
+    labels = F.interpolate(query[:, : s.channels // 3].float(), size=size, mode="bilinear").argmax(1)
     doubt = smooth(s.batch, 1, size, 8, generator)[:, 0]
     reliable = (doubt < doubt.flatten().kthvalue(int(0.85 * doubt.numel())).values).to(s.device)
-    arguments = (as_bool, THRESHOLD, CHANNELS)
+    arguments = (as_bool, THRESHOLD, s.channels)
 
     def ours() -> tuple[Tensor, Tensor]:
-        return ops.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS)
+        return ops.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=s.channels)
 
     contenders = [Contender("corrmatch", ours, ours=True)]
     if s.device == "cpu":
@@ -87,7 +86,7 @@ def cases(s: Setting) -> Iterator[Case]:
     contenders.append(loop)
 
     def expected() -> tuple[tuple[Tensor, Tensor]]:
-        return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=CHANNELS),)
+        return (reference.region_propagate(labels, reliable, masks, THRESHOLD, num_classes=s.channels),)
 
     def error(got: tuple[Any, ...], want: tuple[Any, ...]) -> float:
         return largest(share_different(x, y) for x, y in zip(got[0], want[0], strict=True))
@@ -96,12 +95,12 @@ def cases(s: Setting) -> Iterator[Case]:
     count = index.shape[0]
     yield Case(
         "region_propagate", f"{size[0]}x{size[1]}, B = {s.batch}", as_bool.numel(), "mask pixels",
-        f"K = {count}; {percent(after != labels)} of the pixels change, reliable are {percent(reliable)}, then "
-        f"{percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
+        f"K = {count}, C = {s.channels}; {percent(after != labels)} of the pixels change, reliable are "
+        f"{percent(reliable)}, then {percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
         oracle_bytes=4 * as_bool.numel(),
     )  # fmt: skip
 
 
 BENCHMARK = Benchmark(
-    "region_propagate", "each region in turn takes its dominant label; 21 classes, threshold 0.85", cases, share=2.0
+    "region_propagate", "each region in turn takes its dominant label, at a threshold of 0.85", cases, share=2.0
 )
