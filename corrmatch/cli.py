@@ -14,7 +14,8 @@ import corrmatch
 from corrmatch.paths import expand
 
 TRAIN_EXTRA = ("timm", "torchvision", "accelerate", "torchmetrics", "omegaconf", "yaml", "tensorboard", "PIL", "tqdm")
-INSTALL_TRAIN = "pip install 'corrmatch[train]'"
+EXPORT_EXTRA = ("onnx", "onnxscript")
+INSTALL_TRAIN, INSTALL_EXPORT = "pip install 'corrmatch[train]'", "pip install 'corrmatch[export]'"
 
 
 def info() -> str:
@@ -64,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
     predict.add_argument("pictures", type=expand, help="a folder")
     predict.add_argument("out", type=expand, help="gets the folders index, color and overlay")
-    for command in (train, evaluate, predict):
+    export = commands.add_parser("export", help="write a trained network as a program of its own")
+    export.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
+    export.add_argument("out", type=expand, help="NAME.pt2, which torch.export.load reads, or NAME.onnx")
+    for command in (train, evaluate, predict, export):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="changes, such as train.epochs=10")
 
     compare = commands.add_parser("compare", help="put runs side by side on a page of HTML")
@@ -78,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """`corrmatch train`, `eval`, `predict`, `compare` and `sample`."""
+    """`corrmatch train`, `eval`, `predict`, `export`, `compare` and `sample`."""
     from corrmatch.training import commands
 
     return commands.run(options)
@@ -93,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run_training(options)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in TRAIN_EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in TRAIN_EXTRA + EXPORT_EXTRA:
             raise
-        sys.stderr.write(f"corrmatch {options.command} needs {error.name}: {INSTALL_TRAIN}\n")
+        install = INSTALL_TRAIN if missing in TRAIN_EXTRA else INSTALL_EXPORT
+        sys.stderr.write(f"corrmatch {options.command} needs {error.name}: {install}\n")
         return 1

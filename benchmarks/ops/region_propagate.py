@@ -96,8 +96,8 @@ def cases(s: Setting) -> Iterator[Case]:
     yield Case(
         "region_propagate", f"{size[0]}x{size[1]}, B = {s.batch}", as_bool.numel(), "mask pixels",
         f"K = {count}, C = {s.channels}; {percent(after != labels)} of the pixels change, reliable are "
-        f"{percent(reliable)}, then {percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1], s.batch,
-        oracle_bytes=4 * as_bool.numel(),
+        f"{percent(reliable)}, then {percent(reliable_after)}", contenders, expected, error, 0.0, size[0] * size[1],
+        s.batch, oracle_bytes=4 * as_bool.numel(),
     )  # fmt: skip
 
 

@@ -82,8 +82,16 @@ class DeepLabV3Plus(Network):
         objects.
         """
         height, width = images.shape[2:]
-        padded = F.pad(images, (0, -(width - 1) % STRIDE, 0, -(height - 1) % STRIDE), mode="replicate")
-        return enlarge(self(padded).logits, padded.shape[2:])[:, :, :height, :width]
+        rows, columns = (
+            torch.arange(side + -(side - 1) % STRIDE, device=images.device).clamp(max=side - 1)
+            for side in (height, width)
+        )
+        padded = images[:, :, rows[:, None], columns]
+        logits = enlarge(self(padded).logits, padded.shape[2:])
+        if torch.compiler.is_exporting():  # which takes a slice for shorter than what it is cut from
+            rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+            return logits[:, :, rows[:, None], columns]
+        return logits[:, :, :height, :width]
 
 
 class AtrousPyramid(nn.Module):

@@ -93,7 +93,7 @@ class Network(nn.Module):
             found = [torch.cat([x, self.perturb(x)]) for x in found]
         taken = self.fused(*found)
         decoded = self.decode[:-1](taken)
-        logits, *perturbed = self.classifier(decoded).split(images.shape[0])
+        logits, *perturbed = self.classifier(decoded).chunk(2) if perturb else [self.classifier(decoded)]
         query = key = None
         if correlate and self.correlation is not None:
             query, key = self.correlation.query_key(clean[-1])
@@ -134,8 +134,11 @@ def enlarge(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Te
     """Bilinear, in float32: what is compared at every pixel should not be rounded to bfloat16.
 
     As two matrix products: their gradient is the same from run to run on a GPU, which that of `F.interpolate` is not.
+    An exported program has no gradient, and the one operation.
     """
     with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_exporting():
+            return F.interpolate(x.float(), tuple(size), mode="bilinear", align_corners=align_corners)
         rows, columns = (_weights(old, new, x, align_corners) for old, new in zip(x.shape[2:], size, strict=True))
         return rows @ (x.float() @ columns.mT)
 

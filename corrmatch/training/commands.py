@@ -1,4 +1,4 @@
-"""What the commands train, eval, predict, compare and sample do."""
+"""What the commands train, eval, predict, export, compare and sample do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from typing import cast
 
 from accelerate import Accelerator
 
@@ -13,8 +14,10 @@ from corrmatch.config import Config, ConfigError, load_config
 from corrmatch.data import classes
 from corrmatch.data.datasets import DataError, check_files, find_data
 from corrmatch.data.sample import draw_sample
+from corrmatch.models.network import Network
 from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import evaluate
+from corrmatch.training.export import export
 from corrmatch.training.page import compare
 from corrmatch.training.predict import load_model, predict
 from corrmatch.training.trainer import BEST, LAST, Trainer
@@ -70,6 +73,12 @@ def _predict(options: argparse.Namespace) -> None:
     _say(f"{count} pictures: {options.out}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    model, _, names = load_model(options.checkpoint, options.overrides)
+    export(cast(Network, model), names, options.out)
+    _say(str(options.out))
+
+
 def _accelerator(config: Config) -> Accelerator:
     return Accelerator(cpu=config.train.cpu, mixed_precision=config.train.precision)
 
@@ -87,4 +96,11 @@ def _sample(options: argparse.Namespace) -> None:
     _say(f"{options.folder}: now run corrmatch train sample data.root={options.folder}")
 
 
-COMMANDS = {"train": _train, "eval": _evaluate, "predict": _predict, "compare": _compare, "sample": _sample}
+COMMANDS = {
+    "train": _train,
+    "eval": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "compare": _compare,
+    "sample": _sample,
+}
