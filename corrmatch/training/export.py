@@ -70,7 +70,7 @@ def program_of(network: Network) -> ExportedProgram:
 
 
 def _divide_whole_numbers(graph: Graph) -> None:
-    """Writes ceil(x / n) as -(-x // n): layers of timm that pad to the same size take the former, which no .pt2 holds."""
+    """Writes ceil(x / n) as -(-x // n): layers of timm that pad take the former, which no .pt2 holds."""
     for node in graph.find_nodes(op="call_function", target=math.ceil):
         quotient = node.args[0]
         if quotient.target is not operator.truediv:
