@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -115,7 +116,43 @@ def test_prints_what_it_gained_and_writes_a_picture(name, tmp_path):
         assert picture.width > 700
 
 
-@pytest.mark.parametrize("name", QUICK)
+def test_labels_are_carried_to_the_next_frames(tmp_path):
+    """Through a film that pans over a drawn scene, by random weights; without the pan's labels in between."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        draw_scene = importlib.import_module("pictures").draw_scene
+    finally:
+        sys.path.pop(0)
+    picture, labels = (np.asarray(x) for x in draw_scene(5, 256))
+    lines = []
+    for i in range(3):
+        view = slice(40 * i, 40 * i + 160)
+        Image.fromarray((255 * picture[:, :, view]).astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+        Image.fromarray(labels[:, view].astype(np.uint8)).save(tmp_path / f"mask{i}.png")
+        lines.append(f"{i}.png mask{i}.png\n")
+    (tmp_path / "film.txt").write_text("".join(lines))
+    arguments = (
+        tmp_path,
+        "--list",
+        "film.txt",
+        "--labelled",
+        "0",
+        "--frames",
+        "2",
+        "--no-pretrained",
+        "--out",
+        "out.png",
+    )
+    done = run(tmp_path, *arguments, script=SCRIPT.with_name("carry_labels.py"))
+    assert done.returncode == 0, done.stderr
+    found = {key.strip(): float(x) for key, x in re.findall(r"^  (.+?) +accuracy +([\d.]+) %", done.stdout, re.M)}
+    for step in (1, 2):
+        assert found[f"carried over, {step} on"] > found[f"same place, {step} on"] + 3
+    with Image.open(tmp_path / "out.png") as panel:
+        assert panel.width > 1000
+
+
+@pytest.mark.parametrize("name", [*QUICK, "carry_labels"])
 def test_short_enough_to_read(name):
     assert len(SCRIPT.with_name(f"{name}.py").read_text().splitlines()) < 120
 

@@ -8,6 +8,7 @@ import sys
 import onnxruntime
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from training import VIT, small_config, stop_after
 
 from corrmatch import cli
@@ -64,9 +65,8 @@ def test_programs_say_what_the_network_says(checkpoint, tmp_path, capsys):
 
 def test_other_patches():
     """Of 14 pixels, for which other sizes are multiples."""
-    network = DPT("vit_tiny_patch16_224", 3).eval()
-    network.patch = 14
-    network.backbone.patch_embed.set_input_size(patch_size=14)
+    vit = VisionTransformer(112, 14, embed_dim=32, depth=4, num_heads=2, num_classes=0, dynamic_img_size=True)
+    network = DPT(vit, 3, channels=8).eval()
     program = program_of(network).module()
     assert_agrees(lambda images: program(images).detach(), network)
 
