@@ -162,7 +162,8 @@ def cases(s: Setting) -> Iterator[Case]:
     yield Case(
         "pixel_propagate", f"{height}x{width}, B = {s.batch}", s.batch * positions**2, "elements of the map",
         f"N = {positions}, D = C = {s.channels}", contenders, expected, largest_relative_error, TOLERANCE[s.dtype],
-        positions, s.batch, oracle_bytes=6 * 8 * s.batch * positions**2,
+        positions, s.batch,
+        oracle_bytes=6 * 8 * s.batch * positions**2,
         exponentials={"forward": 2 * s.batch * positions**2, "both": 4 * s.batch * positions**2},
     )  # fmt: skip
 
