@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
-import measure
 import numpy as np
+from harness import machine, measure
 from scipy.optimize import linear_sum_assignment
 
 from corrmatch.methods.parts.clustering import assign, balanced_kmeans, distances, means, parts
