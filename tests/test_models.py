@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrmatch.models.deeplab import DeepLabV3Plus
+from corrmatch.config import ConfigError, load_config
+from corrmatch.models.deeplab import DeepLabV3Plus, second_branch
+from corrmatch.models.factory import NetworkFactory
 from corrmatch.models.network import enlarge, evaluating
 from corrmatch.nn import propagate_logits
 
@@ -164,3 +166,42 @@ def test_broken_weights_are_explained(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"no weights of resnet10t from .*other\.pth .*are missing"):
         DeepLabV3Plus("resnet10t", 5, pretrained=str(tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "resnet10t", "mobilenetv3_small_100", "tf_efficientnet_lite0"])
+def test_a_second_branch_goes_on_where_the_first_one_is_shared(backbone):
+    first, second = (DeepLabV3Plus(backbone, classes, **SMALL).eval() for classes in (5, 7))
+    whole = sum(p.numel() for p in second.backbone.parameters())
+    second = second_branch(first, second)
+    images = torch.randn(2, 3, 49, 65)
+    low, high = first.features(images)
+    found = second.features(low)
+    assert torch.equal(found[0], low)
+    assert torch.equal(found[1], high)  # a copy
+    assert 0 < sum(p.numel() for p in second.backbone.parameters()) < whole
+    assert torch.equal(first(images, low=True).low, low)
+    assert second(low).logits.shape[1] == 7
+    assert second.correlation is None
+    with torch.no_grad():
+        for p in second.backbone.parameters():
+            p.zero_()
+    assert torch.equal(first.features(images)[1], high)
+
+
+def test_multi_grid_and_dropout():
+    """Dilations of the last stage's blocks, twice the factors at stride 16; dropout changes no key."""
+    plain = DeepLabV3Plus("resnet50", 5, **SMALL)
+    model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25), **SMALL)
+    assert [block.conv2.dilation[0] for block in model.backbone.layer4] == [2, 4, 8]
+    assert [block.conv2.dilation[0] for block in plain.backbone.layer4] == [1, 2, 2]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.25]
+    images = torch.randn(2, 3, 33, 33)
+    assert model(images).logits.shape == plain(images).logits.shape == (2, 5, 9, 9)
+    assert not torch.equal(model(images).logits, model(images).logits)
+    with evaluating(model):
+        assert torch.equal(model(images).logits, model(images).logits)
+    with pytest.raises(ValueError, match="multi_grid: expected a factor for each of the 3 blocks of the last stage"):
+        DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2], **SMALL)
+    with pytest.raises(ConfigError, match=r"model\.dropout: expected two chances, got 1"):
+        NetworkFactory(load_config("folder", ["data.root=x", "model.dropout=[0.5]"]).model, 5)()

@@ -32,7 +32,8 @@ def config_of(name: str, options: argparse.Namespace, root: str) -> Config:
     model = {"backbone": options.backbone, "pretrained": False, "channels": options.channels}
     train = {"crop": options.crop, "batch_size": options.batch, "workers": 0}
     part = {"num_masks": MASKS}
-    keys = {"method": name, "data": sample | lists, "model": model, "train": train, "propagation": part}
+    keys = {"method": name, "data": sample | lists, "model": model, "train": train, "propagation": part,
+            "work_dir": f"{root}/runs/{name}"}  # fmt: skip
     return parse([OmegaConf.create(keys)])
 
 
@@ -47,17 +48,22 @@ def contenders(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]
 
 
 def step_of(config: Config, device: str) -> tuple[Callable[[], Any], Passes]:
-    """Forward, backward, optimiser and what follows it, on one batch that is at hand."""
+    """Forward, backward, optimiser and what follows it, on one batch that is at hand, in the last phase."""
     torch.manual_seed(0)
     data = find_data(config.data)
     method = build_method(config, CHANNELS).to(device).train()
-    method.begin(0, Run(data, config, Path(config.work_dir), torch.device(device), 0, 1))
+    last = len(method.phases(1)) - 1
+    for phase in range(last + 1):
+        method.begin(phase, Run(data, config, Path(config.work_dir), torch.device(device), 0, 1))
+    trained = {id(p) for p in method.trains(last)}
+    for p in method.parameters():
+        p.requires_grad_(id(p) in trained)
     batch = send_to_device(Streams(data, method.streams(), config.train)[0], device)
     optimizer = torch.optim.SGD([p for _, p in method.trained()], 1e-6, momentum=0.9)
 
     def run() -> None:
         generator = torch.Generator(device).manual_seed(1)
-        progress = Progress(STEP, 10 * EPOCH_STEPS, EPOCH_STEPS, 0, generator)
+        progress = Progress(STEP, 10 * EPOCH_STEPS, EPOCH_STEPS, last, generator)
         method(batch, progress).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

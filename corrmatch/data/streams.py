@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from corrmatch.config import TrainConfig
 from corrmatch.data.datasets import Data, Item, read_mask, read_picture
+from corrmatch.data.maps import Maps
 from corrmatch.data.views import PLAIN, WEAK_STRONG, View, labeled_view, seeded, unlabeled_views
 
-ORDER, VIEW = 0, 1  # what a seed is for
+ORDER, VIEW, PART = 0, 1, 2  # what a seed is for
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,17 @@ class Stream:
         items: The images: "labeled", "unlabeled", or "all", which is both without their labels.
         view: What is drawn of each.
         order: Streams of different orders are shuffled and drawn apart.
+        maps: Maps of these images that the run has made, by the name that a batch has them under.
+        size: Images of a batch; None: `train.batch_size` or `train.unlabeled_batch_size`.
+        part: From where to where in the list, as shares of it, once it is shuffled.
     """
 
     items: str = "unlabeled"
     view: View = WEAK_STRONG
     order: int = 1
+    maps: Mapping[str, Maps] = field(default_factory=dict)
+    size: int | None = None
+    part: tuple[float, float] = (0.0, 1.0)
 
 
 LABELED = Stream("labeled", PLAIN, 0)
@@ -51,9 +58,14 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
         self.data, self.streams, self.crop, self.seed = data, streams, train.crop, train.seed
         self.process, self.processes = process, processes
         unlabeled = train.unlabeled_batch_size or train.batch_size
-        self.sizes = {name: train.batch_size if s.items == "labeled" else unlabeled for name, s in streams.items()}
+        usual = {name: train.batch_size if s.items == "labeled" else unlabeled for name, s in streams.items()}
+        self.sizes = {name: s.size or usual[name] for name, s in streams.items()}
         unseen = [Item(item.name, item.picture, None) for item in data.labeled]
         self.items = {"labeled": data.labeled, "unlabeled": data.unlabeled, "all": unseen + data.unlabeled}
+        self.numbers = {name: part_of(len(self.items[s.items]), self.seed, s.part) for name, s in streams.items()}
+        for stream in streams.values():
+            for maps in stream.maps.values():
+                maps.check(self.items[stream.items], data.classes)
 
     def __getitem__(self, number: int) -> dict[str, dict[str, Tensor]]:
         return {name: self.batch(name, number) for name in self.streams}
@@ -67,16 +79,17 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
     def sample(self, name: str, position: int) -> dict[str, Tensor]:
         """The views of one image, and its `index` in the list of the stream's images."""
         stream = self.streams[name]
-        items = self.items[stream.items]
-        epoch, place = divmod(position, len(items))
-        index = shuffled(len(items), self.seed, stream.order, epoch)[place]
-        item = items[index]
+        numbers = self.numbers[name]
+        epoch, place = divmod(position, len(numbers))
+        index = numbers[shuffled(len(numbers), self.seed, stream.order, epoch)[place]]
+        item = self.items[stream.items][index]
         picture = read_picture(item.picture)
+        maps = {key: x.read(index, picture.shape[1:]) for key, x in stream.maps.items()}
         with seeded(self.seed, VIEW, stream.order, position):
             if item.mask is not None:
-                views = labeled_view(picture, read_mask(item.mask, self.data.table), self.crop, stream.view)
+                views = labeled_view(picture, read_mask(item.mask, self.data.table), self.crop, stream.view, maps)
             else:
-                views = unlabeled_views(picture, self.crop, stream.view)
+                views = unlabeled_views(picture, self.crop, stream.view, maps)
         return views | {"index": torch.tensor(index)}
 
 
@@ -85,6 +98,16 @@ def shuffled(count: int, seed: int, stream: int, epoch: int) -> list[int]:
     """The order of a pass."""
     with seeded(seed, ORDER, stream, epoch):
         return torch.randperm(count).tolist()
+
+
+def part_of(count: int, seed: int, part: tuple[float, float]) -> Sequence[int]:
+    """The numbers of the images that a stream draws from: at least one."""
+    if part == (0.0, 1.0):
+        return range(count)
+    first, last = (round(count * end) for end in part)
+    first = min(first, count - 1)
+    with seeded(seed, PART):
+        return sorted(torch.randperm(count)[first : max(last, first + 1)].tolist())
 
 
 def batches(streams: Streams, train: TrainConfig, start: int, stop: int) -> Any:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, wh
 BLACK, GRAY = (0, 0, 0), tuple(round(255 * x) for x in MEAN)  # padding; gray is 0 after normalisation
 
 Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]
+Further = Mapping[str, tv_tensors.Mask]  # maps of an image besides its labels, by name
+NO_MAPS: Further = MappingProxyType({})
 
 normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION), v2.ToPureTensor()])
 
@@ -49,13 +53,13 @@ class Geometry:
     fit: bool = False
 
     def __call__(
-        self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int
-    ) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
-        """Both (., crop, crop)."""
+        self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, *maps: tv_tensors.Mask
+    ) -> tuple[Any, ...]:
+        """Image, labels and further maps of the image, which may be smaller than it: all (., crop, crop)."""
         scale, size = self._scale(), picture.shape[1:]
         scale *= crop / max(size) if self.fit else 1
         scaled = [max(1, round(scale * side)) for side in size]
-        picture, mask = tv.resize(picture, scaled), tv.resize(mask, scaled)
+        picture, *masks = (tv.resize(x, scaled) for x in (picture, mask, *maps))
         missing = [max(0, crop - side) for side in scaled]
         if any(missing):
             before = [side // 2 if self.pad == "around" else 0 for side in missing]
@@ -64,12 +68,12 @@ class Geometry:
                 picture = mirrored(picture, [max(crop, side) for side in scaled])
             else:
                 picture = tv.pad(picture, padding, fill=list(self.fill))
-            mask = tv.pad(mask, padding, fill=IGNORE)
+            masks = [tv.pad(x, padding, fill=IGNORE) for x in masks]
         top, left = (int(torch.randint(max(0, side - crop) + 1, ())) for side in scaled)
-        picture, mask = (tv.crop(x, top, left, crop, crop) for x in (picture, mask))
+        cropped = [tv.crop(x, top, left, crop, crop) for x in (picture, *masks)]
         if torch.rand(()) < self.flip:
-            picture, mask = tv.horizontal_flip(picture), tv.horizontal_flip(mask)
-        return picture, mask
+            cropped = [tv.horizontal_flip(x) for x in cropped]
+        return tuple(cropped)
 
     def _scale(self) -> float:
         if len(self.scales) == 2:
@@ -176,18 +180,23 @@ class View:
     colour: Recolour = Colour()
     box: Box | None = None
 
-    def __call__(self, picture: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int) -> dict[str, Tensor]:
+    def __call__(
+        self, picture: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int, maps: Further = NO_MAPS
+    ) -> dict[str, Tensor]:
         """Of a labelled image: `image`, `label`; of an unlabelled one: `weak`, `ignore` (padding).
 
         With strong views: `strong` (n, 3, crop, crop); with boxes: `box` (n, crop, crop).
+        Further maps keep their names and follow the geometry; labels among them are IGNORE in the padding.
         """
         labels = mask if mask is not None else tv_tensors.Mask(torch.zeros(picture.shape[1:], dtype=torch.uint8))
-        picture, labels = self.geometry(picture, labels, crop)
+        picture, labels, *further = self.geometry(picture, labels, crop, *maps.values())
         ids, plain = labels.as_subclass(Tensor), picture if self.weak is None else self.weak(picture)
         if mask is not None:
             views = {"image": normalize(plain), "label": ids.long()}
         else:
             views = {"weak": normalize(plain), "ignore": ids == IGNORE}
+        for name, x in zip(maps, further, strict=True):
+            views[name] = x.as_subclass(Tensor) if x.is_floating_point() else x.as_subclass(Tensor).long()
         if self.strong > 0:
             views["strong"] = torch.stack([normalize(self.colour(picture)) for _ in range(self.strong)])
         if self.box is not None:
@@ -212,11 +221,15 @@ def seeded(*key: int) -> Iterator[None]:
         generator.set_state(before)
 
 
-def labeled_view(picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN) -> dict[str, Tensor]:
+def labeled_view(
+    picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN, maps: Further = NO_MAPS
+) -> dict[str, Tensor]:
     """Views of a labelled image."""
-    return view(picture, mask, crop)
+    return view(picture, mask, crop, maps)
 
 
-def unlabeled_views(picture: tv_tensors.Image, crop: int, view: View = WEAK_STRONG) -> dict[str, Tensor]:
+def unlabeled_views(
+    picture: tv_tensors.Image, crop: int, view: View = WEAK_STRONG, maps: Further = NO_MAPS
+) -> dict[str, Tensor]:
     """Views of an image whose labels are not known or not to be used."""
-    return view(picture, None, crop)
+    return view(picture, None, crop, maps)

@@ -19,6 +19,7 @@ from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.prcl import PRCL
+from corrmatch.methods.subclass import Subclass
 from corrmatch.methods.supervised import Supervised
 from corrmatch.methods.unimatch import UniMatch
 from corrmatch.methods.unimatch_v2 import UniMatchV2
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "mutual_distillation": MutualDistillation,
     "prcl": PRCL,
     "cross_teacher": CrossTeacher,
+    "subclass": Subclass,
 }
 
 

@@ -1,6 +1,6 @@
 """What a training method is: streams that it draws, networks and state that it holds, a loss from a batch.
 
-The loop knows two verbs: `forward` for each batch, `finish_step` after each step of the optimiser.
+The loop knows three verbs: `before_step` and `finish_step` around each step of the optimiser, `forward` for each batch.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Method(nn.Module):
         score_all: Score all networks of `evaluated` in training, not only the first.
         bar: Scalars that the progress bar shows beside the loss.
         labels_first: Whether it begins with steps on labelled images where `train.labels_first` asks for them.
+        carries_on: Whether an optimiser keeps, over phases, what it knows of the parameters: momentum and the like.
+        phase: Where the loop stands.
         model: A network that is trained. Further ones are further attributes, from the same factory.
         average: The averaged network that `train.ema` asks for.
     """
@@ -76,6 +78,8 @@ class Method(nn.Module):
     score_all: ClassVar[bool] = False
     bar: ClassVar[Sequence[str]] = ()
     labels_first: ClassVar[bool] = False
+    carries_on: ClassVar[bool] = False
+    phase: int = 0
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__()
@@ -97,6 +101,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     # What most methods leave as it is.
+
+    def before_step(self, progress: Progress) -> None:
+        """Called once before each step of the optimiser, before its first batch."""
 
     def after_step(self, progress: Progress) -> None:
         """Called once after each step of the optimiser, `progress.step` being the number of steps before it."""

@@ -31,7 +31,7 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.mixing import with_next
 from corrmatch.methods.parts.processes import total
-from corrmatch.methods.parts.pseudo_labels import PseudoLabels, nearest
+from corrmatch.methods.parts.pseudo_labels import PseudoLabels, half, nearest
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.parts.threshold import StepThreshold
 from corrmatch.models.factory import NetworkFactory
@@ -263,11 +263,6 @@ def mix(out: Prediction, mask: Tensor) -> Prediction:
     """Logits and features of weak views, mixed as the strong ones are."""
     inside = nearest(mask, out.logits.shape[2:])
     return Prediction(with_next(out.logits, inside), features=with_next(_features(out), inside))
-
-
-def half(x: Tensor) -> Tensor:
-    """Half the size, bilinearly without aligned corners: means of two by two pixels."""
-    return F.avg_pool2d(x.float(), 2)
 
 
 def _features(out: Prediction) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ class DeepLabV3Plus(Network):
         output_stride: 8 or 16.
         atrous_rates: Of the pyramid's three 3 x 3 convolutions.
         channels: Width of pyramid and decoder: 256 as published; less for quick runs.
+        multi_grid: For each block of the backbone's last stage a factor of its dilation; none leaves timm's.
+        dropout: Behind the pyramid, and within the decoder.
         correlation: Whether to have a correlation head on the backbone's last features.
         correlation_channels: D of the correlation head; None: C.
         drop_path: Stochastic depth of the backbone: the chance, rising with depth to this, that a block is left out.
@@ -39,6 +43,8 @@ class DeepLabV3Plus(Network):
         output_stride: int = 8,
         atrous_rates: Sequence[int] = (12, 24, 36),
         channels: int = 256,
+        multi_grid: Sequence[int] = (),
+        dropout: tuple[float, float] = (0.0, 0.0),
         correlation: bool = True,
         correlation_channels: int | None = None,
         drop_path: float = 0.0,
@@ -51,11 +57,13 @@ class DeepLabV3Plus(Network):
             raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
         self.low_level = strides.index(LOW_LEVEL_STRIDE)
         self.widths = (widths[self.low_level], widths[-1])
-        self.pyramid = AtrousPyramid(widths[-1], channels, atrous_rates)
+        if multi_grid:
+            dilate(self.backbone, [factor * 32 // output_stride for factor in multi_grid])
+        self.pyramid = AtrousPyramid(widths[-1], channels, atrous_rates, dropout[0])
         self.reduce = conv_block(widths[self.low_level], LOW_LEVEL_WIDTH, 1)
         self.fused_channels = channels + LOW_LEVEL_WIDTH
         self.decode = nn.Sequential(
-            conv_block(self.fused_channels, channels, 3),
+            conv_block(self.fused_channels, channels, 3, dropout=dropout[1]),
             conv_block(channels, channels, 3),
             nn.Conv2d(channels, num_classes, 1),
         )
@@ -97,12 +105,12 @@ class DeepLabV3Plus(Network):
 class AtrousPyramid(nn.Module):
     """ASPP: a 1 x 1, three atrous 3 x 3 convolutions and the picture's mean, fused."""
 
-    def __init__(self, in_channels: int, channels: int, rates: Sequence[int]):
+    def __init__(self, in_channels: int, channels: int, rates: Sequence[int], dropout: float = 0.0):
         super().__init__()
         self.branches = nn.ModuleList([conv_block(in_channels, channels, 1)])
         self.branches += [conv_block(in_channels, channels, 3, dilation=rate) for rate in rates]
         self.mean = conv_block(in_channels, channels, 1)
-        self.fuse = conv_block((len(self.branches) + 1) * channels, channels, 1)
+        self.fuse = conv_block((len(self.branches) + 1) * channels, channels, 1, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (B, in_channels, h, w) to (B, channels, h, w)."""
@@ -110,11 +118,49 @@ class AtrousPyramid(nn.Module):
         return self.fuse(torch.cat([*(branch(x) for branch in self.branches), mean], 1))
 
 
-def conv_block(in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size, batch norm, ReLU."""
+def conv_block(
+    in_channels: int, out_channels: int, kernel: int, dilation: int = 1, dropout: float = 0.0
+) -> nn.Sequential:
+    """Convolution that keeps the size, batch norm, ReLU; dropout where there is some."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
+        *([nn.Dropout(dropout)] if dropout > 0 else []),
     )
+
+
+def second_branch(first: DeepLabV3Plus, second: DeepLabV3Plus) -> DeepLabV3Plus:
+    """Lets `second` share the backbone of `first` up to the features of stride 4, which it takes in place of images.
+
+    The rest of the backbone is a copy, with weights of its own. Without a correlation head.
+    """
+    second.backbone, second.correlation = copy.deepcopy(first.backbone), None
+    module: nn.Module = second.backbone
+    path = _stage_names(first.backbone)[first.low_level].split(".")
+    for depth, name in enumerate(path, start=1):
+        for before, _ in list(module.named_children()):
+            if before == name:
+                break
+            setattr(module, before, nn.Identity())
+        if depth == len(path):
+            setattr(module, name, nn.Identity())
+        module = getattr(module, name)
+    return second
+
+
+def _stage_names(backbone: Any) -> list[str]:
+    """Of the modules that make the features; some of timm's backbones are flattened, and have other names inside."""
+    return list(getattr(backbone, "return_layers", ())) or backbone.feature_info.module_name()
+
+
+def dilate(backbone: Any, rates: Sequence[int]) -> None:
+    """Gives the 3 x 3 convolutions of each block of the last stage a dilation (multi-grid, arXiv 1706.05587)."""
+    blocks = list(backbone.get_submodule(_stage_names(backbone)[-1]).children())
+    if len(blocks) != len(rates):
+        raise ValueError(f"multi_grid: expected a factor for each of the {len(blocks)} blocks of the last stage")
+    for block, rate in zip(blocks, rates, strict=True):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                module.dilation = module.padding = (rate, rate)

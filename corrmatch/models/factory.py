@@ -59,9 +59,14 @@ class NetworkFactory:
             raise ValueError("checkpointing: of vision transformers alone; batch norm would count each batch twice")
         return DeepLabV3Plus(
             model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
-            correlation=self.correlation, correlation_channels=model.correlation_channels, drop_path=drop_path,
-            pretrained=self._weights(), **given,
+            multi_grid=model.multi_grid, dropout=self._dropout(), correlation=self.correlation, drop_path=drop_path,
+            correlation_channels=model.correlation_channels, pretrained=self._weights(), **given,
         )  # fmt: skip
+
+    def _dropout(self) -> tuple[float, float]:
+        if len(self.model.dropout) != 2:
+            raise ValueError(f"dropout: expected two chances, got {len(self.model.dropout)}")
+        return self.model.dropout[0], self.model.dropout[1]
 
     @staticmethod
     def _start_from(network: Network, weights: Mapping[str, Tensor]) -> None:

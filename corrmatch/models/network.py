@@ -29,6 +29,7 @@ class Prediction(NamedTuple):
     key: Tensor | None = None  # as query
     features: Tensor | None = None  # (B, channels, h, w) that the classifier takes
     fused: Tensor | None = None  # (B, `fused_channels`, h, w) that the decoder takes
+    low: Tensor | None = None  # (B, ., h, w), the first of the backbone's features
 
     def split(self, count: int) -> tuple[Prediction, Prediction]:
         """The first `count` images of the batch, and the others."""
@@ -73,7 +74,7 @@ class Network(nn.Module):
 
     def forward(
         self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False,
-        fused: bool = False, factors: Sequence[Tensor] | None = None,
+        fused: bool = False, low: bool = False, factors: Sequence[Tensor] | None = None,
     ) -> Prediction:  # fmt: skip
         """Segments images.
 
@@ -83,6 +84,7 @@ class Network(nn.Module):
             correlate: Return query and key of the correlation head, too. They are those of the clean features.
             features: Return the decoder's features, too.
             fused: Return what the decoder makes them of, too.
+            low: Return the first of the backbone's features, too.
             factors: For each of `widths` (B, width): what the channels of the features are multiplied by before they
                 are decoded.
         """
@@ -97,7 +99,8 @@ class Network(nn.Module):
         query = key = None
         if correlate and self.correlation is not None:
             query, key = self.correlation.query_key(clean[-1])
-        kept = [x[: images.shape[0]] if wanted else None for x, wanted in ((decoded, features), (taken, fused))]
+        asked = ((decoded, features), (taken, fused), (clean[0], low))
+        kept = [x[: images.shape[0]] if wanted else None for x, wanted in asked]
         return Prediction(logits, perturbed[0] if perturbed else None, query, key, *kept)
 
     @property

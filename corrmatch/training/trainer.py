@@ -61,6 +61,7 @@ class Trainer:
         self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]
         self.steps, self.step, self.phase, self.best = self.ends[-1], 0, 0, -math.inf
         self.rates: dict[str, float] = {}
+        self.optimizer: torch.optim.Optimizer
         set_seed(train.seed + 1, device_specific=True)
         if saved is None:
             self.start_phase(0)
@@ -133,8 +134,11 @@ class Trainer:
             check_files(replace(self.data, labeled=[], unlabeled=[], val=self.withheld))
 
     def start_phase(self, phase: int, *, begin: bool = True) -> None:
-        """Sets out on a phase: the work before it, then an optimiser and a schedule of its own."""
-        self.phase = phase
+        """Sets out on a phase: the work before it, then an optimiser and a schedule of its own.
+
+        Where the method `carries_on`, the optimiser knows of what it moved before what it knew.
+        """
+        self.phase = self.method.phase = phase
         if begin:
             device = self.accelerator.device
             self.method.begin(phase, Run(self.data, self.config, self.folder, device, self.process, self.processes))
@@ -142,22 +146,24 @@ class Trainer:
         for p in self.method.parameters():
             p.requires_grad_(id(p) in trained)
         start = self.ends[phase - 1] if phase > 0 else 0
+        known = self.optimizer.state if phase > 0 and begin and self.method.carries_on else {}
         self.optimizer = make_optimizer(self.method.parameter_groups(self.config.train), self.config.train)
+        self.optimizer.state.update({p: known[p] for p in known if id(p) in trained})
         self.schedule = make_schedule(self.optimizer, self.config.train, self.ends[phase] - start)
         self.wrapped, self.stepper = self.accelerator.prepare(self.method, self.optimizer)
 
     def run(self) -> Scores | None:
         """Trains to the end; returns the last scores."""
-        train, scores = self.config.train, None
-        streams = Streams(self.data, self.method.streams(), train, self.process, self.processes)
-        loader = iter(batches(streams, train, self.step * train.accumulate, self.steps * train.accumulate))
+        train, scores, loader = self.config.train, None, None
         bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=None if self.log is not None else True)
         while self.step < self.steps:
             if self.step >= self.ends[self.phase]:
                 self.start_phase(self.phase + 1)
+                loader = None
+            loader = self.loader() if loader is None else loader
             self.advance(loader)
             bar.update()
-            if self.step % train.log_every == 0 or self.step == self.steps:
+            if self.step % train.log_every == 0 or self.step in self.ends:
                 bar.set_postfix(self.write_log())
             if self.step % (train.eval_every * self.epoch_steps) == 0 or self.step in self.ends:
                 scores = self.evaluate()
@@ -166,12 +172,19 @@ class Trainer:
         bar.close()
         return scores
 
+    def loader(self) -> Iterator[Batch]:
+        """What is left of the batches of the phase. Each phase may draw other streams."""
+        train, end = self.config.train, self.ends[self.phase]
+        streams = Streams(self.data, self.method.streams(), train, self.process, self.processes)
+        return iter(batches(streams, train, self.step * train.accumulate, end * train.accumulate))
+
     def advance(self, loader: Iterator[Batch]) -> None:
         """One step of the optimiser. Nothing here waits for the device."""
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(self.config.train.seed * 1_000_003 + self.step)
         progress = Progress(self.step, self.steps, self.epoch_steps, self.phase, generator)
         self.wrapped.train()
+        self.method.before_step(progress)
         for _ in range(self.config.train.accumulate):
             batch = send_to_device(next(loader), device, non_blocking=True)
             with self.accelerator.accumulate(self.wrapped):

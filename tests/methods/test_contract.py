@@ -51,6 +51,7 @@ ALIVE = {
         "prcl.weak_threshold=0.2",
     ),
     "cross_teacher": ("cross_teacher.threshold=0.2",),
+    "subclass": ("subclass.threshold=0.2", "subclass.dropout=0"),
 }
 # Forms of methods that are published besides.
 FORMS = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from corrmatch import ops
@@ -59,3 +60,8 @@ def nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
         torch.arange(new, device=maps.device) * old // new for old, new in zip(maps.shape[1:], size, strict=True)
     )
     return maps[:, rows[:, None], columns]
+
+
+def half(x: Tensor) -> Tensor:
+    """Half the size, bilinearly without aligned corners: means of two by two pixels; an odd last one is left out."""
+    return F.avg_pool2d(x.float(), 2)

@@ -1,0 +1,110 @@
+"""Work between two phases that goes over images: it leaves a file for each, and goes on where it was interrupted.
+
+Several processes share the work and wait for one another by looking for the files: a barrier gives up after some
+minutes, and one process may be longer than that behind the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as tv
+from tqdm import tqdm
+
+from corrmatch.data.datasets import Item, read_picture
+from corrmatch.data.maps import Maps, scaled
+from corrmatch.data.views import normalize
+from corrmatch.methods.base import Run
+
+PAUSE = 0.2  # seconds between two looks for the files of other processes
+
+
+def claim(maps: Sequence[Maps], items: Sequence[Item], run: Run) -> None:
+    """The first process makes the folders ready, see `Maps.claim`; no process goes on before that."""
+    if run.process == 0:
+        for kept in maps:
+            kept.claim(items, run.data.classes)
+    barrier()
+
+
+def over_images(
+    items: Sequence[Item], files: Sequence[Path], work: Callable[[int, Tensor], None], run: Run, about: str,
+    scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Calls `work` for each image whose file is not there yet, each in one process, and waits for all files.
+
+    Args:
+        items: The images.
+        files: What `work` leaves of each, whole or not at all.
+        work: Takes the image's number and the image (3, H, W), normalised, on the device of the run.
+        run: Says which process this is of how many.
+        about: Stands beside the bar that shows the progress of the first process.
+        scale: Images are enlarged or shrunk by this factor.
+    """
+    left = [i for i in range(run.process, len(items), run.processes) if not files[i].exists()]
+    images = DataLoader(
+        _Images(items, left, scale), batch_size=None, num_workers=run.config.train.workers,
+        generator=torch.Generator(),  # else the loader draws a number from the global one
+    )  # fmt: skip
+    done = len(range(run.process, len(items), run.processes)) - len(left)
+    bar = tqdm(desc=about, total=done + len(left), initial=done, disable=None if run.process == 0 else True)
+    for i, image in zip(left, images, strict=True):
+        work(i, image.to(run.device, non_blocking=True))
+        bar.update()
+    bar.close()
+    wait_for(files)
+
+
+def wait_for(files: Sequence[Path]) -> None:
+    """Returns when all files are there."""
+    missing = [file for file in files if not file.exists()]
+    while missing:
+        time.sleep(PAUSE)
+        missing = [file for file in missing if not file.exists()]
+
+
+def barrier() -> None:
+    """No process goes on before all are here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+@torch.no_grad()
+def alike(*modules: nn.Module) -> None:
+    """Gives all processes the state of the first one: without SyncBatchNorm each has statistics of its own images."""
+    if dist.is_available() and dist.is_initialized():
+        for module in modules:
+            for x in (*module.parameters(), *module.buffers()):
+                dist.broadcast(x, 0)
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """Of the weights and buffers: the same for the same networks, whichever run they are in."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for x in (*module.parameters(), *module.buffers()):
+            digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Images(Dataset[Tensor]):
+    """Whole images of these numbers, normalised."""
+
+    def __init__(self, items: Sequence[Item], numbers: Sequence[int], scale: float):
+        self.items, self.numbers, self.scale = items, numbers, scale
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Tensor:
+        image = read_picture(self.items[self.numbers[place]].picture)
+        if self.scale != 1:
+            image = tv.resize(image, list(scaled(image.shape[1:], self.scale)))
+        return normalize(image)
