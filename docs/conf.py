@@ -24,7 +24,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"corrmatch {release}"
 html_show_sphinx = False
-nitpick_ignore_regex = [("py:class", r"torch\..*")]
+nitpick_ignore_regex = [("py:class", r"(torch|collections\.abc)\..*")]
 autodoc_typehints = "none"  # the docstrings name types and shapes
 python_maximum_signature_line_length = 88
 
