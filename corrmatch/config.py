@@ -5,10 +5,8 @@ The keys of a method stand in the method's own file, in a section that carries t
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, ClassVar, Protocol, cast, get_type_hints
@@ -17,11 +15,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from corrmatch.config_checks import ConfigError as ConfigError
+from corrmatch.config_checks import check_values, refuse_numbers_for_text, refuse_unknown
 from corrmatch.paths import expand, read_text
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
 
 
 def key(
@@ -247,8 +243,8 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
         for part in parts:
             plain = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(part)))
             content: Any = _with_new_names(plain, methods)
-            _refuse_unknown(content, known)
-            _refuse_numbers_for_text(content, schema)
+            refuse_unknown(content, known)
+            refuse_numbers_for_text(content, schema)
             merged = OmegaConf.merge(merged, content)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -256,7 +252,7 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error.msg or error).splitlines()[0]}") from error
-    _check_values(config)
+    check_values(config)
     if config.eval.mode == "sliding" and config.eval.stride > config.eval.window:
         raise ConfigError(
             f"eval.stride: expected at most eval.window ({config.eval.window}), or windows leave gaps, "
@@ -308,53 +304,3 @@ def _with_new_names(part: dict[str, Any], methods: Methods) -> dict[str, Any]:
             part = {k: v for k, v in part.items() if k != section} | ({section: rest} if rest else {})
             part[new_section] = {new_name: value} | part.get(new_section, {})
     return part
-
-
-def _check_values(section: Any, prefix: str = "") -> None:
-    for entry in fields(section):
-        value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
-        if is_dataclass(value):
-            _check_values(value, f"{name}.")
-        elif value is not None:
-            _check_value(name, value, entry.metadata)
-
-
-def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    choices, low, high = limits["choices"], limits["low"], limits["high"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value}")
-    for number in value if isinstance(value, list) else [value]:
-        if low is not None and high is not None and not low <= number <= high:
-            raise ConfigError(f"{name}: expected {low} to {high}, got {number}")
-        if low is not None and not low <= number < math.inf:
-            raise ConfigError(f"{name}: expected at least {low}, got {number}")
-
-
-def _refuse_unknown(part: dict[str, Any], known: Sequence[str]) -> None:
-    for path in _leaves(part):
-        if any(path == name or path.startswith(f"{name}.") for name in known):
-            continue
-        if any(name.startswith(f"{path}.") for name in known):
-            raise ConfigError(f"{path}: expected a section of keys, not a value")
-        # What is nearest as it stands, or has the nearest last name: `epochs` is meant to be train.epochs.
-        last = {name.rpartition(".")[2]: name for name in known}
-        near = difflib.get_close_matches(path.rpartition(".")[2], last, 1, 0.75)
-        meant = difflib.get_close_matches(path, known, 1, 0.75) or [last[name] for name in near]
-        raise ConfigError(f"{path}: no such key" + (f"; did you mean {meant[0]}?" if meant else ""))
-
-
-def _refuse_numbers_for_text(part: Mapping[str, Any], schema: Any, prefix: str = "") -> None:
-    """YAML reads 2012_07 as a number and no as false, which as text would be something else than what was written."""
-    hints = get_type_hints(schema) if is_dataclass(schema) else {}
-    for name, value in part.items():
-        kind = hints.get(name)
-        if isinstance(value, dict):
-            _refuse_numbers_for_text(value, kind, f"{prefix}{name}.")
-        elif kind in (str, str | None) and isinstance(value, int | float):
-            raise ConfigError(f"{prefix}{name}: expected text, got {value}; put it in quotes")
-
-
-def _leaves(part: Any, prefix: str = "") -> list[str]:
-    if not isinstance(part, dict):
-        return [prefix[:-1]]
-    return [path for key, value in part.items() for path in _leaves(value, f"{prefix}{key}.")]

@@ -195,7 +195,7 @@ def test_a_missing_value_and_a_missing_file_are_named():
     with pytest.raises(ConfigError, match=r"data\.root: expected a value"):
         load_config("sample")
     with pytest.raises(
-        ConfigError, match="fodler: no such file; shipped configurations are camvid, camvid_cpu, cityscapes"
+        ConfigError, match="fodler: no such file; shipped configurations are ade20k_518_dinov2, camvid, camvid_cpu"
     ):
         load_config("fodler")
 
