@@ -81,6 +81,8 @@ FORMS = {
         ),
     ),
 }
+# Without decoder=dpt.
+CONVOLUTIONAL = {"subclass": "two branches share the backbone of a DeepLabV3+"}
 # One number for a batch: two batches are not one of twice the size.
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
@@ -96,7 +98,11 @@ BATCH_WIDE = {
 def cases(skipped=()):
     """Method, its form, and whether propagation is on."""
     found = []
-    named = {name: (name, ()) for name in METHODS} | FORMS | {f"{name}, dpt": (name, VIT) for name in METHODS}
+    named = (
+        {name: (name, ()) for name in METHODS}
+        | FORMS
+        | {f"{name}, dpt": (name, VIT) for name in METHODS if name not in CONVOLUTIONAL}
+    )
     for label, (name, form) in named.items():
         if name in skipped:
             continue
@@ -247,6 +253,12 @@ def test_regions_need_a_head_and_pseudo_labels():
     supervised = ["data.root=x", "method=supervised", "propagation.head=true", "propagation.regions=true"]
     with pytest.raises(ConfigError, match=r"propagation\.regions: the method makes no pseudo-labels"):
         build_method(load_config("sample", supervised), 6)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_decoder_that_a_method_cannot_have_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"^model\.decoder: {name} needs deeplabv3plus"):
+        build_method(load_config("sample", ["data.root=x", f"method={name}", *VIT]), 6)
 
 
 def test_every_method_has_a_page_and_a_test():
