@@ -5,7 +5,8 @@
 adds the runs to the file, in place of those of the same name, and prints the table; without runs it prints the table.
 A row holds the runs of one setting, whatever their seeds. Its gain is the share of the headroom that it closes,
 (row - labelled alone) / (all labelled - labelled alone). `labelled alone` are the supervised runs with
-as many labelled images, `all labelled` those with the most; both have as many steps as the row.
+as many labelled images, `all labelled` those with the most; both have as many steps as the
+row, those of the run that `model.init` names included.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ def record(folder: Path) -> dict[str, Any]:
     run = read_run(folder)
     if run.snapshot is None:
         raise SystemExit(f"{folder}: there is no evaluation to read the number of images from")
+    steps, init = run.last["step"], run.config["model.init"]
+    if init is not None:  # the steps of the run that this one starts from count too
+        steps += read_run(Path(init).parent).last["step"]
+        run.config["model.init"] = Path(init).parent.name
     plain = dotted(load_config(BASE, ["data.root=.", f"method={run.config['method']}"]))
     return {
         "name": folder.name,
         "seed": run.config["train.seed"],
         "labelled": run.snapshot.labeled,
         "unlabelled": run.snapshot.unlabeled,
-        "steps": run.last["step"],
+        "steps": steps,
         "method": run.config["method"],
         "keys": {k: v for k, v in run.config.items() if plain.get(k) != v and k not in HIDDEN},
         "miou": {line["step"]: round(100 * line["miou"], 2) for line in run.lines["val"]},

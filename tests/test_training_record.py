@@ -50,6 +50,14 @@ def test_the_file_holds_each_run_once_and_prints_its_table(runs, tmp_path, monke
     assert {"commit", "device", "torch"} <= kept["environment"].keys()
 
 
+def test_steps_of_the_run_before_count(runs, tmp_path):
+    folder = written(tmp_path / "after", "method=fixmatch", f"model.init={runs[0] / 'last.pt'}", labeled=23)
+    kept = record(folder)
+    assert kept["steps"] == 60
+    assert kept["keys"]["model.init"] == "low0"  # no place on this machine
+    assert list(kept["miou"]) == [10, 20, 30]
+
+
 def test_smaller_images(tmp_path):
     source, target = tmp_path / "data", tmp_path / "small"
     for folder, value in (("train", 100), ("trainannot", 3)):
