@@ -237,6 +237,12 @@ def test_counts_that_cannot_be_are_refused(override, message):
         method_of(3, override)
 
 
+def test_a_transformer_has_no_stages_to_share():
+    vit = ("model.decoder=dpt", "model.backbone=test_vit", "model.channels=8")
+    with pytest.raises(ConfigError, match=r"model\.decoder: subclass needs deeplabv3plus"):
+        method_of(3, *vit)
+
+
 def test_views():
     """The longer side is base times the scale; subclasses lie on the labels of their classes."""
     method = method_of(3, "subclass.base=100", "train.crop=64")
