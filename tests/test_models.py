@@ -191,11 +191,11 @@ def test_a_second_branch_goes_on_where_the_first_one_is_shared(backbone):
 def test_multi_grid_and_dropout():
     """Dilations of the last stage's blocks, twice the factors at stride 16; dropout changes no key."""
     plain = DeepLabV3Plus("resnet50", 5, **SMALL)
-    model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25), **SMALL)
+    model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25, 0.1), **SMALL)
     assert [block.conv2.dilation[0] for block in model.backbone.layer4] == [2, 4, 8]
     assert [block.conv2.dilation[0] for block in plain.backbone.layer4] == [1, 2, 2]
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.25]
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.25, 0.1]
     images = torch.randn(2, 3, 33, 33)
     assert model(images).logits.shape == plain(images).logits.shape == (2, 5, 9, 9)
     assert not torch.equal(model(images).logits, model(images).logits)
@@ -203,5 +203,5 @@ def test_multi_grid_and_dropout():
         assert torch.equal(model(images).logits, model(images).logits)
     with pytest.raises(ValueError, match="multi_grid: expected a factor for each of the 3 blocks of the last stage"):
         DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2], **SMALL)
-    with pytest.raises(ConfigError, match=r"model\.dropout: expected two chances, got 1"):
+    with pytest.raises(ConfigError, match=r"model\.dropout: expected three chances, got 1"):
         NetworkFactory(load_config("folder", ["data.root=x", "model.dropout=[0.5]"]).model, 5)()
