@@ -52,6 +52,13 @@ ALIVE = {
     ),
     "cross_teacher": ("cross_teacher.threshold=0.2",),
     "subclass": ("subclass.threshold=0.2", "subclass.dropout=0"),
+    "error_localization": (
+        "error_localization.pretraining=1",
+        "error_localization.localization=1",
+        "error_localization.network=test_resnet",
+        "error_localization.dimensions=8",
+    ),
+    "forgetting": ("forgetting.ratios=[0.5,1]",),
 }
 # Forms of methods that are published besides.
 FORMS = {
