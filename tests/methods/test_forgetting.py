@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from child import in_two_processes
 from PIL import Image
 from recordings import load, method_of, progress, recorded, relative
 from torch import nn
+from training import assert_same, scalars, small_config
 
-from corrmatch.config import PropagationConfig, parse
-from corrmatch.data.datasets import IGNORE, Data, Item
-from corrmatch.methods import forgetting
+from corrmatch import ops
+from corrmatch.config import ConfigError, PropagationConfig, load_config, parse
+from corrmatch.data.datasets import IGNORE, Data, DataError, Item, find_data
+from corrmatch.data.maps import Maps
+from corrmatch.masks import RegionMasks
+from corrmatch.methods import build_method, forgetting
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts import rehearsal
+from corrmatch.methods.parts.labelling import fingerprint
 from corrmatch.methods.parts.propagation import Propagation
-from corrmatch.methods.parts.rehearsal import Rehearsal, Rules, Said, drop, merge
+from corrmatch.methods.parts.rehearsal import (
+    Rehearsal,
+    Rules,
+    Said,
+    class_thresholds,
+    drop,
+    dynamic_weights,
+    merge,
+    through_regions,
+)  # fmt: skip
 from corrmatch.models.deeplab import DeepLabV3Plus
 from corrmatch.models.network import Prediction
+from corrmatch.training import checkpoint
+from corrmatch.training.trainer import Trainer
 
 FILES = recorded("45_forgetting_*")
 PUBLISHED = Rules(ratio=1.0, gap=0.15, background=0, dropped_loses=False)
@@ -78,9 +96,9 @@ def test_recorded_labels(path, prefix, tmp_path):
         stored = made.confidence.read(i, size)
         assert (stored - expected[..., 1]).abs().max() < 0.5 / 65_535 + 1e-6
         image = torch.full((3, *size), float(i - 2))
-        said = rehearsal.ask(current, image).said
-        kept.append(drop(said, thresholds).labels.flatten() != IGNORE)
-        both = merge(drop(said, thresholds), drop(rehearsal.ask(previous, image).said, thresholds), rules)
+        answer = rehearsal.ask(current, image).said
+        kept.append(drop(answer, thresholds).labels.flatten() != IGNORE)
+        both = merge(drop(answer, thresholds), drop(rehearsal.ask(previous, image).said, thresholds), rules)
         assert relative(both.confidence, expected[..., 1]) < 1e-6  # before it is stored
     assert torch.cat(kept).float().mean().item() == pytest.approx(now["share"].item(), rel=1e-6)
     assert not any(current.modes + previous.modes)
@@ -129,3 +147,223 @@ class Fixed(nn.Module):
 
     def forward(self, numbers, **kept):
         return Prediction(self.logits[numbers])
+
+
+def said(labels, confidence):
+    return Said(torch.tensor(labels), torch.tensor(confidence))
+
+
+def test_thresholds_keep_the_share_of_each_class():
+    labels, confidence = torch.randint(3, (5000,)), torch.rand(5000)
+    for ratio in (0.2, 0.5, 0.8):
+        thresholds = class_thresholds(labels, confidence, ratio, 4)
+        kept = drop(Said(labels, confidence), thresholds).labels
+        for c in range(3):
+            count = (labels == c).sum().item()
+            assert (kept == c).sum().item() == int(count * ratio) + 1
+        assert thresholds[3].item() == pytest.approx(1e-5)
+    everything = class_thresholds(labels, confidence, 1.0, 4)
+    assert [everything[c].item() for c in range(3)] == [confidence[labels == c].min().item() for c in range(3)]
+    assert everything[3].item() == pytest.approx(1e-5)  # published: the end of the run
+
+
+def test_rules_of_the_merge():
+    current = said([1, 0, 2, 2, IGNORE, 0, 2], [0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.1])
+    previous = said([0, 1, 1, 1, 1, IGNORE, IGNORE], [1.0, 0.1, 0.7, 0.6, 0.6, 0.1, 0.9])
+
+    def labels(**changes):
+        return merge(current, previous, replace(PUBLISHED, **changes)).labels.tolist()
+
+    assert labels() == [1, 1, 1, 2, IGNORE, IGNORE, IGNORE]
+    assert labels(dropped_loses=True) == [1, 1, 1, 2, 1, 0, 2]
+    assert labels(background=None) == [1, 0, 1, 2, IGNORE, 0, IGNORE]
+    assert labels(gap=0.05) == [1, 1, 1, 1, 1, IGNORE, IGNORE]
+
+
+def test_regions_take_the_smaller_confidence():
+    """Region by region, as if all were propagated at once."""
+    torch.manual_seed(1)
+    part = Propagation(PropagationConfig(head=True, regions=True, region_threshold=0.5))
+    labels, confidence = torch.zeros(1, 12, 12, dtype=torch.long), torch.rand(1, 12, 12)
+    labels[:, 6:] = 1
+    labels[torch.rand(1, 12, 12) < 0.3] = IGNORE
+    boxes = torch.zeros(1, 3, 12, 12, dtype=torch.bool)
+    boxes[0, 0, 1:5], boxes[0, 1, 7:11], boxes[0, 2, 4:9] = True, True, True
+    valid = torch.ones(1, 12, 12, dtype=torch.bool)
+    valid[..., 10:] = False
+    masks = RegionMasks.from_bool(boxes)
+    found = through_regions(Said(labels, confidence), masks, valid, part, 2)
+    kept = labels != IGNORE
+    expected, reliable = ops.region_propagate(
+        labels.masked_fill(~kept, 0), kept, masks, 0.5, num_classes=2, valid=valid
+    )
+    assert torch.equal(found.labels, expected.masked_fill(~reliable, IGNORE))
+    changed = found.labels != labels
+    assert changed.any()
+    assert not changed[..., 10:].any()
+    assert torch.equal(found.confidence[~changed], confidence[~changed])
+    alone = boxes[:, 0] & ~boxes[:, 2] & changed  # of one region only
+    mean = confidence[boxes[:, 0] & valid].mean()
+    torch.testing.assert_close(found.confidence[alone], confidence[alone].clamp(max=mean))
+
+
+def test_weights_are_those_of_the_formula():
+    logits, labels = torch.randn(2, 6, 9, 9), torch.randint(6, (2, 17, 17))
+    confidence = torch.rand(2, 17, 17)
+    labels[:, :3] = IGNORE
+    weight, disagree, surer = dynamic_weights(logits, labels, confidence, (3, 2))
+    p = nn.functional.interpolate(logits, (17, 17), mode="bilinear", align_corners=True).softmax(1)
+    own = p.gather(1, labels.clamp(max=5)[:, None])[:, 0]
+    for x in (weight, disagree, surer):
+        assert not x[:, :3].any()
+    body = torch.ones_like(disagree)
+    body[:, :3] = False
+    agree = body & ~disagree
+    assert torch.equal(p.argmax(1)[agree], labels[agree])
+    torch.testing.assert_close(weight[agree], own[agree] ** 3)
+    torch.testing.assert_close(weight[disagree & ~surer], own[disagree & ~surer] ** 2)
+    assert surer.any()
+    assert not weight[surer].any()
+    assert torch.equal(surer, disagree & (p.amax(1) > confidence))
+
+
+PHASES = ("method=forgetting", "forgetting.ratios=[0.5,1]", "forgetting.labeled=[1,2]", "train.batch_size=3",
+          "train.epoch_steps=2", "train.save_every=100")  # fmt: skip
+REGIONS = ("propagation.head=true", "propagation.regions=true", "propagation.region_threshold=0.5")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_process")
+@pytest.mark.parametrize("more", [(), REGIONS], ids=["plain", "propagation"])
+def test_killed_in_the_middle_of_labelling(small_sample, tmp_path, monkeypatch, more):
+    """Nothing is lost, nothing is done twice, and the run ends as if it had not been killed."""
+    whole = Trainer(small_config(small_sample, tmp_path / "whole", *PHASES, *more))
+    whole.run()
+    config = small_config(small_sample, tmp_path / "halves", *PHASES, *more)
+    written, write = [], Maps.write
+
+    def write_or_die(limit):
+        def counted(maps, index, values):
+            if len(written) == limit:
+                raise KeyboardInterrupt
+            write(maps, index, values)
+            written.append(maps.path(index))
+
+        return counted
+
+    run = Trainer(config)
+    for limit in (7, 21, 40):  # in the first network's maps, in the second one's, in the second phase
+        monkeypatch.setattr(Maps, "write", write_or_die(limit))
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        torch.manual_seed(999)
+        run = Trainer(config, resume=True)
+        assert run.step in (2, 4)
+    monkeypatch.setattr(Maps, "write", write_or_die(None))
+    run.run()
+    pieces = [path for path in written if path.suffixes == [".png"]]
+    assert len(pieces) == len(set(pieces)) == 2 * 2 * 8  # phases, networks, images
+    ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "halves")]
+    for end in ends:
+        end.pop("config")
+    assert_same(*ends)
+    assert scalars(tmp_path / "halves") == scalars(tmp_path / "whole")
+    for path in (tmp_path / "whole" / "labels").rglob("*.png"):
+        other = tmp_path / "halves" / path.relative_to(tmp_path / "whole")
+        assert path.read_bytes() == other.read_bytes()
+    left = {path.name for path in (tmp_path / "halves" / "labels").iterdir()}
+    assert left == {"phase_2"}
+    assert not list((tmp_path / "halves" / "labels").rglob("work"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_process")
+def test_a_resumed_run_checks_its_labels(small_sample, tmp_path):
+    config = small_config(small_sample, tmp_path / "run", *PHASES, "train.save_every=1")
+    run = Trainer(config)
+    run.ends = [*run.ends[:1], 3]
+    run.steps = 3
+    run.run()  # into the second phase
+    maps = tmp_path / "run" / "labels" / "phase_1" / "second"
+    (maps / "000003.share.png").unlink()
+    run = Trainer(config, resume=True)
+    with pytest.raises(DataError, match=r"1 of 8 maps are missing, 000003\.share\.png"):
+        run.run()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_process")
+def test_phases(small_sample, tmp_path):
+    """Which network labels for which, with which earlier one, and what a batch is made of."""
+    run = Trainer(small_config(small_sample, tmp_path / "run", *PHASES, "forgetting.first_lr=0.01"))
+    method = run.method
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.01, 0.01]
+    first = next(run.loader())
+    assert {name: len(part["image"]) for name, part in first.items()} == {"labeled": 3, "labeled_peer": 3}
+    streams = method.streams()
+    assert [streams[name].part for name in ("labeled", "labeled_peer")] == [(0.0, 0.8), (1 - 0.8, 1.0)]
+    made, make = [], Rehearsal.make
+
+    def watched(rehearsal, current, previous, rules, *rest):
+        state = None if previous is None else copy.deepcopy(previous.state_dict())
+        made.append((current is method.peer, state, rules.ratio))
+        return make(rehearsal, current, previous, rules, *rest)
+
+    for network in method.networks:
+        nn.init.normal_(network.classifier.bias)
+    before = [{k: v.clone() for k, v in network.state_dict().items()} for network in method.networks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rehearsal, "make", watched)
+        for phase, sizes in ((1, (1, 2)), (2, (2, 1))):
+            run.step = run.ends[phase - 1]
+            run.start_phase(phase)
+            batch = next(run.loader())
+            assert len(batch["labeled"]["image"]) == len(batch["labeled_peer"]["image"]) == sizes[0]
+            assert len(batch["unlabeled"]["weak"]) == len(batch["unlabeled_peer"]["weak"]) == sizes[1]
+            assert method.streams()["unlabeled"].maps["pseudo"].folder.name == "second"
+            assert method.streams()["unlabeled_peer"].maps["confidence"].folder.name == "first"
+            assert [group["lr"] for group in run.optimizer.param_groups] == [0.05, 0.05]
+            for network in method.networks:
+                nn.init.normal_(network.classifier.bias)  # as if trained
+    assert [(peer, previous is None, ratio) for peer, previous, ratio in made] == [
+        (False, True, 0.5), (True, True, 0.5), (False, False, 1.0), (True, False, 1.0)
+    ]  # fmt: skip
+    assert_same([previous for _, previous, _ in made[2:]], before)
+
+
+def test_options_that_cannot_be():
+    def build(*overrides):
+        return build_method(load_config("sample", ["data.root=x", "method=forgetting", *overrides]), 6)
+
+    with pytest.raises(ConfigError, match=r"forgetting\.labeled: expected numbers below train\.batch_size"):
+        build("forgetting.labeled=[1,4]")
+    with pytest.raises(ConfigError, match=r"forgetting\.background: expected one of 6 classes"):
+        build("forgetting.background=6")
+
+
+def run_in_two(data, folder):
+    """All phases; both processes label."""
+    torch.set_num_threads(1)
+    Trainer(small_config(data, folder, *PHASES, "train.cpu=true")).run()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_process")
+def test_two_processes(small_sample, tmp_path):
+    """The maps of the last phase are those that one process makes of the same networks."""
+    folder = tmp_path / "two"
+    in_two_processes(__file__, f"run_in_two({str(small_sample)!r}, Path({str(folder)!r}))", tmp_path)
+    content = checkpoint.load(folder / "last.pt")
+    assert (content["step"], content["phase"], len(content["random"])) == (6, 2, 2)
+    config = small_config(small_sample, folder, *PHASES)
+    method = build_method(config, 6)
+    method.load_state_dict(content["method"])
+    found = find_data(config.data)
+    run = Run(found, config, tmp_path, torch.device("cpu"), 0, 1)
+    for name, previous in zip(("first", "second"), method.previous, strict=True):
+        made = Rehearsal(folder / "labels" / "phase_2" / name, fingerprint(previous.network), 2, 1.0)
+        for maps in (made.labels, made.confidence):
+            maps.check(found.unlabeled, found.classes)  # those networks made them
+        alone = Rehearsal(tmp_path / name, fingerprint(previous.network), 2, 1.0)
+        thresholds = alone.make(previous.network, None, replace(PUBLISHED, ratio=1.0), OFF, run, "test")
+        assert np.array_equal(np.load(made.labels.folder / "thresholds.npy"), thresholds.numpy())
