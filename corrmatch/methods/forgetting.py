@@ -33,6 +33,7 @@ from corrmatch.models.factory import NetworkFactory
 from corrmatch.paths import expand
 
 NAMES = ("first", "second")
+VIEW = View(Geometry(scales=(0.5, 1.5)))
 SUFFIXES = ("", "_peer")  # of the streams of both networks
 
 
@@ -64,7 +65,6 @@ class Forgetting(Method):
         gap: float = key(0.15, "by so much an earlier label has to be surer to be taken", low=0, high=1)
         background: int | None = key(0, "class that any other one goes before; null: none", low=0)
         dropped_loses: bool = key(False, "a label that is kept goes before none; false as published")
-        scale: float = key(1.0, "size that images are labelled at and scaled from; 0.5 for Cityscapes", low=0.01)
 
     score_all = True
     bar = ("weight",)
@@ -97,9 +97,7 @@ class Forgetting(Method):
 
     def streams(self) -> Mapping[str, Stream]:
         """For each network labelled images, and after the first phase unlabelled ones with the other one's labels."""
-        scale, part = self.options.scale, self.options.part
-        view = View(Geometry((0.5 * scale, 1.5 * scale)))
-        known, unlabeled = replace(LABELED, view=view), replace(UNLABELED, view=view)
+        part, known, unlabeled = self.options.part, replace(LABELED, view=VIEW), replace(UNLABELED, view=VIEW)
         if self.phase == 0:
             return {
                 "labeled": replace(known, part=(0.0, part)),
@@ -145,7 +143,7 @@ class Forgetting(Method):
     def rehearsal(self, phase: int, network: int) -> Rehearsal:
         """The labels that a network made for a phase."""
         folder = self.folder / f"phase_{phase}" / NAMES[network]
-        return Rehearsal(folder, self.prints[network], phase, self.options.scale)
+        return Rehearsal(folder, self.prints[network], phase)
 
     def get_extra_state(self) -> dict[str, list[str]]:
         """Which networks made the labels of this phase."""

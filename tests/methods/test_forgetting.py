@@ -85,7 +85,7 @@ def test_recorded_labels(path, prefix, tmp_path):
     """From images to maps on disk."""
     at, now = load(path), load(path, f"{prefix}_")
     current, previous = (ByColour(at[f"lb_{name}"]) for name in ("current", "previous"))
-    run, made = run_of(tmp_path, sizes(at)), Rehearsal(tmp_path / "maps", "x", 2, 1.0)
+    run, made = run_of(tmp_path, sizes(at)), Rehearsal(tmp_path / "maps", "x", 2)
     rules = replace(PUBLISHED, ratio=RATIOS[prefix])
     thresholds = made.make(current.train(), previous.train(), rules, OFF, run, "test")
     assert relative(thresholds, now["thresholds"]) < 1e-6
@@ -361,9 +361,9 @@ def test_two_processes(small_sample, tmp_path):
     found = find_data(config.data)
     run = Run(found, config, tmp_path, torch.device("cpu"), 0, 1)
     for name, previous in zip(("first", "second"), method.previous, strict=True):
-        made = Rehearsal(folder / "labels" / "phase_2" / name, fingerprint(previous.network), 2, 1.0)
+        made = Rehearsal(folder / "labels" / "phase_2" / name, fingerprint(previous.network), 2)
         for maps in (made.labels, made.confidence):
             maps.check(found.unlabeled, found.classes)  # those networks made them
-        alone = Rehearsal(tmp_path / name, fingerprint(previous.network), 2, 1.0)
+        alone = Rehearsal(tmp_path / name, fingerprint(previous.network), 2)
         thresholds = alone.make(previous.network, None, replace(PUBLISHED, ratio=1.0), OFF, run, "test")
         assert np.array_equal(np.load(made.labels.folder / "thresholds.npy"), thresholds.numpy())

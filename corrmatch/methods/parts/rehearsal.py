@@ -108,14 +108,13 @@ class Rehearsal:
         folder: Gets the maps.
         network: The fingerprint of the network that labels.
         phase: For which it labels.
-        scale: Size at which images are labelled, as a share of their own.
     """
 
-    def __init__(self, folder: Path, network: str, phase: int, scale: float):
+    def __init__(self, folder: Path, network: str, phase: int):
         facts = {"network": network, "phase": phase}
-        self.labels = Maps(folder, facts, scale=scale)
-        self.confidence = Maps(folder, facts, SHARES, scale)
-        self.phase, self.scale, self.work = phase, scale, folder / "work"
+        self.labels = Maps(folder, facts)
+        self.confidence = Maps(folder, facts, SHARES)
+        self.phase, self.work = phase, folder / "work"
 
     def make(
         self, current: Network, previous: Network | None, rules: Rules, part: Propagation, run: Run, about: str
@@ -146,7 +145,7 @@ class Rehearsal:
                 self.confidence.write(i, said.confidence.cpu().numpy())
                 self.labels.write(i, said.labels.to(torch.uint8).cpu().numpy())
 
-            over_images(items, labels, label, run, f"labels of {about}", self.scale)
+            over_images(items, labels, label, run, f"labels of {about}")
         barrier()
         if run.process == 0:
             discard(self.work)
@@ -160,7 +159,7 @@ class Rehearsal:
 
         items = run.data.unlabeled
         files = [self._file(i) for i in range(len(items))]
-        over_images(items, files, sample, run, f"thresholds of {about}", self.scale)
+        over_images(items, files, sample, run, f"thresholds of {about}")
 
     def _samples(self, count: int) -> list[Tensor]:
         rows = np.concatenate([np.load(self._file(i)) for i in range(count)], 1)
