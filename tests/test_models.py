@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from corrmatch.config import ConfigError, load_config
 from corrmatch.models.deeplab import DeepLabV3Plus, second_branch
 from corrmatch.models.factory import NetworkFactory
-from corrmatch.models.network import enlarge, evaluating
+from corrmatch.models.network import enlarge, evaluating, without_dropout
 from corrmatch.nn import propagate_logits
 
 SMALL = {"output_stride": 16, "channels": 16}
@@ -205,3 +207,44 @@ def test_multi_grid_and_dropout():
         DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2], **SMALL)
     with pytest.raises(ConfigError, match=r"model\.dropout: expected three chances, got 1"):
         NetworkFactory(load_config("folder", ["data.root=x", "model.dropout=[0.5]"]).model, 5)()
+
+
+def test_channels_beside_the_colours(tmp_path):
+    """The first convolution is new, all else is from the file."""
+    given = timm.create_model("resnet18")
+    torch.save(given.state_dict(), tmp_path / "weights.pth")
+    model = DeepLabV3Plus("resnet18", 1, in_channels=7, pretrained=str(tmp_path / "weights.pth"), **SMALL)
+    stem = model.backbone.conv1.weight
+    assert stem.shape == (64, 7, 7, 7)
+    assert not torch.equal(stem[:, :3], given.conv1.weight)
+    assert stem.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)
+    for name in ("layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer4.1.bn2.weight"):
+        assert torch.equal(model.backbone.get_parameter(name), given.get_parameter(name))
+    assert model(torch.randn(2, 7, 33, 33)).logits.shape == (2, 1, 9, 9)
+
+
+def test_a_decoder_takes_features_of_another_network():
+    """With random weights of its own, whatever the network starts from."""
+    build = NetworkFactory(load_config("sample", ["data.root=x", "model.channels=16"]).model, 5)
+    network = build()
+    started = dataclasses.replace(build, init=network.state_dict())
+    decoder = started.decoder()
+    assert [p for name, p in decoder.named_parameters() if name.startswith("backbone")] == []
+    assert not torch.equal(decoder.classifier.weight, network.classifier.weight)
+    assert decoder.segment(*network.features(torch.randn(2, 3, 33, 33))).shape == (2, 5, 9, 9)
+
+
+def test_without_dropout():
+    """Norm layers stay in training mode; afterwards all is as it was."""
+    model = DeepLabV3Plus("resnet18", 5, dropout=(0.5, 0.5, 0.5), correlation=True, **SMALL)
+    images = torch.randn(2, 3, 33, 33)
+    with without_dropout(model):
+        before = model.pyramid.mean[1].running_mean.clone()
+        assert torch.equal(model(images).logits, model(images).logits)
+        assert not torch.equal(before, model.pyramid.mean[1].running_mean)
+    assert all(module.training for module in model.modules())
+    assert not torch.equal(model(images).logits, model(images).logits)
+    model.eval()
+    with without_dropout(model):
+        pass
+    assert not any(module.training for module in model.modules())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from child import in_two_processes
 from recordings import load, progress, recorded, relative
 from torch import nn
 from training import small_config
@@ -16,6 +19,7 @@ from corrmatch.methods.error_localization import kept_bad, localization, questio
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.network import Prediction, enlarge
+from corrmatch.training import checkpoint
 from corrmatch.training.trainer import Trainer
 
 FILES = recorded("41_error_localization_*")
@@ -34,7 +38,7 @@ def test_recorded_supervised_term(path):
     loss = losses.supervised(at["logits"].requires_grad_(), at["labels"])
     loss.backward()
     assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-6)
-    assert relative(at["logits"].grad, at["grad"]) < 1e-5
+    assert relative(at["logits"].grad, at["grad"]) < 2e-6
 
 
 @FILES
@@ -46,7 +50,7 @@ def test_recorded_decoders(path):
         loss = kept_bad([losses.supervised(x, at["labels"]) for x in logits], main, (20, 50))
         loss.backward()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-        assert relative(logits.grad, gradient) < 1e-5
+        assert relative(logits.grad, gradient) < 2e-6
 
 
 @FILES
@@ -65,7 +69,7 @@ def test_recorded_localization(path):
     loss = localization(at["map_logits"].requires_grad_(), right, torch.ones_like(right))
     loss.backward()
     assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-6)
-    assert relative(at["map_logits"].grad, at["grad"]) < 1e-5
+    assert relative(at["map_logits"].grad, at["grad"]) < 2e-6
 
 
 @FILES
@@ -78,7 +82,7 @@ def test_recorded_targets(path):
     loss = losses.pseudo_supervised(at["student_logits"].requires_grad_(), labels, valid, valid)
     loss.backward()
     assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-6)
-    assert relative(at["student_logits"].grad, at["grad"]) < 1e-5
+    assert relative(at["student_logits"].grad, at["grad"]) < 2e-6
 
 
 @FILES
@@ -90,8 +94,8 @@ def test_recorded_contrast(path, prefix):
     valid = (at["valid"] == 1) & (at["labels"] != IGNORE)
     loss = windowed_contrast(at["anchors"], target, at["labels"], valid, classes, offsets, (32, 32))
     loss.backward()
-    assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-5)
-    assert relative(target.grad, at["grad"]) < 1e-4
+    assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-6)
+    assert relative(target.grad, at["grad"]) < 2e-6
 
 
 @FILES
@@ -251,3 +255,25 @@ def test_networks():
     shown = method.eval().panels(method.model, torch.randn(1, 3, 65, 65))
     assert shown["called right"].dtype == torch.bool
     assert shown["called right"].shape == shown["prediction"].shape
+
+
+def run_in_two(data, folder):
+    """All stages; each process has images of its own."""
+    torch.set_num_threads(1)
+    keys = ("method=error_localization", *SMALL, "train.epoch_steps=2", "train.epochs=2", "train.cpu=true")
+    run = Trainer(small_config(data, folder, *keys))
+    run.run()
+    name = f"weights{run.process}.pt"
+    torch.save(dict(run.method.named_parameters()), folder / name)
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same(small_sample, tmp_path):
+    """Whatever a stage trains, both have its gradient; the student is overwritten in both."""
+    folder = tmp_path / "two"
+    in_two_processes(__file__, f"run_in_two({str(small_sample)!r}, Path({str(folder)!r}))", tmp_path)
+    first, second = (torch.load(Path(folder, f"weights{process}.pt")) for process in (0, 1))
+    for name, p in first.items():
+        assert torch.equal(p, second[name]), name
+    content = checkpoint.load(folder / "last.pt")
+    assert (content["step"], content["phase"], len(content["random"])) == (8, 2, 2)
