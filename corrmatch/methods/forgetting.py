@@ -128,7 +128,7 @@ class Forgetting(Method):
         alike(*self.networks, *self.previous)
         self.prints = [fingerprint(network) for network in self.networks]
         options, ratio = self.options, self.options.ratios[phase - 1]
-        rules = Rules(ratio, options.gap, options.background, options.dropped_loses)
+        rules = Rules(self.classes, ratio, options.gap, options.background, options.dropped_loses)
         for i, (name, network, previous) in enumerate(zip(NAMES, self.networks, self.previous, strict=True)):
             before = None if phase == 1 else cast(Teacher, previous).network
             about = f"the {name} network, phase {phase}"

@@ -35,7 +35,7 @@ from corrmatch.training import checkpoint
 from corrmatch.training.trainer import Trainer
 
 FILES = recorded("45_forgetting_*")
-PUBLISHED = Rules(ratio=1.0, gap=0.15, background=0, dropped_loses=False)
+PUBLISHED = Rules(classes=6, ratio=1.0, gap=0.15, background=0, dropped_loses=False)
 OFF = Propagation(PropagationConfig(head=False, regions=False))
 RATIOS = {"lb20": 0.2, "lb60": 0.6, "lb100": 1.0}
 

@@ -23,7 +23,7 @@ from corrmatch.methods.parts.rehearsal import (
     through_regions,
 )  # fmt: skip
 
-PUBLISHED = Rules(ratio=1.0, gap=0.15, background=0, dropped_loses=False)
+PUBLISHED = Rules(classes=6, ratio=1.0, gap=0.15, background=0, dropped_loses=False)
 
 
 def said(labels, confidence):

@@ -40,8 +40,9 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """How two labels of a pixel become one; see `merge`."""
+    """Which labels are kept, and how two of a pixel become one; see `class_thresholds` and `merge`."""
 
+    classes: int
     ratio: float
     gap: float
     background: int | None
@@ -123,7 +124,7 @@ class Rehearsal:
 
         Two passes: the first for the thresholds, from a sample of the pixels of all images; the second labels.
         """
-        items, classes = run.data.unlabeled, len(run.data.classes)
+        items = run.data.unlabeled
         claim([self.labels], items, run)
         labels, kept = self.labels.paths(items), self.labels.folder / "thresholds.npy"
         if not all(path.exists() for path in labels):
@@ -132,7 +133,7 @@ class Rehearsal:
             barrier()
             self._sample(current, run, about)
             if run.process == 0 and not kept.exists():
-                thresholds = class_thresholds(*self._samples(len(items)), rules.ratio, classes).numpy()
+                thresholds = class_thresholds(*self._samples(len(items)), rules.ratio, rules.classes).numpy()
                 atomically(kept, lambda draft: _save(draft, thresholds))
             wait_for([kept])
             thresholds = torch.from_numpy(np.load(kept))
