@@ -2,8 +2,8 @@
 
     python benchmarks/smaller_images.py CAMVID CAMVID_240 240 180
 
-Files whose folder's name contains `annot` or `mask` are masks. Text files are copied, and name what was written. What
-`configs/camvid_cpu.yaml` trains on is made so.
+Files in a folder whose name contains `annot`, `mask` or `gtFine` are masks. Text files are copied, and name what was
+written. What `configs/camvid_cpu.yaml` trains on is made so.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ IMAGES = (".jpg", ".jpeg", ".png")
 
 
 def is_mask(path: Path) -> bool:
-    """Whether the pixels are class ids."""
-    return any(word in path.parent.name for word in ("annot", "mask"))
+    """Whether the pixels are class ids, by the folders within the data set."""
+    return any(word in str(path.parent) for word in ("annot", "mask", "gtFine"))
 
 
 def shrink(source: Path, target: Path, size: tuple[int, int]) -> None:
@@ -35,7 +35,7 @@ def shrink(source: Path, target: Path, size: tuple[int, int]) -> None:
             place.write_text(text)
         elif path.suffix in IMAGES:
             with Image.open(path) as image:
-                resampling = Image.Resampling.NEAREST if is_mask(path) else Image.Resampling.BOX
+                resampling = Image.Resampling.NEAREST if is_mask(path.relative_to(source)) else Image.Resampling.BOX
                 image.resize(size, resampling).save(place.with_suffix(".png"))
 
 

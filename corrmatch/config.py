@@ -63,7 +63,8 @@ class ModelConfig:
     atrous_rates: list[int] = key([12, 24, 36], "of the convolutions of deeplabv3plus's pyramid", low=1)
     channels: int | None = key(None, "width of the decoder; null: as published, 256 in deeplabv3plus", low=1)
     multi_grid: list[int] = key([], "factors of the dilation in the blocks of the backbone's last stage", low=1)
-    dropout: list[float] = key([0.0, 0.0], "behind deeplabv3plus's pyramid, and within its decoder", low=0, high=1)
+    dropout: list[float] = key([0.0, 0.0, 0.0], "behind deeplabv3plus's pyramid and its decoder's two convolutions",
+                               low=0, high=1)  # fmt: skip
     correlation_channels: int | None = key(None, "of query and key; null: the number of classes, as published", low=1)
 
 

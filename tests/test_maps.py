@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert np.abs(found.numpy() - confidence).max() < 0.5 / 65_535 + 1e-7
     assert found[0, :2].tolist() == [0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000003.png", "000003.share.png"]
-    with pytest.raises(DataError, match=r"000003\.png: the map is of \(33, 47\), expected \(33, 48\)"):
+    with pytest.raises(DataError, match=r"000003\.png: the map is of \(33, 47\), its image of \(33, 48\)"):
         maps.read(3, (33, 48))
 
 
@@ -64,7 +64,6 @@ def test_maps_that_fit_are_kept_and_others_removed(tmp_path, items):
         (Maps(maps.folder, {"network": "y"}), items, CLASSES, "network"),
         (maps, items, ["a", "c", "b"], "classes"),
         (maps, items[1:], CLASSES, "images"),
-        (Maps(maps.folder, maps.facts, scale=0.5), items, CLASSES, "scale"),
     )
     for other, images, classes, wrong in others:
         with pytest.raises(DataError, match=f"maps of other {wrong} than this run has"):
@@ -99,18 +98,14 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert path.read_text() == "before"
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_maps_follow_the_image(tmp_path, items, scale):
-    """Wherever it is cropped, flipped and padded; maps of half the size as far as their grid tells."""
-    maps, shares = Maps(tmp_path / "m", scale=scale), Maps(tmp_path / "m", kind=SHARES, scale=scale)
+def test_maps_follow_the_image(tmp_path, items):
+    """Wherever it is cropped, flipped and padded."""
+    maps, shares = Maps(tmp_path / "m"), Maps(tmp_path / "m", kind=SHARES)
     maps.claim(items, CLASSES)
-    for i in range(len(items)):
-        size = (int(40 * scale), int(56 * scale))
-        labels = np.zeros(size, np.uint8)
-        labels[:, size[1] // 2 :] = 2
-        Image.fromarray(np.kron(labels, np.ones((int(1 / scale),) * 2)).astype(np.uint8) * 100).convert("RGB").save(
-            items[i].picture
-        )
+    labels = np.zeros((40, 56), np.uint8)
+    labels[:, 28:] = 2
+    for i, item in enumerate(items):
+        Image.fromarray(100 * labels).convert("RGB").save(item.picture)
         shares.write(i, labels / 4)
         maps.write(i, labels)
     data = Data([], items, [], CLASSES, torch.arange(256, dtype=torch.uint8))

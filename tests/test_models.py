@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from corrmatch.config import ConfigError, load_config
 from corrmatch.models.deeplab import DeepLabV3Plus, second_branch
 from corrmatch.models.factory import NetworkFactory
-from corrmatch.models.network import enlarge, evaluating
+from corrmatch.models.network import enlarge, evaluating, without_dropout
 from corrmatch.nn import propagate_logits
 
 SMALL = {"output_stride": 16, "channels": 16}
@@ -191,11 +193,11 @@ def test_a_second_branch_goes_on_where_the_first_one_is_shared(backbone):
 def test_multi_grid_and_dropout():
     """Dilations of the last stage's blocks, twice the factors at stride 16; dropout changes no key."""
     plain = DeepLabV3Plus("resnet50", 5, **SMALL)
-    model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25), **SMALL)
+    model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25, 0.1), **SMALL)
     assert [block.conv2.dilation[0] for block in model.backbone.layer4] == [2, 4, 8]
     assert [block.conv2.dilation[0] for block in plain.backbone.layer4] == [1, 2, 2]
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.25]
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.25, 0.1]
     images = torch.randn(2, 3, 33, 33)
     assert model(images).logits.shape == plain(images).logits.shape == (2, 5, 9, 9)
     assert not torch.equal(model(images).logits, model(images).logits)
@@ -203,5 +205,46 @@ def test_multi_grid_and_dropout():
         assert torch.equal(model(images).logits, model(images).logits)
     with pytest.raises(ValueError, match="multi_grid: expected a factor for each of the 3 blocks of the last stage"):
         DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2], **SMALL)
-    with pytest.raises(ConfigError, match=r"model\.dropout: expected two chances, got 1"):
+    with pytest.raises(ConfigError, match=r"model\.dropout: expected three chances, got 1"):
         NetworkFactory(load_config("folder", ["data.root=x", "model.dropout=[0.5]"]).model, 5)()
+
+
+def test_channels_beside_the_colours(tmp_path):
+    """The first convolution is new, all else is from the file."""
+    given = timm.create_model("resnet18")
+    torch.save(given.state_dict(), tmp_path / "weights.pth")
+    model = DeepLabV3Plus("resnet18", 1, in_channels=7, pretrained=str(tmp_path / "weights.pth"), **SMALL)
+    stem = model.backbone.conv1.weight
+    assert stem.shape == (64, 7, 7, 7)
+    assert not torch.equal(stem[:, :3], given.conv1.weight)
+    assert stem.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.1)
+    for name in ("layer1.0.conv1.weight", "layer2.0.downsample.0.weight", "layer4.1.bn2.weight"):
+        assert torch.equal(model.backbone.get_parameter(name), given.get_parameter(name))
+    assert model(torch.randn(2, 7, 33, 33)).logits.shape == (2, 1, 9, 9)
+
+
+def test_a_decoder_takes_features_of_another_network():
+    """With random weights of its own, whatever the network starts from."""
+    build = NetworkFactory(load_config("sample", ["data.root=x", "model.channels=16"]).model, 5)
+    network = build()
+    started = dataclasses.replace(build, init=network.state_dict())
+    decoder = started.decoder()
+    assert [p for name, p in decoder.named_parameters() if name.startswith("backbone")] == []
+    assert not torch.equal(decoder.classifier.weight, network.classifier.weight)
+    assert decoder.segment(*network.features(torch.randn(2, 3, 33, 33))).shape == (2, 5, 9, 9)
+
+
+def test_without_dropout():
+    """Norm layers stay in training mode; afterwards all is as it was."""
+    model = DeepLabV3Plus("resnet18", 5, dropout=(0.5, 0.5, 0.5), correlation=True, **SMALL)
+    images = torch.randn(2, 3, 33, 33)
+    with without_dropout(model):
+        before = model.pyramid.mean[1].running_mean.clone()
+        assert torch.equal(model(images).logits, model(images).logits)
+        assert not torch.equal(before, model.pyramid.mean[1].running_mean)
+    assert all(module.training for module in model.modules())
+    assert not torch.equal(model(images).logits, model(images).logits)
+    model.eval()
+    with without_dropout(model):
+        pass
+    assert not any(module.training for module in model.modules())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from smaller_images import shrink
+from smaller_images import is_mask, shrink
 from test_compare import written
 from training_record import gain, main, record, rows
 
@@ -72,3 +73,8 @@ def test_smaller_images(tmp_path):
         assert image.size == labels.size == (4, 3)
         assert image.getpixel((0, 0)) in (101, 102)  # the mean of four pixels, of which one is brighter by 4
         assert set(labels.tobytes()) <= {3, 7}  # no label is made up
+
+
+def test_masks_of_cityscapes_are_in_folders_of_cities():
+    assert is_mask(Path("gtFine/train/aachen/a.png"))
+    assert not is_mask(Path("leftImg8bit/train/aachen/a.png"))

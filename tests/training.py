@@ -77,9 +77,11 @@ def count_everything(run):
     forward = run.method.forward
 
     def without_ignored(batch, progress):
-        batch["labeled"]["label"][batch["labeled"]["label"] == 255] = 0
-        for name in batch.keys() - {"labeled"}:
-            batch[name]["ignore"][:] = False
+        for part in batch.values():
+            for name in part.keys() & {"label", "pseudo"}:
+                part[name][part[name] == 255] = 0
+            if "ignore" in part:
+                part["ignore"][:] = False
         return forward(batch, progress)
 
     run.method.forward = without_ignored

@@ -54,6 +54,7 @@ def step_of(config: Config, device: str) -> tuple[Callable[[], Any], Passes]:
     method = build_method(config, CHANNELS).to(device).train()
     last = len(method.phases(1)) - 1
     for phase in range(last + 1):
+        method.phase = phase
         method.begin(phase, Run(data, config, Path(config.work_dir), torch.device(device), 0, 1))
     trained = {id(p) for p in method.trains(last)}
     for p in method.parameters():
@@ -73,14 +74,14 @@ def step_of(config: Config, device: str) -> tuple[Callable[[], Any], Passes]:
 
 
 def passes_of(method: torch.nn.Module, run: Callable[[], Any]) -> Passes:
-    """Calls of networks in one step: with gradient, and without."""
+    """Calls of backbones in one step: with gradient, and without."""
     counted = {"with gradient": 0, "without": 0}
 
     def count(*_: Any) -> None:
         counted["with gradient" if torch.is_grad_enabled() else "without"] += 1
 
-    networks: Sequence[torch.nn.Module] = [m for m in method.modules() if isinstance(m, Network)]
-    hooks = [network.register_forward_pre_hook(count) for network in networks]
+    networks: Sequence[Network] = [m for m in method.modules() if isinstance(m, Network)]
+    hooks = [network.backbone.register_forward_pre_hook(count) for network in networks]
     run()
     for hook in hooks:
         hook.remove()

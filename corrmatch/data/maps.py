@@ -34,13 +34,11 @@ class Maps:
         folder: Where they are. Labels and shares of the same images may lie in one folder.
         facts: What they were made with, beside images and classes; maps made with others are not used.
         kind: "labels" in 8 bits, or "shares", numbers from 0 to 1 in steps of 1 / 65535.
-        scale: Size of a map, as a share of its image's.
     """
 
     folder: Path
     facts: Mapping[str, Any] = field(default_factory=dict)
     kind: str = LABELS
-    scale: float = 1.0
 
     def path(self, index: int) -> Path:
         """The map of an image, by its number in the list."""
@@ -79,14 +77,14 @@ class Maps:
 
     def read(self, index: int, size: Sequence[int]) -> tv_tensors.Mask:
         """The map of an image of that size (H, W): labels uint8, or shares float32."""
-        path, expected = self.path(index), scaled(size, self.scale)
+        path = self.path(index)
         values = read_ids(path) if self.kind == LABELS else _read_shares(path)
-        if values.shape != expected:
-            raise DataError(f"{path}: the map is of {values.shape}, expected {expected} for an image of {tuple(size)}")
+        if values.shape != tuple(size):
+            raise DataError(f"{path}: the map is of {values.shape}, its image of {tuple(size)}")
         return tv_tensors.Mask(torch.from_numpy(values))
 
     def _content(self, items: Sequence[Item], classes: Sequence[str]) -> dict[str, Any]:
-        known = {"classes": list(classes), "images": [item.name for item in items], "scale": self.scale}
+        known = {"classes": list(classes), "images": [item.name for item in items]}
         return known | dict(self.facts)
 
     def _found(self) -> Any:
@@ -94,12 +92,6 @@ class Maps:
             return json.loads((self.folder / "maps.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-
-
-def scaled(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """(H, W) times the scale, at least one pixel."""
-    height, width = (max(1, round(scale * side)) for side in size)
-    return height, width
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:

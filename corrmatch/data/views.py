@@ -55,7 +55,7 @@ class Geometry:
     def __call__(
         self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, *maps: tv_tensors.Mask
     ) -> tuple[Any, ...]:
-        """Image, labels and further maps of the image, which may be smaller than it: all (., crop, crop)."""
+        """Image, labels and further maps of the image: all (., crop, crop)."""
         scale, size = self._scale(), picture.shape[1:]
         scale *= crop / max(size) if self.fit else 1
         scaled = [max(1, round(scale * side)) for side in size]

@@ -13,7 +13,9 @@ from corrmatch.methods.color_augmentation import ColorAugmentation
 from corrmatch.methods.corrmatch import CorrMatch
 from corrmatch.methods.cross_teacher import CrossTeacher
 from corrmatch.methods.dual_teacher import DualTeacher
+from corrmatch.methods.error_localization import ErrorLocalization
 from corrmatch.methods.fixmatch import FixMatch
+from corrmatch.methods.forgetting import Forgetting
 from corrmatch.methods.fuzzy_positive import FuzzyPositive
 from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
@@ -38,6 +40,8 @@ METHODS: dict[str, type[Method]] = {
     "prcl": PRCL,
     "cross_teacher": CrossTeacher,
     "subclass": Subclass,
+    "error_localization": ErrorLocalization,
+    "forgetting": Forgetting,
 }
 
 

@@ -28,11 +28,12 @@ class DeepLabV3Plus(Network):
         atrous_rates: Of the pyramid's three 3 x 3 convolutions.
         channels: Width of pyramid and decoder: 256 as published; less for quick runs.
         multi_grid: For each block of the backbone's last stage a factor of its dilation; none leaves timm's.
-        dropout: Behind the pyramid, and within the decoder.
+        dropout: Behind the pyramid, and behind each of the two convolutions of the decoder.
         correlation: Whether to have a correlation head on the backbone's last features.
         correlation_channels: D of the correlation head; None: C.
         drop_path: Stochastic depth of the backbone: the chance, rising with depth to this, that a block is left out.
         pretrained: False, True for the weights of timm's hub, or the path of a file with weights of the backbone.
+        in_channels: Of the images. The first convolution is new where they are not three.
     """
 
     def __init__(
@@ -44,14 +45,20 @@ class DeepLabV3Plus(Network):
         atrous_rates: Sequence[int] = (12, 24, 36),
         channels: int = 256,
         multi_grid: Sequence[int] = (),
-        dropout: tuple[float, float] = (0.0, 0.0),
+        dropout: Sequence[float] = (0.0, 0.0, 0.0),
         correlation: bool = True,
         correlation_channels: int | None = None,
         drop_path: float = 0.0,
         pretrained: bool | str = False,
+        in_channels: int = 3,
     ):
         super().__init__()
-        self.backbone = build_backbone(backbone, pretrained, drop_path, features_only=True, output_stride=output_stride)
+        self.backbone = build_backbone(
+            backbone, pretrained, drop_path, features_only=True, output_stride=output_stride, in_chans=in_channels
+        )
+        if in_channels != 3:  # timm makes it of that for colours
+            stem = next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         strides, widths = self.backbone.feature_info.reduction(), self.backbone.feature_info.channels()
         if LOW_LEVEL_STRIDE not in strides:
             raise ValueError(f"backbone: expected one with features of stride 4, {backbone} has {strides}")
@@ -64,7 +71,7 @@ class DeepLabV3Plus(Network):
         self.fused_channels = channels + LOW_LEVEL_WIDTH
         self.decode = nn.Sequential(
             conv_block(self.fused_channels, channels, 3, dropout=dropout[1]),
-            conv_block(channels, channels, 3),
+            conv_block(channels, channels, 3, dropout=dropout[2]),
             nn.Conv2d(channels, num_classes, 1),
         )
         self.correlation = None
@@ -82,19 +89,22 @@ class DeepLabV3Plus(Network):
         high = F.interpolate(self.pyramid(high), size=low.shape[2:], mode="bilinear", align_corners=True)
         return torch.cat([high, self.reduce(low)], 1)
 
-    def whole(self, images: Tensor) -> Tensor:
-        """Logits (B, C, H, W) of images of any size.
+    def fitting(self, images: Tensor) -> Tensor:
+        """Images whose right and lower edges are repeated to a multiple of the stride plus 1, as training crops are.
 
-        They are padded to a multiple of the stride plus 1, as training crops are: else features, which lie a stride
-        apart, are stretched to corners that they do not reach, and the labels come out up to half a stride beside the
-        objects.
+        Else features, which lie a stride apart, are stretched to corners that they do not reach, and the labels come
+        out up to half a stride beside the objects.
         """
-        height, width = images.shape[2:]
         rows, columns = (
             torch.arange(side + -(side - 1) % STRIDE, device=images.device).clamp(max=side - 1)
-            for side in (height, width)
+            for side in images.shape[2:]
         )
-        padded = images[:, :, rows[:, None], columns]
+        return images[:, :, rows[:, None], columns]
+
+    def whole(self, images: Tensor) -> Tensor:
+        """Logits (B, C, H, W) of images of any size, by what fits."""
+        height, width = images.shape[2:]
+        padded = self.fitting(images)
         logits = enlarge(self(padded).logits, padded.shape[2:])
         if torch.compiler.is_exporting():  # which takes a slice for shorter than what it is cut from
             rows, columns = (torch.arange(side, device=images.device) for side in (height, width))

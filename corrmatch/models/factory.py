@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from corrmatch.config import ConfigError, ModelConfig
 from corrmatch.models.deeplab import DeepLabV3Plus
@@ -24,6 +24,7 @@ class NetworkFactory:
         num_classes: Channels of their logits.
         correlation: Whether they have a correlation head.
         pretrained: False leaves `model.pretrained` aside: the weights come from a checkpoint.
+        in_channels: Of the images.
         init: Weights that every network starts from; a correlation head that they lack starts at random.
     """
 
@@ -32,6 +33,7 @@ class NetworkFactory:
     correlation: bool = False
     pretrained: bool = True
     init: Mapping[str, Tensor] | None = None
+    in_channels: int = 3
 
     def __call__(self, *, drop_path: float = 0.0) -> Network:
         """A network in training mode, with stochastic depth where it is asked for."""
@@ -60,13 +62,20 @@ class NetworkFactory:
         return DeepLabV3Plus(
             model.backbone, self.num_classes, output_stride=model.output_stride, atrous_rates=model.atrous_rates,
             multi_grid=model.multi_grid, dropout=self._dropout(), correlation=self.correlation, drop_path=drop_path,
-            correlation_channels=model.correlation_channels, pretrained=self._weights(), **given,
+            correlation_channels=model.correlation_channels, pretrained=self._weights(), in_channels=self.in_channels,
+            **given,
         )  # fmt: skip
 
-    def _dropout(self) -> tuple[float, float]:
-        if len(self.model.dropout) != 2:
-            raise ValueError(f"dropout: expected two chances, got {len(self.model.dropout)}")
-        return self.model.dropout[0], self.model.dropout[1]
+    def _dropout(self) -> list[float]:
+        if len(self.model.dropout) != 3:
+            raise ValueError(f"dropout: expected three chances, got {len(self.model.dropout)}")
+        return self.model.dropout
+
+    def decoder(self) -> Network:
+        """A network without a backbone, at random, for the features of another one: its `segment`."""
+        network = replace(self, correlation=False, pretrained=False, init=None)()
+        network.backbone = nn.Identity()
+        return network
 
     @staticmethod
     def _start_from(network: Network, weights: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from corrmatch.nn import CorrelationHead
 
@@ -67,6 +68,10 @@ class Network(nn.Module):
     def fused(self, *features: Tensor) -> Tensor:
         """What the decoder takes."""
         raise NotImplementedError
+
+    def fitting(self, images: Tensor) -> Tensor:
+        """Images of sides that suit the network: these, with more to the right and below where they do not."""
+        return images
 
     def whole(self, images: Tensor) -> Tensor:
         """Logits (B, C, H, W) of images (B, 3, H, W) of any size: how whole images are evaluated and predicted."""
@@ -131,6 +136,19 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Inside, a network drops nothing, while its norm layers stay in the mode that they are in."""
+    modes = {module: module.training for module in network.modules() if isinstance(module, _DropoutNd)}
+    for module in modes:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.train(mode)
 
 
 def enlarge(x: Tensor, size: Sequence[int], *, align_corners: bool = True) -> Tensor:

@@ -21,9 +21,8 @@ from training import (
 )
 
 from corrmatch.config import ConfigError, load_config
-from corrmatch.data.streams import Streams
 from corrmatch.methods import METHODS, build_method
-from corrmatch.methods.base import Progress
+from corrmatch.methods.base import Method, Progress
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.network import evaluating
 from corrmatch.training import checkpoint, trainer
@@ -52,6 +51,13 @@ ALIVE = {
     ),
     "cross_teacher": ("cross_teacher.threshold=0.2",),
     "subclass": ("subclass.threshold=0.2", "subclass.dropout=0"),
+    "error_localization": (
+        "error_localization.pretraining=1",
+        "error_localization.localization=1",
+        "error_localization.network=test_resnet",
+        "error_localization.dimensions=8",
+    ),
+    "forgetting": ("forgetting.ratios=[0.5,1]",),
 }
 # Forms of methods that are published besides.
 FORMS = {
@@ -124,12 +130,21 @@ def sample(small_sample):
 
 @all_methods
 def test_gradients_and_teachers(sample, tmp_path, name, overrides):
-    """Every trained parameter gets a gradient; a teacher gets none, and moves only between steps."""
+    """In every phase: each trained parameter gets a gradient; a teacher gets none, and moves only between steps."""
     run = Trainer(small_config(sample, tmp_path / "run", *overrides))
+    for phase in range(len(run.ends)):
+        if phase > 0:
+            run.step = run.ends[phase - 1]
+            run.start_phase(phase)
+        check_gradients(run)
+
+
+def check_gradients(run):
     method = run.method.train()
     teachers = [module for module in method.modules() if isinstance(module, Teacher)]
     before = [p.clone() for teacher in teachers for p in teacher.parameters()]
-    loss, values = method(next(iter(loader(run))), Progress(0, 4, 4, 0, torch.Generator().manual_seed(0)))
+    progress = Progress(run.step, run.steps, run.epoch_steps, run.phase, torch.Generator().manual_seed(0))
+    loss, values = method(next(run.loader()), progress)
     loss.backward()
     assert loss.isfinite()
     assert all(value.isfinite() and not value.requires_grad and value.dim() == 0 for value in values.values())
@@ -140,11 +155,7 @@ def test_gradients_and_teachers(sample, tmp_path, name, overrides):
     for teacher in teachers:
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(map(torch.equal, before, [p for teacher in teachers for p in teacher.parameters()]))
-
-
-def loader(run):
-    streams = Streams(run.data, run.method.streams(), run.config.train)
-    return (streams[number] for number in range(4))
+    method.zero_grad()
 
 
 @all_methods
@@ -163,6 +174,39 @@ def test_kill_and_resume_is_bit_for_bit_an_uninterrupted_run(sample, tmp_path, m
     assert_same(*ends)
     for kind in ("train", "val"):
         assert scalars(tmp_path / "halves", kind) == scalars(tmp_path / "whole", kind)
+
+
+def die(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), cases(skipped=[name for name, kind in METHODS.items() if kind.phases is Method.phases])
+)
+def test_killed_between_phases_and_in_each(sample, tmp_path, monkeypatch, name, overrides):
+    """Before the work between two phases, right after it, and one step later: as if nothing had happened."""
+    keys = (*overrides, "train.epoch_steps=2", "train.save_every=1", "train.eval_every=1")
+    whole, killed = (small_config(sample, tmp_path / folder, *keys) for folder in ("whole", "killed"))
+    Trainer(whole).run()
+    run = Trainer(killed)
+    for phase in range(1, len(run.ends)):
+        first = run.ends[phase - 1]
+        monkeypatch.setattr(run, "start_phase", die)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        for step in (first + 1, first + 2):
+            run = Trainer(killed, resume=True)
+            assert (run.step, run.phase) == (first, phase - 1)
+            die_in_step(run, step, monkeypatch)
+        run = Trainer(killed, resume=True)
+        assert (run.step, run.phase) == (first + 1, phase)
+    run.run()
+    ends = [checkpoint.load(tmp_path / folder / "last.pt") for folder in ("whole", "killed")]
+    for end in ends:
+        end.pop("config")
+    assert_same(*ends)
+    for kind in ("train", "val"):
+        assert scalars(tmp_path / "killed", kind) == scalars(tmp_path / "whole", kind)
 
 
 @all_methods

@@ -27,7 +27,7 @@ def run_of(sample, folder, process=0, processes=1, **changes):
     return Run(find_data(config.data), config, folder, torch.device("cpu"), process, processes)
 
 
-def label(run, maps, die_at=None, **options):
+def label(run, maps, die_at=None):
     """Labels all unlabelled images with how bright they are; returns the numbers of those that were worked on."""
     items, seen = run.data.unlabeled, []
 
@@ -39,7 +39,7 @@ def label(run, maps, die_at=None, **options):
 
     claim([maps], items, run)
     try:
-        over_images(items, maps.paths(items), work, run, "labels", **options)
+        over_images(items, maps.paths(items), work, run, "labels")
     except KeyboardInterrupt:
         assert die_at is not None
     return seen
@@ -70,13 +70,6 @@ def test_another_network_starts_anew(small_sample, tmp_path):
     run = run_of(small_sample, tmp_path)
     label(run, Maps(tmp_path / "maps", {"network": "x"}), die_at=3)
     assert len(label(run, Maps(tmp_path / "maps", {"network": "y"}))) == len(run.data.unlabeled)
-
-
-def test_maps_of_half_the_size(small_sample, tmp_path):
-    run = run_of(small_sample, tmp_path)
-    maps = Maps(tmp_path / "maps", scale=0.5)
-    label(run, maps, scale=0.5)
-    assert maps.read(0, (120, 160)).shape == (60, 80)
 
 
 def test_nothing_random_is_drawn(small_sample, tmp_path):

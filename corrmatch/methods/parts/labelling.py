@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 from corrmatch.data.datasets import Item, read_picture
-from corrmatch.data.maps import Maps, scaled
+from corrmatch.data.maps import Maps
 from corrmatch.data.views import normalize
 from corrmatch.methods.base import Run
 
@@ -35,9 +34,8 @@ def claim(maps: Sequence[Maps], items: Sequence[Item], run: Run) -> None:
 
 
 def over_images(
-    items: Sequence[Item], files: Sequence[Path], work: Callable[[int, Tensor], None], run: Run, about: str,
-    scale: float = 1.0,
-) -> None:  # fmt: skip
+    items: Sequence[Item], files: Sequence[Path], work: Callable[[int, Tensor], None], run: Run, about: str
+) -> None:
     """Calls `work` for each image whose file is not there yet, each in one process, and waits for all files.
 
     Args:
@@ -46,11 +44,10 @@ def over_images(
         work: Takes the image's number and the image (3, H, W), normalised, on the device of the run.
         run: Says which process this is of how many.
         about: Stands beside the bar that shows the progress of the first process.
-        scale: Images are enlarged or shrunk by this factor.
     """
     left = [i for i in range(run.process, len(items), run.processes) if not files[i].exists()]
     images = DataLoader(
-        _Images(items, left, scale), batch_size=None, num_workers=run.config.train.workers,
+        _Images(items, left), batch_size=None, num_workers=run.config.train.workers,
         generator=torch.Generator(),  # else the loader draws a number from the global one
     )  # fmt: skip
     done = len(range(run.process, len(items), run.processes)) - len(left)
@@ -97,14 +94,11 @@ def fingerprint(*modules: nn.Module) -> str:
 class _Images(Dataset[Tensor]):
     """Whole images of these numbers, normalised."""
 
-    def __init__(self, items: Sequence[Item], numbers: Sequence[int], scale: float):
-        self.items, self.numbers, self.scale = items, numbers, scale
+    def __init__(self, items: Sequence[Item], numbers: Sequence[int]):
+        self.items, self.numbers = items, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, place: int) -> Tensor:
-        image = read_picture(self.items[self.numbers[place]].picture)
-        if self.scale != 1:
-            image = tv.resize(image, list(scaled(image.shape[1:], self.scale)))
-        return normalize(image)
+        return normalize(read_picture(self.items[self.numbers[place]].picture))
