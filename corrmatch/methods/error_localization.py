@@ -11,15 +11,15 @@ unlabelled images, of which the pixels count whose label b calls right. Labels a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.checkpoint import checkpoint
 
 from corrmatch.config import Config, key
 from corrmatch.data.datasets import IGNORE
@@ -66,7 +66,7 @@ class ErrorLocalization(Method):
         self.projection = nn.Sequential(
             nn.Conv2d(width, width, 1), nn.ReLU(inplace=True), nn.Conv2d(width, self.options.dimensions, 1)
         )
-        self.decoders = nn.ModuleList(build.decoder() for _ in self.options.levels)
+        self.decoders: Any = nn.ModuleList(build.decoder() for _ in self.options.levels)
         self.localizer = self._error_network(build)
         self.teacher, self.teacher_projection = (
             Teacher(module, self.options.decay, mode="train", buffers="own") for module in (self.model, self.projection)
@@ -83,8 +83,10 @@ class ErrorLocalization(Method):
             dropout=DROPOUT, frozen=False, checkpointing=False,
             pretrained=bool(build.model.pretrained) if weights is None else weights,
         )  # fmt: skip
-        kinds = {"num_classes": 1, "in_channels": 4 + self.classes, "correlation": False, "init": None}
-        return dataclasses.replace(build, model=model, **kinds)()
+        channels = 4 + self.classes
+        return dataclasses.replace(
+            build, model=model, num_classes=1, in_channels=channels, correlation=False, init=None
+        )()
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled images; in the third stage unlabelled ones, as they are and in other colours."""
@@ -157,9 +159,9 @@ class ErrorLocalization(Method):
 
     def decoded(self, found: Sequence[Tensor]) -> Prediction:
         """What the student says of features of its backbone."""
-        features = self.model.decode[:-1](self.model.fused(*found))
-        pair = self.model.correlation.query_key(found[-1]) if self.propagation.head else (None, None)
-        return Prediction(self.model.classifier(features), None, *pair, features)
+        features, head = self.model.decode[:-1](self.model.fused(*found)), self.model.correlation
+        query, key = (None, None) if head is None else head.query_key(found[-1])
+        return Prediction(self.model.classifier(features), query=query, key=key, features=features)
 
     def localize(self, images: Tensor, truth: Tensor, features: Sequence[Tensor], main: Tensor) -> dict[str, Tensor]:
         """The auxiliary decoders' term, and the error network's. Neither reaches the features."""
@@ -275,19 +277,14 @@ def contrast(anchors: Tensor, target: Tensor, own: Tensor) -> Tensor:
     .. math:: \frac{1}{|C|} \sum_c \frac{1}{|S_c|} \Bigl(-\log \frac{P_c}{P_c + Q_c}\Bigr), \qquad
         P_c = \sum_{i, j \in S_c} e^{g'_i \cdot g_j / \tau}, \quad Q_c = \sum_{i \in S_c, j \in R_c} e^{g'_i \cdot g_j / \tau}
 
-    R_c are the pixels of other classes. Similarities are made a block of rows at a time, and again in the backward.
+    R_c are the pixels of other classes.
 
     Args:
         anchors: g' (P, D), unit length, without gradient.
         target: g (P, D), unit length.
         own: (P, C), 1 at the class of a pixel; 0 in all of them where it does not count.
     """  # noqa: E501
-    pairs = target.new_zeros(own.shape[1], own.shape[1])
-    for start in range(0, len(own), ROWS):
-        block = slice(start, start + ROWS)
-        pairs = pairs + checkpoint(
-            _class_pairs, anchors[block], target, own[block], own, use_reentrant=False, preserve_rng_state=False
-        )
+    pairs = ClassPairs.apply(anchors, target, own)
     others = pairs.masked_fill(torch.eye(len(pairs), dtype=torch.bool, device=pairs.device), 0).sum(1)
     near, far = (x.clamp(min=TINY) for x in (pairs.diagonal(), others))
     pixels = own.sum(0)
@@ -295,9 +292,41 @@ def contrast(anchors: Tensor, target: Tensor, own: Tensor) -> Tensor:
     return terms.sum() / (pixels > 0).sum().clamp(min=1)
 
 
-def _class_pairs(anchors: Tensor, target: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(C, C): sums of exp(similarity / tau) over pairs of pixels, by the classes of both."""
-    return rows.mT @ ((anchors @ target.mT / TEMPERATURE).exp() @ columns)
+class ClassPairs(torch.autograd.Function):
+    """(C, C): sums of exp(g' g / tau) over pairs of pixels, by the classes of both; arguments as of `contrast`.
+
+    Similarities are made a block of rows at a time, and again in the backward, in one buffer: blocks of their own leave
+    holes in the memory of a process that add up to all of them. Gradients flow to the target alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, target: Tensor, own: Tensor) -> Tensor:
+        """Without graph."""
+        ctx.save_for_backward(anchors, target, own)
+        pairs = own.new_zeros(own.shape[1], own.shape[1])
+        for rows, near in _blocks(anchors, target):
+            pairs += own[rows].mT @ (near @ own)
+        return pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        """The gradient of the target."""
+        anchors, target, own = ctx.saved_tensors
+        found, weight = torch.zeros_like(target), anchors.new_empty(min(ROWS, len(anchors)), len(target))
+        for rows, near in _blocks(anchors, target):
+            near *= torch.mm(own[rows] @ grads[0], own.mT, out=weight[: len(near)])
+            found += near.mT @ anchors[rows]
+        return None, found / TEMPERATURE, None
+
+
+def _blocks(anchors: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and exp of their similarities with all of the target, valid until the next ones are made."""
+    buffer = anchors.new_empty(min(ROWS, len(anchors)), len(target))
+    for start in range(0, len(anchors), ROWS):
+        rows = slice(start, min(start + ROWS, len(anchors)))
+        near = torch.mm(anchors[rows], target.mT, out=buffer[: rows.stop - start])
+        yield rows, near.div_(TEMPERATURE).exp_()
 
 
 def _sum(terms: Any) -> Tensor:

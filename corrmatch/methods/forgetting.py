@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from corrmatch.methods.parts.labelling import alike, fingerprint
 from corrmatch.methods.parts.rehearsal import Rehearsal, Rules, dynamic_weights
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Network
 from corrmatch.paths import expand
 
 NAMES = ("first", "second")
@@ -78,11 +79,11 @@ class Forgetting(Method):
         if self.options.background is not None and self.options.background >= self.classes:
             raise ConfigError(f"forgetting.background: expected one of {self.classes} classes, or null")
         self.peer = build()
-        self.previous = nn.ModuleList(Teacher(network, 0) for network in self.networks)
+        self.previous: Any = nn.ModuleList(Teacher(network, 0) for network in self.networks)
         self.prints: list[str] = []  # of the networks that made the labels of this phase
 
     @property
-    def networks(self) -> tuple[nn.Module, nn.Module]:
+    def networks(self) -> tuple[Network, Network]:
         """Both that are trained."""
         return self.model, self.peer
 
@@ -130,13 +131,13 @@ class Forgetting(Method):
         options, ratio = self.options, self.options.ratios[phase - 1]
         rules = Rules(self.classes, ratio, options.gap, options.background, options.dropped_loses)
         for i, (name, network, previous) in enumerate(zip(NAMES, self.networks, self.previous, strict=True)):
-            before = None if phase == 1 else cast(Teacher, previous).network
+            before = None if phase == 1 else previous.network
             about = f"the {name} network, phase {phase}"
             thresholds = self.rehearsal(phase, i).make(network, before, rules, self.propagation, run, about)
             if run.process == 0:
                 tqdm.write(f"{about}: thresholds {', '.join(f'{x:.3f}' for x in thresholds.tolist())}")
         for network, previous in zip(self.networks, self.previous, strict=True):
-            cast(Teacher, previous).copy_from(network)
+            previous.copy_from(network)
         if run.process == 0:
             discard(self.folder / f"phase_{phase - 1}")
 

@@ -133,8 +133,9 @@ class Rehearsal:
             barrier()
             self._sample(current, run, about)
             if run.process == 0 and not kept.exists():
-                thresholds = class_thresholds(*self._samples(len(items)), rules.ratio, rules.classes).numpy()
-                atomically(kept, lambda draft: _save(draft, thresholds))
+                sample = self._samples(len(items))
+                found = class_thresholds(sample.labels, sample.confidence, rules.ratio, rules.classes).numpy()
+                atomically(kept, lambda draft: _save(draft, found))
             wait_for([kept])
             thresholds = torch.from_numpy(np.load(kept))
 
@@ -162,9 +163,9 @@ class Rehearsal:
         files = [self._file(i) for i in range(len(items))]
         over_images(items, files, sample, run, f"thresholds of {about}")
 
-    def _samples(self, count: int) -> list[Tensor]:
+    def _samples(self, count: int) -> Said:
         rows = np.concatenate([np.load(self._file(i)) for i in range(count)], 1)
-        return list(torch.from_numpy(rows))
+        return Said(*torch.from_numpy(rows))
 
     def _file(self, index: int) -> Path:
         return self.work / f"{index:06}.npy"
