@@ -147,7 +147,10 @@ def test_pictures_are_cut_and_their_padding_does_not_count(shades):
     config = Config()
     config.train.crop, config.train.workers = 9, 0
     method = SimpleNamespace(
-        labeller=Brightness(), threshold=0.0, propagation=Propagation(PropagationConfig(head=False))
+        corrected=lambda logits: logits,
+        labeller=Brightness(),
+        threshold=0.0,
+        propagation=Propagation(PropagationConfig(head=False)),
     )
     device = torch.device("cpu")
     sums = diagnostics.count(method, items, data, config, device)

@@ -15,6 +15,7 @@ from corrmatch.methods import build_method
 
 TINY = (
     "model.backbone=test_resnet", "model.pretrained=false", "model.output_stride=16", "model.channels=16",
+    "model.multi_grid=[]", "forgetting.labeled=[1]", "subclass.counts=null",
     "train.crop=49", "train.batch_size=2", "train.workers=0", "train.log_every=1", "train.epochs=1",
     "eval.panels=1", "propagation.num_masks=8",
 )  # fmt: skip

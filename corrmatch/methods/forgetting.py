@@ -11,6 +11,7 @@ ones, and of each pixel one is kept. omega is 1 on labelled images.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ class Forgetting(Method):
             about = f"the {name} network, phase {phase}"
             thresholds = self.rehearsal(phase, i).make(network, before, rules, self.propagation, run, about)
             if run.process == 0:
-                tqdm.write(f"{about}: thresholds {', '.join(f'{x:.3f}' for x in thresholds.tolist())}")
+                tqdm.write(f"{about}: thresholds {', '.join(f'{x:.3f}' for x in thresholds.tolist())}", file=sys.stderr)
         for network, previous in zip(self.networks, self.previous, strict=True):
             previous.copy_from(network)
         if run.process == 0:

@@ -14,7 +14,7 @@ from training import small_config
 
 from corrmatch.config import load_config
 from corrmatch.data.datasets import IGNORE
-from corrmatch.methods import build_method
+from corrmatch.methods import build_method, error_localization
 from corrmatch.methods.error_localization import kept_bad, localization, question, windowed_contrast
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.teacher import Teacher
@@ -116,8 +116,9 @@ def test_recorded_average(path):
         assert relative(teacher.network.state_dict()[name].double(), expected.double()) < 1e-6
 
 
-def test_contrast_is_what_it_says():
-    """Pair by pair, of pixels of two images together; a class of one pixel, and one without."""
+def test_contrast_is_what_it_says(monkeypatch):
+    """Pair by pair, of pixels of two images together; a class of one pixel, and one without. In uneven blocks."""
+    monkeypatch.setattr(error_localization, "ROWS", 7)
     g, anchors = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randn(2, 4, 3, 5)
     labels, valid = torch.randint(3, (2, 3, 5)), torch.rand(2, 3, 5) < 0.8
     valid[labels == 2] = False
@@ -130,7 +131,9 @@ def test_contrast_is_what_it_says():
         own, other = y == c, (y >= 0) & (y != c)
         near, far = similar[own][:, own].sum(), similar[own][:, other].sum()
         terms.append(-(near / (near + far)).log() / own.sum())
-    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, g)[0] for x in (loss, expected)))
     assert (
         windowed_contrast(anchors, g, labels, valid & False, 5, torch.zeros(1, 2, dtype=torch.long), (3, 5)).item() == 0
     )
