@@ -34,7 +34,7 @@ from corrmatch.models.network import Prediction
 from corrmatch.training.optimization import make_optimizer, make_schedule, rates
 
 
-def prcl(classes, network=None, **options):
+def built(classes, network=None, **options):
     """The method around a network of the published widths; it asks no more of one before it trains."""
     network = nn.Conv2d(1, 1, 1) if network is None else network
     network.classifier, network.fused_channels = SimpleNamespace(in_channels=256), 256 + 48
@@ -53,7 +53,7 @@ def test_recorded_unsupervised_loss(path):
     """Pixels of probability 1 do not count, nor does padding."""
     at = load(path, "unsup_")
     logits, labels = at["logits"].requires_grad_(), ignored(at["label"])
-    method = prcl(7)
+    method = built(7)
     loss = unsupervised(logits, labels, method.rate(Strong(logits, labels, at["confidence"])))
     assert loss.item() == pytest.approx(at["loss"].item(), rel=1e-5)
     loss.backward()
@@ -113,7 +113,7 @@ def test_recorded_contrast(path, case, monkeypatch):
     terms = class_losses(pixels, means, *drawn, temperature)
     assert relative(torch.where(hard.size > 0, terms, 0), at["class_loss"]) < 1e-5
 
-    method = prcl(classes, temperature=temperature)
+    method = built(classes, temperature=temperature)
     monkeypatch.setattr(prcl, "draw", lambda *a: drawn)
     monkeypatch.setattr(prcl, "total", lambda own: sums)
     loss = method.contrast(pixels, None)
@@ -178,7 +178,7 @@ def test_recorded_mix(path):
 def test_recorded_schedules(path):
     """The rates stay where they are within a recorded epoch and fall with every step here: the same at its start."""
     at, epoch_steps = load(path, "sched_"), 10
-    method = prcl(7)
+    method = built(7)
     train = TrainConfig(lr=3.2e-3, lr_multi=1, nesterov=True)
     groups = method.parameter_groups(train)
     assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in method.probability.parameters()}
@@ -212,7 +212,7 @@ def test_recorded_step(path, monkeypatch):
     leaves = {name: at[name].requires_grad_() for name in ("pred_l", "pred_u", "rep", "var")}
     fused = torch.zeros(2, 1, 9, 10)
     network = Recorded(*(Prediction(leaves[name], fused=fused) for name in ("pred_l", "pred_u")))
-    method = prcl(5, network)
+    method = built(5, network)
     method.teacher.network = Recorded(leaves["pred_u"])
     method.representation, method.probability = Given(*leaves["rep"].split(2)), Given(leaves["var"])
     images, labels = torch.rand(2, 3, 33, 37), ignored(at["label_u"])
@@ -279,7 +279,7 @@ def test_draws():
 
 def test_nothing_to_contrast():
     """No class, and one class: the loss is 0, and so are the gradients, which are there."""
-    method = prcl(6, anchors=4, negatives=8)
+    method = built(6, anchors=4, negatives=8)
     for label in (6, 3):
         labels = torch.full((50,), label)
         pixels = random_pixels(50)._replace(labels=labels, hard=labels)
@@ -316,7 +316,7 @@ def test_the_head_stays_finite():
 
 def test_strong_views_keep_what_belongs_together():
     """Labels are a function of the picture's brightness: also after scaling, mixing, mirroring."""
-    method = prcl(2, scale=1.0)
+    method = built(2, scale=1.0)
     images = torch.zeros(4, 3, 40, 40)
     images[:, :, :, 20:] = 1
     labels = (images[:, 0] > 0.5).long()
@@ -334,6 +334,6 @@ def test_strong_views_keep_what_belongs_together():
 
 
 def test_weight_falls_to_exp_minus_five():
-    method = prcl(2, weight=0.5)
+    method = built(2, weight=0.5)
     assert method.contrast_weight(progress(0)) == 0.5
     assert method.contrast_weight(progress(99, epoch_steps=1)) == pytest.approx(0.5 * math.exp(-5 * 0.99**2))
