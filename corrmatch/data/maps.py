@@ -116,3 +116,9 @@ def _read_shares(path: Path) -> np.ndarray:
     if coded.dtype != np.uint16:
         raise DataError(f"{path}: expected a map of 16 bits, got {coded.dtype}")
     return (coded / np.float32(STEPS)).astype(np.float32)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As NumPy's `save`, under just this name: `atomically` gives drafts another ending, and NumPy would add its own."""
+    with path.open("wb") as file:
+        np.save(file, array)

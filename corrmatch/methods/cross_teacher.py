@@ -133,13 +133,13 @@ class CrossTeacher(Method):
             known = student(labeled["image"], correlate=part.head, **more)
             asked.append(Asked(mixed, known, student(images, correlate=part.head, **more)))
         scalars = {
-            "x": _sum(self.supervised(side.known.logits, truth) for side in asked),
-            "u": _sum(self.unsupervised(side.out.logits, side.target) for side in asked),
+            "x": losses.summed(self.supervised(side.known.logits, truth) for side in asked),
+            "u": losses.summed(self.unsupervised(side.out.logits, side.target) for side in asked),
         }
         loss = scalars["x"] + scalars["u"]
         if part.head:
-            scalars["x_corr"] = _sum(self.supervised(part.logits(side.known), truth) for side in asked)
-            corr = _sum(self.unsupervised(part.logits(side.out), side.target) for side in asked)
+            scalars["x_corr"] = losses.summed(self.supervised(part.logits(side.known), truth) for side in asked)
+            corr = losses.summed(self.unsupervised(part.logits(side.out), side.target) for side in asked)
             scalars["corr"] = part.from_start(corr, progress)
             loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"])
         if contrast:
@@ -187,7 +187,7 @@ class CrossTeacher(Method):
             peer = cast(Tensor, asked[1 - i].out.features).detach()
             low.append(low_level(features, peer, said, learns, joined))
         ready = torch.stack([bank.full for bank in banks]).all()
-        return {name: torch.where(ready, _sum(terms), 0.0) for name, terms in (("high", high), ("low", low))}
+        return {name: torch.where(ready, losses.summed(terms), 0.0) for name, terms in (("high", high), ("low", low))}
 
     def after_step(self, progress: Progress) -> None:
         """The teachers follow; then they give the banks what they make of the labelled images."""
@@ -337,7 +337,3 @@ def everywhere(x: Tensor) -> Tensor:
     parts = x.new_zeros(dist.get_world_size(), *x.shape)
     parts[dist.get_rank()] = x
     return total(parts).movedim(0, 1).flatten(1, 2)
-
-
-def _sum(terms: Any) -> Tensor:
-    return torch.stack(list(terms)).sum()

@@ -190,11 +190,13 @@ class ErrorLocalization(Method):
                 right = enlarge(right, taught.logits.shape[2:])
         labels, valid = self.targets(taught, right, unlabeled["ignore"], progress)
         scalars = {
-            "u": _sum(losses.pseudo_supervised(view.logits, labels, valid, valid) for view in views),
-            "contrast": _sum(self.contrast(anchors, view, labels, valid, progress.generator) for view in views),
+            "u": losses.summed(losses.pseudo_supervised(view.logits, labels, valid, valid) for view in views),
+            "contrast": losses.summed(
+                self.contrast(anchors, view, labels, valid, progress.generator) for view in views
+            ),
         }
         if part.head:
-            corr = _sum(losses.pseudo_supervised(part.logits(view), labels, valid, valid) for view in views)
+            corr = losses.summed(losses.pseudo_supervised(part.logits(view), labels, valid, valid) for view in views)
             scalars["u_corr"] = part.weight * part.from_start(corr, progress)
         return scalars, {"valid": valid.float().mean()}
 
@@ -241,7 +243,7 @@ def localization(logits: Tensor, right: Tensor, counted: Tensor) -> Tensor:
 def kept_bad(own: Sequence[Tensor], main: Tensor, levels: Sequence[float]) -> Tensor:
     """Losses of auxiliary decoders that are at least so many times the main one; those of the others count 0."""
     learns = [loss.detach() >= level * main.detach() for loss, level in zip(own, levels, strict=True)]
-    return _sum(loss * learning for loss, learning in zip(own, learns, strict=True))
+    return losses.summed(loss * learning for loss, learning in zip(own, learns, strict=True))
 
 
 def windowed_contrast(
@@ -327,7 +329,3 @@ def _blocks(anchors: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor]]:
         rows = slice(start, min(start + ROWS, len(anchors)))
         near = torch.mm(anchors[rows], target.mT, out=buffer[: rows.stop - start])
         yield rows, near.div_(TEMPERATURE).exp_()
-
-
-def _sum(terms: Any) -> Tensor:
-    return torch.stack(list(terms)).sum()

@@ -7,7 +7,9 @@ Nothing here knows a network, and nothing waits for the device.
 
 from __future__ import annotations
 
-from torch import Tensor, where
+from collections.abc import Iterable
+
+from torch import Tensor, stack, where
 
 from corrmatch import ops
 from corrmatch.data.datasets import IGNORE
@@ -51,3 +53,8 @@ def rate_weighted(logits: Tensor, labels: Tensor, confident: Tensor, counted: Te
 def _share(reliable: Tensor, counted: Tensor) -> Tensor:
     """The weight of each pixel in a masked mean."""
     return where(reliable, 1 / counted.count_nonzero().clamp(min=1), 0.0)
+
+
+def summed(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of 0-d terms."""
+    return stack(list(terms)).sum()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corrmatch import ops
 from corrmatch.data.datasets import IGNORE
-from corrmatch.data.maps import SHARES, Maps, atomically, discard
+from corrmatch.data.maps import SHARES, Maps, atomically, discard, save_array
 from corrmatch.masks import RegionMasks
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts.labelling import barrier, claim, over_images, wait_for
@@ -135,7 +135,7 @@ class Rehearsal:
             if run.process == 0 and not kept.exists():
                 sample = self._samples(len(items))
                 found = class_thresholds(sample.labels, sample.confidence, rules.ratio, rules.classes).numpy()
-                atomically(kept, lambda draft: _save(draft, found))
+                atomically(kept, lambda draft: save_array(draft, found))
             wait_for([kept])
             thresholds = torch.from_numpy(np.load(kept))
 
@@ -157,7 +157,7 @@ class Rehearsal:
         def sample(i: int, image: Tensor) -> None:
             said = ask(network, image).said
             rows = [x.flatten()[::EVERY].cpu().numpy() for x in said]
-            atomically(self._file(i), lambda draft: _save(draft, np.stack(rows).astype(np.float32)))
+            atomically(self._file(i), lambda draft: save_array(draft, np.stack(rows).astype(np.float32)))
 
         items = run.data.unlabeled
         files = [self._file(i) for i in range(len(items))]
@@ -236,9 +236,3 @@ def dynamic_weights(
     agreeing, doubtful = exponents
     weight = torch.where(disagree, p**doubtful, p**agreeing)
     return torch.where(surer | ~counted, 0, weight), disagree, surer
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    """As NumPy's, under just this name."""
-    with path.open("wb") as file:
-        np.save(file, array)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from corrmatch.data.datasets import IGNORE, Data, DataError, Item, read_mask
 from corrmatch.data.images import decode_picture
-from corrmatch.data.maps import Maps, atomically, discard
+from corrmatch.data.maps import Maps, atomically, discard, save_array
 from corrmatch.data.views import mirrored
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts.clustering import balanced_kmeans
@@ -121,7 +121,7 @@ class Work:
             c = self.divided[place]
             rng = np.random.default_rng([run.config.train.seed, c])
             found = balanced_kmeans(np.load(points[c], mmap_mode="r"), self.counts[c], rng, sample=sample)
-            atomically(clusters[place], lambda draft: save(draft, found.astype(np.uint8)))
+            atomically(clusters[place], lambda draft: save_array(draft, found.astype(np.uint8)))
 
         over_images(items, done, extract, run, "features")
         each(clusters, cluster, run, "clusters")
@@ -162,9 +162,3 @@ def each(files: Sequence[Path], work: Callable[[int], None], run: Run, about: st
         if not files[i].exists():
             work(i)
     wait_for(files)
-
-
-def save(path: Path, array: np.ndarray) -> None:
-    """As NumPy's, under just this name."""
-    with path.open("wb") as file:
-        np.save(file, array)
