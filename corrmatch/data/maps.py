@@ -119,6 +119,6 @@ def _read_shares(path: Path) -> np.ndarray:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As NumPy's `save`, under just this name: `atomically` gives drafts another ending, and NumPy would add its own."""
+    """As NumPy's `save`, under just this name: to a draft's name of `atomically` NumPy would add its own ending."""
     with path.open("wb") as file:
         np.save(file, array)
