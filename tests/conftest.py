@@ -23,6 +23,9 @@ from corrmatch import _C
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
 torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
+torch.set_num_threads(
+    1
+)  # test workers run side by side; said here for fixtures of modules, which come before any test's
 
 hypothesis.settings.register_profile(
     "corrmatch",
@@ -119,11 +122,9 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Test workers run side by side; a test of more threads sets its own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A test of more threads sets its own number, and the next one has one again."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,7 @@ def test_pictures_of_801_by_401(sample, selected_isa, monkeypatch):
 
 LARGE_MAP = """
 import sys, torch
-from corrmatch import _C
+from corrmatch import _C, ops
 
 isa, height, width, channels = sys.argv[1], 256, 256, 4
 _C.cpu.select_isa(isa)
