@@ -18,13 +18,13 @@ from corrmatch import ops
 from corrmatch.config import Config, key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.masks import RegionMasks
-from corrmatch.methods.base import Batch, Method, Progress, Step
+from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
-from corrmatch.methods.parts.debias import Debias
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import MODES, Teacher, answer
-from corrmatch.methods.parts.threshold import ClassThreshold, StepThreshold, class_threshold
+from corrmatch.methods.parts.self_training import SelfTraining
+from corrmatch.methods.parts.teacher import answer
+from corrmatch.methods.parts.threshold import StepThreshold
 from corrmatch.models.factory import NetworkFactory
 from corrmatch.models.network import Prediction
 from corrmatch.nn import DynamicThreshold
@@ -46,21 +46,15 @@ class Targets(NamedTuple):
     counted: Tensor  # not padding
 
 
-class CorrMatch(Method):
+class CorrMatch(SelfTraining):
     """CorrMatch. Without `propagation.head` it has no terms `x_corr` and `corr`."""
 
     @dataclass
-    class Options:
-        """The dynamic threshold, and who labels."""
+    class Options(SelfTraining.Options):
+        """Who labels, which labels count, and what the terms weigh."""
 
         threshold: float = key(0.85, "confidence from which a label is reliable, before the first step", low=0, high=1)
         momentum: float = key(0.999, "of the threshold; 1 keeps it where it is", low=0, high=1)
-        teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
-                                  choices=(None, *MODES))  # fmt: skip
-        decay: float = key(0.996, "of the averaged network", low=0, high=1)
-        debias: float = key(0.0, "correct pseudo-labels for classes named too often, with this strength", low=0)
-        class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
-                                        "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
         supervised_weight: float = key(0.25, "of the terms x and x_corr", low=0)
         s_weight: float = key(0.125, "of the strong views under pseudo-labels; 0 leaves a term out", low=0)
         kl_weight: float = key(0.125, "of the divergence from weak to strong views", low=0)
@@ -72,18 +66,11 @@ class CorrMatch(Method):
         "corrmatch.connected": "propagation.connected",
     }
     correlation = True
-    labels_first = True
     bar = ("threshold", "reliable")
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
         self.theta = StepThreshold(build.num_classes, self.options.threshold, self.options.momentum)
-        self.teacher = None
-        if self.options.teacher is not None:
-            mode = self.options.teacher
-            self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode=mode, buffers="average")
-        self.debias = Debias(build.num_classes, self.options.debias)
-        self.class_theta = class_threshold(build.num_classes, self.options, self.propagation.config)
         o = self.options
         self.weights = {"x": o.supervised_weight, "x_corr": o.supervised_weight, "s": o.s_weight, "kl": o.kl_weight,
                         "fp": o.fp_weight, "corr": o.corr_weight if self.propagation.head else 0.0}  # fmt: skip
@@ -112,8 +99,9 @@ class CorrMatch(Method):
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
         masks, corrected = part.masks(labelling, size, progress), self.corrected(labelling.logits)
-        self.debias.see(labelling.logits, unlabeled["ignore"])
-        targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, self.class_theta)
+        classes = None if self.class_thresholds is None else self.threshold
+        targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, classes)
+        self.count(labelling.logits, targets.weak, truth)
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
         parts = terms(weak, strong, propagated, targets, truth, self.weights, hard_pixels=self.hard_pixels)
         if "corr" in parts:
@@ -130,29 +118,15 @@ class CorrMatch(Method):
             scalars["mask_area"] = some.area().float().mean() / box[0].numel()
         return Step.of(loss, scalars)
 
-    def corrected(self, logits: Tensor) -> Tensor:
-        """Corrected for classes named too often."""
-        return self.debias(logits)
-
     def after_step(self, progress: Progress) -> None:
-        """The next batch moves the threshold on; the averaged network follows."""
+        """The next batch moves the dynamic threshold on."""
+        super().after_step(progress)
         self.theta.finish_step()
-        self.debias.finish_step()
-        if self.class_theta is not None:
-            self.class_theta.finish_step()
-        if self.teacher is not None:
-            self.teacher.follow(self.model, progress.step)
-
-    @property
-    def evaluated(self) -> dict[str, nn.Module]:
-        """The averaged network before the trained one."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.network}
-        return teacher | {"model": self.model}
 
     @property
     def threshold(self) -> Tensor:
         """Where the dynamic threshold stands, or those of the classes."""
-        return self.theta.threshold if self.class_theta is None else self.class_theta.threshold
+        return self.theta.threshold if self.class_thresholds is None else self.class_thresholds.threshold
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What the images would be given as pseudo-labels."""
@@ -219,7 +193,7 @@ def terms(
 @torch.no_grad()
 def make_targets(
     weak_logits: Tensor, pasted: PseudoLabels, ignore: Tensor, box: Tensor, masks: RegionMasks | None,
-    theta: DynamicThreshold, propagation: Propagation, class_theta: ClassThreshold | None = None,
+    theta: DynamicThreshold, propagation: Propagation, class_thresholds: Tensor | None = None,
 ) -> Targets:  # fmt: skip
     """Targets of the losses; moves the threshold `theta`.
 
@@ -231,7 +205,7 @@ def make_targets(
         masks: Region masks of the unlabelled images; None leaves the labels as they are.
         theta: The dynamic threshold; sees the weak logits where the *mixed* image is not padded, as published.
         propagation: Sends labels through the masks.
-        class_theta: Thresholds of the classes, which then hold in place of the dynamic one; counts the pixels.
+        class_thresholds: (C,), which then hold in place of the dynamic one.
     """
     labels, confidence, class_peak = ops.pseudo_label(
         weak_logits, size=(box.shape[1], box.shape[2]), ignore=torch.where(box, pasted.ignore, ignore)
@@ -239,8 +213,8 @@ def make_targets(
     weak = PseudoLabels(labels, confidence, ignore)
     mixed = weak.paste(pasted, box)
     threshold = theta.update(class_peak)
-    if class_theta is not None:
-        threshold = class_theta.see(weak)
+    if class_thresholds is not None:
+        threshold = class_thresholds
     after_labels, after = propagation.targets(mixed, threshold, masks, ~box & mixed.counted, weak_logits.shape[1])
     return Targets(
         weak_logits.detach(),

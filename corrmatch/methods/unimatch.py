@@ -10,38 +10,21 @@ number of pixels that are no padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from corrmatch.config import Config, key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.data.views import WEAK_STRONG_STRONG
-from corrmatch.methods.base import Batch, Method, Progress, Step
+from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
-from corrmatch.methods.parts.debias import Debias
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
+from corrmatch.methods.parts.self_training import SelfTraining
 from corrmatch.methods.parts.teacher import answer
-from corrmatch.models.factory import NetworkFactory
 
 
-class UniMatch(Method):
-    """UniMatch."""
-
-    @dataclass
-    class Options:
-        """The threshold."""
-
-        threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
-        debias: float = key(0.0, "correct pseudo-labels for classes named too often, with this strength", low=0)
-
-    bar = ("reliable",)
-    labels_first = True
-
-    def __init__(self, build: NetworkFactory, config: Config):
-        super().__init__(build, config)
-        self.debias = Debias(build.num_classes, self.options.debias)
+class UniMatch(SelfTraining):
+    """UniMatch. As published the network labels its own weak views; with `teacher` an averaged network does."""
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, unlabelled with two strong views, and what CutMix pastes."""
@@ -53,40 +36,33 @@ class UniMatch(Method):
         if progress.step < self.first_steps:
             return self.learn_labels(batch["labeled"])
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
-        truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
+        truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        other = PseudoLabels.of(self.corrected(answer(self.model, None, mix["weak"]).logits), mix["ignore"])
+        said = answer(self.model, self.teacher, mix["weak"]).logits
+        other = PseudoLabels.of(self.corrected(said), mix["ignore"])
         plain = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), perturb=True, correlate=part.head)
-        labelled, weak = plain.split(count)
+        labelled, perturbed = plain.split(count)
+        weak = perturbed if self.teacher is None else self.teacher(unlabeled["weak"], correlate=part.regions)
         pairs = zip(unlabeled["strong"].unbind(1), mix["strong"].unbind(1), boxes, strict=True)
         strong = self.model(torch.cat([paste(*pair) for pair in pairs]), correlate=part.head)
         along = part.logits(strong).chunk(2) if part.head else (None, None)
 
-        pseudo = PseudoLabels.of(self.corrected(weak.logits), unlabeled["ignore"])
-        self.debias.see(weak.logits, unlabeled["ignore"])
+        pseudo, threshold = self.label(weak.logits, unlabeled["ignore"], truth)
         masks = part.masks(weak, size, progress)
         scalars = {"x": self.supervised(labelled.logits, truth)}
         if part.head:
             scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
         for k, (logits, propagated, box) in enumerate(zip(strong.logits.chunk(2), along, boxes, strict=True), start=1):
             mixed = pseudo.paste(other, box)
-            labels, reliable = part.targets(mixed, theta, masks, ~box & mixed.counted, logits.shape[1])
+            labels, reliable = part.targets(mixed, threshold, masks, ~box & mixed.counted, logits.shape[1])
             scalars[f"s{k}"] = losses.pseudo_supervised(logits, labels, reliable, mixed.counted)
             if propagated is not None:
                 corr = losses.pseudo_supervised(propagated, labels, reliable, mixed.counted)
                 scalars[f"corr{k}"] = part.from_start(corr, progress)
-        reliable = pseudo.reliable(theta)
-        scalars["fp"] = losses.pseudo_supervised(weak.perturbed, pseudo.labels, reliable, pseudo.counted)
+        reliable = pseudo.reliable(threshold)
+        scalars["fp"] = losses.pseudo_supervised(perturbed.perturbed, pseudo.labels, reliable, pseudo.counted)
         loss = (scalars["x"] + (scalars["s1"] + scalars["s2"]) / 4 + scalars["fp"] / 2) / 2
         if part.head:
             loss = loss + part.weight * (scalars["x_corr"] + (scalars["corr1"] + scalars["corr2"]) / 4) / 2
         scalars["reliable"] = reliable.sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
-
-    def corrected(self, logits: Tensor) -> Tensor:
-        """Corrected for classes named too often."""
-        return self.debias(logits)
-
-    def after_step(self, progress: Progress) -> None:
-        """The classes' mean probabilities move on."""
-        self.debias.finish_step()

@@ -12,35 +12,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from corrmatch.config import Config, key
+from corrmatch.config import key
 from corrmatch.data.streams import LABELED, UNLABELED, Stream
 from corrmatch.data.views import WEAK_STRONG_STRONG
-from corrmatch.methods.base import Batch, Method, Progress, Step
+from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
-from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.teacher import Teacher
-from corrmatch.models.factory import NetworkFactory
+from corrmatch.methods.parts.pseudo_labels import paste
+from corrmatch.methods.parts.self_training import SelfTraining
+from corrmatch.methods.parts.teacher import MODES, answer
 
 
-class UniMatchV2(Method):
+class UniMatchV2(SelfTraining):
     """UniMatch V2. What it needs of a network are the `widths` of its features, for the dropout between its parts."""
 
     @dataclass
-    class Options:
-        """The threshold, and the averaged network that labels and is evaluated."""
+    class Options(SelfTraining.Options):
+        """An averaged network labels."""
 
-        threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
-        decay: float = key(0.996, "of the averaged network", low=0, high=1)
+        teacher: str = key("eval", "mode of the averaged network, which labels and is evaluated", choices=MODES)
 
     score_all = True
-    bar = ("reliable",)
-    labels_first = True
-
-    def __init__(self, build: NetworkFactory, config: Config):
-        super().__init__(build, config)
-        self.teacher = Teacher(self.model, self.options.decay, ramp=True, mode="eval", buffers="average")
 
     def streams(self) -> Mapping[str, Stream]:
         """Labelled, and unlabelled with two strong views."""
@@ -51,10 +44,10 @@ class UniMatchV2(Method):
         if progress.step < self.first_steps:
             return self.learn_labels(batch["labeled"])
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
-        truth, boxes, theta = labeled["label"], unlabeled["box"].unbind(1), self.options.threshold
+        truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         images, size = unlabeled["weak"], (truth.shape[1], truth.shape[2])
-        weak = self.teacher(images, correlate=part.regions)
-        pseudo = PseudoLabels.of(weak.logits, unlabeled["ignore"])
+        weak = answer(self.model, self.teacher, images, correlate=part.regions)
+        pseudo, threshold = self.label(weak.logits, unlabeled["ignore"], truth)
         labelled = self.model(labeled["image"], correlate=part.head)
         views = [paste(view, view.flip(0), box) for view, box in zip(unlabeled["strong"].unbind(1), boxes, strict=True)]
         factors = complementary_dropout(len(images), self.model.widths, images.device)
@@ -67,7 +60,7 @@ class UniMatchV2(Method):
             scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
         for k, (logits, propagated, box) in enumerate(zip(strong.logits.chunk(2), along, boxes, strict=True), start=1):
             mixed = pseudo.paste(pseudo.reversed(), box)
-            labels, reliable = part.targets(mixed, theta, masks, ~box & mixed.counted, logits.shape[1])
+            labels, reliable = part.targets(mixed, threshold, masks, ~box & mixed.counted, logits.shape[1])
             scalars[f"s{k}"] = losses.pseudo_supervised(logits, labels, reliable, mixed.counted)
             if propagated is not None:
                 corr = losses.pseudo_supervised(propagated, labels, reliable, mixed.counted)
@@ -75,17 +68,8 @@ class UniMatchV2(Method):
         loss = (scalars["x"] + (scalars["s1"] + scalars["s2"]) / 2) / 2
         if part.head:
             loss = loss + part.weight * (scalars["x_corr"] + (scalars["corr1"] + scalars["corr2"]) / 2) / 2
-        scalars["reliable"] = pseudo.reliable(theta).sum() / pseudo.counted.sum().clamp(min=1)
+        scalars["reliable"] = pseudo.reliable(threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)
-
-    def after_step(self, progress: Progress) -> None:
-        """The averaged network follows."""
-        self.teacher.follow(self.model, progress.step)
-
-    @property
-    def evaluated(self) -> dict[str, nn.Module]:
-        """The averaged network before the trained one."""
-        return {"teacher": self.teacher.network, "student": self.model}
 
 
 def complementary_dropout(images: int, widths: Sequence[int], device: torch.device) -> list[Tensor]:

@@ -73,9 +73,13 @@ FORMS = {
             "propagation.region_threshold=0.5",
         ),
     ),
+    "unimatch, averaged": (
+        "unimatch",
+        ("unimatch.teacher=eval", "unimatch.class_share=0.5", "unimatch.align=0.5", "propagation.region_threshold=0.8"),
+    ),
     "fixmatch, thresholds of classes": (
         "fixmatch",
-        ("fixmatch.class_share=0.5", "fixmatch.debias=0.5", "propagation.region_threshold=0.8"),
+        ("fixmatch.class_share=0.5", "fixmatch.align=0.5", "propagation.region_threshold=0.8"),
     ),
     "cross_teacher, contrast": (
         "cross_teacher",

@@ -69,12 +69,12 @@ class Teacher(nn.Module):
         self.network.load_state_dict(student.state_dict())
 
 
-def answer(student: nn.Module, teacher: Teacher | None, images: Tensor) -> Prediction:
-    """What a teacher says of images; without one, what the student says in evaluation mode. No gradient."""
+def answer(student: nn.Module, teacher: Teacher | None, images: Tensor, *, correlate: bool = False) -> Prediction:
+    """The teacher's prediction; without a teacher, the student's in evaluation mode. No gradient."""
     if teacher is not None:
-        return teacher(images)
+        return teacher(images, correlate=correlate)
     with evaluating(student), torch.no_grad():
-        return student(images)
+        return student(images, correlate=correlate)
 
 
 def _move(mine: list[Tensor], theirs: list[Tensor], decay: float) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from corrmatch.config import ConfigError, PropagationConfig
 from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.nn import DynamicThreshold
@@ -46,13 +43,12 @@ class ClassThreshold(nn.Module):
         self.register_buffer("counts", torch.zeros(num_classes, BINS))
 
     @torch.no_grad()
-    def see(self, pseudo: PseudoLabels) -> Tensor:
-        """Counts the pixels of one more batch; returns the thresholds as they stand."""
+    def see(self, pseudo: PseudoLabels) -> None:
+        """Counts the pixels of one more batch."""
         bins = (pseudo.confidence * BINS).long().clamp(0, BINS - 1)
         pixels = pseudo.counted.to(self.counts.dtype).flatten()
         cells = (pseudo.labels.long() * BINS + bins).flatten()
         self.counts.view(-1).scatter_add_(0, cells, pixels)
-        return self.threshold
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -64,15 +60,6 @@ class ClassThreshold(nn.Module):
         moved = self.momentum * self.threshold + (1 - self.momentum) * reached / BINS
         self.threshold.copy_(torch.where(pixels > 0, moved, self.threshold))
         self.counts.zero_()
-
-
-def class_threshold(num_classes: int, options: Any, propagation: PropagationConfig) -> ClassThreshold | None:
-    """The thresholds of the classes that a method's `class_share` asks for, which start at its `threshold`."""
-    if options.class_share is None:
-        return None
-    if propagation.regions and propagation.region_threshold is None:
-        raise ConfigError("propagation.region_threshold: expected a value, for pixels have a threshold for each class")
-    return ClassThreshold(num_classes, options.threshold, options.class_share)
 
 
 class StepThreshold(DynamicThreshold):
