@@ -277,6 +277,19 @@ def test_streams_are_functions_of_seed_and_position(sample):
             assert torch.equal(got, torch.stack([x["unlabeled"]["strong"] for x in expected[4 * b : 4 * b + 4]]))
 
 
+def test_steps_on_labels_alone_read_labelled_images_alone(sample):
+    """Two steps of three batches each; the batches after them are those of a run without such steps."""
+    data, all_streams = sample_data(sample), {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
+    first, plain = (
+        Streams(data, all_streams, TrainConfig(crop=49, batch_size=2, accumulate=3, labels_first=n)) for n in (2, 0)
+    )
+    for number in (0, 5):
+        assert equal(first[number], {"labeled": plain[number]["labeled"]})
+        assert [*first[number]] == ["labeled"]
+    assert equal(first[6], plain[6])
+    assert [*first[6]] == [*all_streams]
+
+
 def test_a_pass_shows_every_picture_once(sample, monkeypatch):
     data = sample_data(sample)
     count = len(data.labeled)

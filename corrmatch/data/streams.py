@@ -57,6 +57,7 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
     ):
         self.data, self.streams, self.crop, self.seed = data, streams, train.crop, train.seed
         self.process, self.processes = process, processes
+        self.labels_until = train.labels_first * train.accumulate
         unlabeled = train.unlabeled_batch_size or train.batch_size
         usual = {name: train.batch_size if s.items == "labeled" else unlabeled for name, s in streams.items()}
         self.sizes = {name: s.size or usual[name] for name, s in streams.items()}
@@ -68,7 +69,12 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
                 maps.check(self.items[stream.items], data.classes)
 
     def __getitem__(self, number: int) -> dict[str, dict[str, Tensor]]:
-        return {name: self.batch(name, number) for name in self.streams}
+        only_labels = number < self.labels_until  # nothing is read that is not used
+        return {
+            name: self.batch(name, number)
+            for name, stream in self.streams.items()
+            if stream.items == "labeled" or not only_labels
+        }
 
     def batch(self, name: str, number: int) -> dict[str, Tensor]:
         """Batch `number` of one stream."""
