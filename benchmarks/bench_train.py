@@ -1,6 +1,6 @@
 """Times a training step: corrmatch's against the published one in eager PyTorch. Needs `pip install '.[train]'`.
 
-Both steps get the same network, pictures and positions of regions, and must agree in every term of the loss and in the
+Both steps get the same network, images and positions of regions, and must agree in every term of the loss and in the
 gradients before they are timed, in turns. The parts are timed apart, so their times need not add up to the whole:
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
@@ -136,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crop", type=int, default=321)
-    parser.add_argument("--batch", type=int, default=2, help="labelled pictures, and as many unlabelled ones (2)")
+    parser.add_argument("--batch", type=int, default=2, help="labelled images, and as many unlabelled ones (2)")
     parser.add_argument("--backbone", help="of timm (a GPU: resnet101, a CPU: mobilenetv3_small_100)")
     parser.add_argument("--channels", type=int, help="width of pyramid and decoder (a GPU: 256, a CPU: 64)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
@@ -176,9 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     environment = machine.environment(options.device)
     print(f"corrmatch {environment['corrmatch']}, commit {environment['commit']}, torch {environment['torch']}")
     print(f"{environment['device']}, {report.threads(environment)}, {environment['platform']}, {environment['date']}")
-    pictures = f"{options.batch} + {options.batch} pictures of {options.crop} x {options.crop}"
+    images = f"{options.batch} + {options.batch} images of {options.crop} x {options.crop}"
     network = f"{options.backbone}, output stride 8, {options.channels} channels"
-    print(f"{network}, {CHANNELS} classes, {pictures}, {MASKS} masks, float32")
+    print(f"{network}, {CHANNELS} classes, {images}, {MASKS} masks, float32")
     if environment["load"] is not None and environment["load"] > 0.5 * environment["threads"]:
         print(f"load {environment['load']:.1f} at the start: other processes run on this machine")
     if options.methods is not None:

@@ -45,9 +45,9 @@ def section(device_type: str, evidence: Path = EVIDENCE) -> str:
         return "**Not yet measured on a GPU.**" if device_type == "cuda" else "**Not yet measured.**"
     path, record = found
     blocks = [caption(path, record, evidence), propagation(record), others(record), training(record)]
-    pictures = sorted(path.parent.glob("*.png"))
-    blocks += [f"![Time and memory of one picture against the number of positions]({link(x, evidence)})"
-               for x in pictures[:1]]  # fmt: skip
+    images = sorted(path.parent.glob("*.png"))
+    blocks += [f"![Time and memory of one image against the number of positions]({link(x, evidence)})"
+               for x in images[:1]]  # fmt: skip
     return "\n\n".join(block for block in blocks if block)
 
 

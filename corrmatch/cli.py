@@ -58,12 +58,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file, or the name of a shipped one: pascal_321, cityscapes, folder, ...")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in work_dir")
 
-    evaluate = commands.add_parser("eval", help="score a trained network on the validation pictures")
+    evaluate = commands.add_parser("eval", help="score a trained network on the validation images")
     evaluate.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
 
-    predict = commands.add_parser("predict", help="segment a folder of pictures")
+    predict = commands.add_parser("predict", help="segment a folder of images")
     predict.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")
-    predict.add_argument("pictures", type=expand, help="a folder")
+    predict.add_argument("images", type=expand, help="a folder")
     predict.add_argument("out", type=expand, help="gets the folders index, color and overlay")
     export = commands.add_parser("export", help="write a trained network as a program of its own")
     export.add_argument("checkpoint", type=expand, help="best.pt or last.pt of a run")

@@ -32,15 +32,15 @@ def key(
 
 @dataclass
 class DataConfig:
-    """Where pictures and masks are. Lists are text files in root; a line is an id, or a picture and a mask."""
+    """Where images and masks are. Lists are text files in root; a line is an id, or an image and a mask."""
 
     root: str = key(MISSING, "the folder that all other paths start from")
-    pictures: str = key("images/{}.*", "pattern of the pictures; {} is the id, .* any extension")
+    images: str = key("images/{}.*", "pattern of the images; {} is the id, .* any extension")
     masks: str = key("masks/{}.png", "pattern of the masks, 8-bit class ids")
     classes: Any = key("classes.txt", "names in order, or a text file of them, a line each")
-    labeled: str | None = key(None, "list of the labelled pictures; null: every picture with a mask")
-    unlabeled: str | None = key(None, "list of the unlabelled pictures; null: every other picture")
-    val: str | None = key(None, "list of the validation pictures; null: every `val_every`-th picture with a mask")
+    labeled: str | None = key(None, "list of the labelled images; null: every image with a mask")
+    unlabeled: str | None = key(None, "list of the unlabelled images; null: every other image")
+    val: str | None = key(None, "list of the validation images; null: every `val_every`-th image with a mask")
     val_every: int = key(5, "see val", low=2)
     ids: list[int] | None = key(None, "what the masks call the classes, in order; null: 0, 1, ...", low=0, high=255)
     ignore: list[int] = key([255], "ids in the masks that do not count", low=0, high=255)
@@ -124,14 +124,14 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """How whole pictures are segmented."""
+    """How whole images are segmented."""
 
     mode: str = key("original", "of segmenting; center_crop is of the size `train.crop`",
                     choices=("original", "center_crop", "sliding"))  # fmt: skip
     window: int = key(801, "side of a sliding window, pixels", low=33)
     stride: int = key(534, "of the sliding window, pixels", low=1)
-    panels: int = key(4, "validation pictures shown in TensorBoard and on the page of `corrmatch compare`", low=0)
-    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled pictures, where there are some")
+    panels: int = key(4, "validation images shown in TensorBoard and on the page of `corrmatch compare`", low=0)
+    pseudo_labels: bool = key(False, "measure pseudo-labels against masks of unlabelled images, where there are some")
 
 
 @dataclass
@@ -150,6 +150,9 @@ class Config:
     def options(self) -> Any:
         """The section of the method."""
         return getattr(self, self.method)
+
+
+RENAMED = {"data.pictures": "data.images"}  # keys of version 0.1 that belong to no method
 
 
 class HasOptions(Protocol):
@@ -297,7 +300,8 @@ def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[Config]:
 
 
 def _with_new_names(part: dict[str, Any], methods: Methods) -> dict[str, Any]:
-    for old, new in (pair for kind in methods.values() for pair in kind.renamed.items()):
+    renamed = RENAMED | {old: new for kind in methods.values() for old, new in kind.renamed.items()}
+    for old, new in renamed.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
         if isinstance(part.get(section), dict) and name in part[section]:
             rest = dict(part[section])

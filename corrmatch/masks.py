@@ -18,10 +18,10 @@ WORD = 32
 
 @dataclass(frozen=True, eq=False)
 class RegionMasks:
-    """K boolean masks of H x W pixels for each of B pictures, one bit a pixel.
+    """K boolean masks of H x W pixels for each of B images, one bit a pixel.
 
     Bit `p % 32` of word `p // 32` is pixel `p = y * W + x`; the bits behind the last pixel are 0. 128 masks of
-    321 x 321 take 1.65 MB a picture, against 13.2 MB as bool.
+    321 x 321 take 1.65 MB an image, against 13.2 MB as bool.
 
     Equal are masks of the same size on the same device with the same bits; on a GPU, to compare them waits for it. They
     are a pytree of one leaf, `packed`, so that torch.export, torch.compile, torch.func and `tree_map` take them, and

@@ -1,4 +1,4 @@
-"""Runs the examples of these pages; as a script, draws the pictures of the tutorial (`python docs/pages.py`)."""
+"""Runs the examples of these pages; as a script, draws the images of the tutorial (`python docs/pages.py`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(page: Path) -> dict[str, Any]:
     if not blocks:
         raise ValueError(f"{page}: no example")
     before = Path.cwd()
-    os.chdir(page.parent)  # where the pictures are that the examples read
+    os.chdir(page.parent)  # where the images are that the examples read
     try:
         for block in blocks:
             line = text[: block.start(1)].count("\n")
@@ -35,14 +35,14 @@ def run(page: Path) -> dict[str, Any]:
 
 
 def draw(folder: Path) -> None:
-    """Writes the pictures of the tutorial."""
+    """Writes the images of the tutorial."""
     import torch
     from matplotlib import colormaps, colors
     from matplotlib.figure import Figure
 
     seen = run(DOCS / "tutorial.md")
     (height, width), step = seen["size"], seen["size"][0] // seen["grid"][0]
-    picture, gray = seen["picture"].permute(1, 2, 0), 0.5 * seen["picture"].mean(0).unsqueeze(-1)
+    image, gray = seen["image"].permute(1, 2, 0), 0.5 * seen["image"].mean(0).unsqueeze(-1)
     names, marked = ("peru", "firebrick", "white", "orange", "cornflowerblue"), ("coffee", "saucer", "table")
     palette = torch.tensor([colors.to_rgb(name) for name in names])
 
@@ -61,12 +61,12 @@ def draw(folder: Path) -> None:
     dots = {"white": seen["marks"].tolist()}
     rows = [row / row.max() for row in seen["rows"][0]]
     heat = [torch.from_numpy(colormaps["magma"](row.sqrt().numpy())) for row in rows]
-    save("rows", {"the photograph": picture} | dict(zip(marked, heat, strict=True)), dots)
+    save("rows", {"the photograph": image} | dict(zip(marked, heat, strict=True)), dots)
     tint = torch.tensor([0.2, 0.5, 0.1])
     regions = [gray + tint * mask.unsqueeze(-1) for mask in seen["masks"].to_bool()[0]]
     save("masks", dict(zip(marked, regions, strict=True)), {})
     clicks = dict(zip(names, seen["clicks"], strict=True))
-    save("propagated", {"37 clicks": picture, "a label for every pixel": palette[seen["labels"][0]]}, clicks)
+    save("propagated", {"37 clicks": image, "a label for every pixel": palette[seen["labels"][0]]}, clicks)
     shade = [0.25 + 0.75 * seen[name][0].unsqueeze(-1) for name in ("reliable", "reliable_after")]
     before, after = palette[seen["labels"][0]] * shade[0], palette[seen["labels_after"][0]] * shade[1]
     save("regions", {"before: dark is not reliable": before, "after 128 regions": after}, {})

@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import mean_iou, read_labels, read_picture, rows
+from scenes import mean_iou, read_image, read_labels, rows
 from torch import Tensor
 
 from corrmatch import ops
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def frame(number: int) -> tuple[Tensor, Tensor]:
         image, mask = (str(options.folder / name) for name in lines[number].split())
-        return (image := read_picture(image)), read_labels(mask, image)
+        return (image := read_image(image)), read_labels(mask, image)
 
     table, kept = [], {}
     for start in map(int, options.labelled.split(",")):
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         accuracy, iou = torch.tensor(values).mean(0).tolist()
         print(f"  {name}, {step} on".ljust(24), f"accuracy {accuracy:5.1f} %  mean IoU {iou:5.1f} %")
     rows(options.out, table)
-    print(f"picture: {options.out}")
+    print(f"image: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A FixMatch loop from scratch, with the two propagations of CorrMatch: few labelled pictures, many without labels.
+"""A FixMatch loop from scratch, with the two propagations of CorrMatch: few labelled images, many without labels.
 
     python examples/fixmatch.py [--steps 120] [--out fixmatch.png]
 
 Pseudo-labels of a clean view teach a distorted view. `region_propagate` gives each region of the clean view one label,
 which makes more pixels reliable; `pixel_propagate` spreads the logits, and what comes of it is taught as well. The same
-network with the labelled pictures alone is the baseline. Needs `pip install '.[examples]'`.
+network with the labelled images alone is the baseline. Needs `pip install '.[examples]'`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from pictures import CLASSES, draw_scenes, mean_iou, rows
+from scenes import CLASSES, draw_scenes, mean_iou, rows
 from torch import Tensor, nn
 
 from corrmatch import ops
@@ -53,14 +53,14 @@ def distorted(x: Tensor) -> Tensor:
     return x * light + 0.15 * torch.randn_like(x)
 
 
-def train(pictures: Tensor, labels: Tensor, unlabelled: Tensor | None, steps: int) -> Network:
-    """The network after so many steps; `unlabelled` None: with the labelled pictures alone."""
+def train(images: Tensor, labels: Tensor, unlabelled: Tensor | None, steps: int) -> Network:
+    """The network after so many steps; `unlabelled` None: with the labelled images alone."""
     torch.manual_seed(0)
     model = Network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        logits, query, key = model(distorted(pictures))
+        logits, query, key = model(distorted(images))
         total = loss(logits, labels) + loss(ops.pixel_propagate(query, key, logits.detach(), normalize=True), labels)
         if unlabelled is not None and step >= steps // 5:  # until then pseudo-labels are guesses
             chosen = unlabelled[torch.randperm(len(unlabelled))[:8]]
@@ -84,9 +84,9 @@ def train(pictures: Tensor, labels: Tensor, unlabelled: Tensor | None, steps: in
 
 
 @torch.no_grad()
-def predict(model: Network, pictures: Tensor) -> Tensor:
+def predict(model: Network, images: Tensor) -> Tensor:
     """Labels at full size."""
-    return ops.pseudo_label(model(pictures)[0], size=pictures.shape[2:])[0]
+    return ops.pseudo_label(model(images)[0], size=images.shape[2:])[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,17 +95,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", default="fixmatch.png")
     options = parser.parse_args(arguments)
-    pictures, labels = draw_scenes(range(3), SIZE)
+    images, labels = draw_scenes(range(3), SIZE)
     unlabelled, _ = draw_scenes(range(100, 140), SIZE)
     held_out, truth = draw_scenes(range(200, 224), SIZE)
-    alone = predict(train(pictures, labels, None, options.steps), held_out)
-    found = predict(train(pictures, labels, unlabelled, options.steps), held_out)
-    print(f"{len(pictures)} labelled pictures, {len(unlabelled)} without labels, {len(held_out)} held out")
+    alone = predict(train(images, labels, None, options.steps), held_out)
+    found = predict(train(images, labels, unlabelled, options.steps), held_out)
+    print(f"{len(images)} labelled images, {len(unlabelled)} without labels, {len(held_out)} held out")
     print(f"  labelled alone        mean IoU {mean_iou(alone, truth):5.1f} %")
     print(f"  with propagation      mean IoU {mean_iou(found, truth):5.1f} %")
-    names = ("Held-out picture", "Labelled alone", "With propagation", "Truth")
+    names = ("Held-out image", "Labelled alone", "With propagation", "Truth")
     rows(options.out, [dict(zip(names, x, strict=True)) for x in zip(held_out[:3], alone, found, truth, strict=False)])
-    print(f"picture: {options.out}")
+    print(f"image: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A few labelled patches, spread over a picture by the frozen features of a vision transformer. Nothing is trained.
+"""A few labelled patches, spread over an image by the frozen features of a vision transformer. Nothing is trained.
 
     python examples/frozen_features.py [--model vit_small_patch14_dinov2.lvd142m] [--no-pretrained] [--out OUT]
 
@@ -13,7 +13,7 @@ import argparse
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import CLASSES, draw_scene, mean_iou, rows
+from scenes import CLASSES, draw_scene, mean_iou, rows
 from torch import Tensor
 
 from corrmatch import ops
@@ -31,10 +31,10 @@ def load(name: str, pretrained: bool, size: int) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def patch_features(model: torch.nn.Module, picture: Tensor) -> Tensor:
+def patch_features(model: torch.nn.Module, image: Tensor) -> Tensor:
     """(1, D, h, w), of length 1."""
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    tokens = model.forward_features(((picture - mean) / std).unsqueeze(0))[:, model.num_prefix_tokens :]
+    tokens = model.forward_features(((image - mean) / std).unsqueeze(0))[:, model.num_prefix_tokens :]
     side = model.patch_embed.grid_size
     centred = tokens - tokens.mean(1, keepdim=True)
     return F.normalize(centred, dim=2).mT.unflatten(2, side)
@@ -45,13 +45,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2.lvd142m")
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights, for a test")
-    parser.add_argument("--size", type=int, default=448, help="side of the picture in pixels (default: 448)")
+    parser.add_argument("--size", type=int, default=448, help="side of the image in pixels (default: 448)")
     parser.add_argument("--share", type=float, default=0.08, help="of the patches that are labelled (default: 0.08)")
     parser.add_argument("--out", default="frozen_features.png")
     options = parser.parse_args(arguments)
     model = load(options.model, options.pretrained, options.size)
-    picture, truth = draw_scene(5, options.size)
-    features = patch_features(model, picture)
+    image, truth = draw_scene(5, options.size)
+    features = patch_features(model, image)
     grid = features.shape[2:]
     one_hot = F.one_hot(truth, CLASSES).permute(2, 0, 1).unsqueeze(0).float()
     shares = F.adaptive_avg_pool2d(one_hot, grid)
@@ -69,9 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     seed = int(known.flatten().argmax())
     row = ops.correlation_rows(features, features, torch.tensor([seed]), scale=SHARPNESS)[0, 0]
     row.view(-1)[seed] = 0  # it is by far the most like itself
-    labelled = {"Picture": picture, "Labelled patches": sparse, "Row of the first of them": row}
+    labelled = {"Image": image, "Labelled patches": sparse, "Row of the first of them": row}
     rows(options.out, [{**labelled, "Propagated": dense, "Truth": truth}])
-    print(f"picture: {options.out}")
+    print(f"image: {options.out}")
 
 
 if __name__ == "__main__":

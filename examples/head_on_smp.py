@@ -13,7 +13,7 @@ import argparse
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from pictures import CLASSES, draw_scenes, mean_iou, rows
+from scenes import CLASSES, draw_scenes, mean_iou, rows
 from torch import Tensor, nn
 
 from corrmatch.nn import CorrelationHead
@@ -47,12 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     weights = "imagenet" if options.pretrained else None
     unet = smp.Unet("resnet18", encoder_weights=weights, classes=CLASSES, decoder_channels=(128, 64, 32, 32, 16))
     model = WithHead(unet, 16)
-    pictures, labels = draw_scenes(range(24))
+    images, labels = draw_scenes(range(24))
     held_out, truth = draw_scenes(range(200, 208))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(options.steps):
-        chosen = torch.randperm(len(pictures))[:4]
-        logits, propagated = model(pictures[chosen])
+        chosen = torch.randperm(len(images))[:4]
+        logits, propagated = model(images[chosen])
         loss = F.cross_entropy(logits, labels[chosen]) + F.cross_entropy(propagated, labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -61,12 +61,12 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         logits, propagated = model(held_out)
     found, spread, both = (x.argmax(1) for x in (logits, propagated, logits.softmax(1) + propagated.softmax(1)))
-    print(f"{options.steps} steps on {len(pictures)} pictures, {len(held_out)} held out")
+    print(f"{options.steps} steps on {len(images)} images, {len(held_out)} held out")
     for name, x in {"logits": found, "propagated logits": spread, "both": both}.items():
         print(f"  {name:<22}mean IoU {mean_iou(x, truth):5.1f} %")
-    names = ("Held-out picture", "Logits", "Propagated logits", "Truth")
+    names = ("Held-out image", "Logits", "Propagated logits", "Truth")
     rows(options.out, [dict(zip(names, x, strict=True)) for x in zip(held_out[:3], found, spread, truth, strict=False)])
-    print(f"picture: {options.out}")
+    print(f"image: {options.out}")
 
 
 if __name__ == "__main__":

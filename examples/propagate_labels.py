@@ -1,10 +1,10 @@
-"""Spreads a sparse label map over a picture, without a network and without training.
+"""Spreads a sparse label map over an image, without a network and without training.
 
-    python examples/propagate_labels.py PICTURE LABELS OUT.png [--truth TRUTH.png] [--ignore 255]
-    python examples/propagate_labels.py PICTURE DENSE_LABELS OUT.png --sparsify 0.02
-    python examples/propagate_labels.py                      # on a picture that it draws itself
+    python examples/propagate_labels.py IMAGE LABELS OUT.png [--truth TRUTH.png] [--ignore 255]
+    python examples/propagate_labels.py IMAGE DENSE_LABELS OUT.png --sparsify 0.02
+    python examples/propagate_labels.py                      # on an image that it draws itself
 
-LABELS is an 8-bit PNG of class ids, most pixels `--ignore`. OUT.png gets the picture, the labels, what became of them
+LABELS is an 8-bit PNG of class ids, most pixels `--ignore`. OUT.png gets the image, the labels, what became of them
 and the truth side by side. Needs `pip install '.[examples]'`.
 
 How it works: a pixel's features f are its colour, the mean colour around it, and its place. With query = (2 f, -1) and
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pictures import draw_sample, panel, read_labels, read_picture
+from scenes import draw_sample, panel, read_image, read_labels
 from torch import Tensor
 
 from corrmatch import ops
@@ -36,15 +36,15 @@ PLACE = 1.2  # of the place, in mean distances between labelled pixels
 CONFIDENT = 0.9  # share of the labels arriving at a position that must agree for it to hand out labels in --refine
 
 
-def features(picture: Tensor, grid: tuple[int, int], spacing: float) -> Tensor:
-    """Features (1, 8, *grid) of a picture (3, H, W) in [0, 1]; spacing is in pixels."""
-    linear = torch.where(picture > 0.04045, ((picture + 0.055) / 1.055) ** 2.4, picture / 12.92)
+def features(image: Tensor, grid: tuple[int, int], spacing: float) -> Tensor:
+    """Features (1, 8, *grid) of an image (3, H, W) in [0, 1]; spacing is in pixels."""
+    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
     to_xyz = [[0.43395, 0.37622, 0.18983], [0.21267, 0.71515, 0.07218], [0.01776, 0.10947, 0.87277]]
     x, y, z = torch.einsum("dc,chw->dhw", torch.tensor(to_xyz), linear).clamp_min(0.008856) ** (1 / 3)
     lab = torch.stack([1.16 * y - 0.16, 5 * (x - y), 2 * (y - z)]).unsqueeze(0)
     mean = F.avg_pool2d(lab, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     colors = F.adaptive_avg_pool2d(torch.cat([COLOR * lab, MEAN_COLOR * mean], 1), grid)
-    rows, columns = (torch.arange(n) * (size / n) for n, size in zip(grid, picture.shape[1:], strict=True))
+    rows, columns = (torch.arange(n) * (size / n) for n, size in zip(grid, image.shape[1:], strict=True))
     place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).unsqueeze(0)
     return torch.cat([colors, PLACE / spacing * place], 1)
 
@@ -56,7 +56,7 @@ def spread(f: Tensor, shares: Tensor, trust: Tensor, threshold: float) -> Tensor
     return ops.pixel_propagate(query, key, shares, scale=1.0, confidence=trust, threshold=threshold, normalize=True)
 
 
-def propagate(picture: Tensor, labels: Tensor, ignore: int, grid: tuple[int, int], refine: bool) -> Tensor:
+def propagate(image: Tensor, labels: Tensor, ignore: int, grid: tuple[int, int], refine: bool) -> Tensor:
     """Dense labels (H, W) from sparse ones."""
     labelled = labels != ignore
     classes = int(labels[labelled].max()) + 1
@@ -64,7 +64,7 @@ def propagate(picture: Tensor, labels: Tensor, ignore: int, grid: tuple[int, int
     shares = F.adaptive_avg_pool2d(one_hot.permute(2, 0, 1).unsqueeze(0).float(), grid)  # of the classes in each cell
     known = shares.sum(1) > 0
     shares /= shares.sum(1, keepdim=True).clamp_min(1e-9)
-    f = features(picture, grid, spacing=float(labelled.float().mean() ** -0.5))
+    f = features(image, grid, spacing=float(labelled.float().mean() ** -0.5))
     arrived = spread(f, shares, known.float(), threshold=0.5)
     if refine:  # now every position that is sure hands out what arrived at it, over shorter distances
         settled = torch.where(known.unsqueeze(1), shares, arrived)
@@ -101,7 +101,7 @@ def peak_memory() -> int | None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="PICTURE LABELS OUT", help="none: a drawn sample")
+    parser.add_argument("files", nargs="*", metavar="IMAGE LABELS OUT", help="none: a drawn sample")
     parser.add_argument("--truth", help="dense labels to compare with")
     parser.add_argument("--ignore", type=int, default=255, help="id of unlabelled pixels (default: 255)")
     parser.add_argument("--sparsify", type=float, metavar="SHARE", help="keep this share of LABELS, compare with all")
@@ -110,17 +110,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--refine", action="store_true", help="a second round from all confident positions; slower")
     options = parser.parse_args(arguments)
     if len(options.files) not in (0, 3):
-        parser.error("expected PICTURE LABELS OUT, or none of them")
+        parser.error("expected IMAGE LABELS OUT, or none of them")
     if not options.files:
         options.files = draw_sample(Path(tempfile.mkdtemp(prefix="propagate_labels_")))
         options.sparsify = 0.02 if options.sparsify is None else options.sparsify
-    picture = read_picture(options.files[0])
-    labels, truth = read_labels(options.files[1], picture), None
+    image = read_image(options.files[0])
+    labels, truth = read_labels(options.files[1], image), None
     if options.sparsify is not None:
         kept = torch.rand(labels.shape, generator=torch.Generator().manual_seed(options.seed)) < options.sparsify
         labels, truth = torch.where(kept, labels, options.ignore), labels
     if options.truth is not None:
-        truth = read_labels(options.truth, picture)
+        truth = read_labels(options.truth, image)
     labelled, (height, width) = labels != options.ignore, labels.shape
     if not labelled.any():
         raise SystemExit(f"{options.files[1]}: every pixel is {options.ignore}, which --ignore calls unlabelled")
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     grid = tuple(max(1, round(n * min(1, options.grid / max(height, width)))) for n in (height, width))
     spread(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), 0.5)  # torch loads parts at first use
     start, before = time.perf_counter(), peak_memory()
-    dense = propagate(picture, labels, options.ignore, grid, options.refine)
+    dense = propagate(image, labels, options.ignore, grid, options.refine)
     seconds, after = time.perf_counter() - start, peak_memory()
     print(f"{height} x {width} pixels, {int(labelled.sum())} of them labelled, on a grid of {grid[0]} x {grid[1]}")
     print(f"propagated in {seconds:.2f} s; the whole map would take {(grid[0] * grid[1]) ** 2 / 2**28:.2f} GiB", end="")
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         counted = (truth != options.ignore) & ~labelled
         for name, x in {"nearest labelled pixel": nearest_label(labels, options.ignore), "propagated": dense}.items():
             print(f"  {name:<24}{scores(x[counted], truth[counted])}")
-    panel(options.files[2], picture, labels, maps, options.ignore)
+    panel(options.files[2], image, labels, maps, options.ignore)
     print(f"panel: {options.files[2]}")
     return 0
 

@@ -25,7 +25,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 @triton.jit
 def block_of(positions, SIZE: tl.constexpr):
-    """The picture of this program and the first position of its block of SIZE.
+    """The image of this program and the first position of its block of SIZE.
 
     Both are counted on the first axis of the grid, which takes 2^31 - 1 programs; the others take 65,535.
     """

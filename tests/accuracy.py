@@ -92,7 +92,7 @@ def plain(
 ) -> Propagated:
     """The published formulation in the dtype of the inputs, on the CPU, differentiated by autograd.
 
-    Pictures for which float16 overflows on the way are those of bfloat16, the half type with the range for them.
+    Images for which float16 overflows on the way are those of bfloat16, the half type with the range for them.
     """
     results = _published(query, key, value, grad, scale, gate, normalize)
     if torch.float16 in (query.dtype, value.dtype) and not all(x.isfinite().all() for x in results):

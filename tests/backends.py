@@ -35,7 +35,7 @@ class Target:
     interpreted: bool = False  # a Triton kernel as a NumPy program, or a CUDA kernel emulated: a hundred times slower
 
     def fit(self, shape: tuple) -> tuple:
-        """The shape, batch first, with no more pictures than take seconds."""
+        """The shape, batch first, with no more images than take seconds."""
         return (min(shape[0], 8), *shape[1:]) if self.interpreted else shape
 
     def __str__(self) -> str:

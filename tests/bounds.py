@@ -57,7 +57,7 @@ def different(name: str, found: Tensor, expected: Tensor) -> str | None:
 
 
 def unbounded(*maps: Tensor) -> Tensor:
-    """Pictures with a number that is not finite: bool (B,)."""
+    """Images with a number that is not finite: bool (B,)."""
     return torch.stack([~x.isfinite().flatten(1).all(1) for x in maps]).any(0)
 
 

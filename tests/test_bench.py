@@ -27,8 +27,8 @@ LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}
 
 
 def test_script_prints_tables_and_writes_figures(tmp_path):
-    figures, picture = tmp_path / "figures.json", tmp_path / "figure.png"
-    command = [sys.executable, str(SCRIPT), *TINY, "--threads", "1", "--json", str(figures), "--plot", str(picture)]
+    figures, image = tmp_path / "figures.json", tmp_path / "figure.png"
+    command = [sys.executable, str(SCRIPT), *TINY, "--threads", "1", "--json", str(figures), "--plot", str(image)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(figures.read_text())
@@ -37,7 +37,7 @@ def test_script_prints_tables_and_writes_figures(tmp_path):
     assert [line for line in lines if len(line) > 120] == []
     assert {line.split(":")[0] for line in lines} >= set(OPS)
     assert "All agree with the oracle." in done.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
 
     assert record["failures"] == 0
     assert not record["interrupted"]

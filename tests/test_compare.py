@@ -48,7 +48,7 @@ def written(folder, *overrides, miou=(0.25, 0.5, 0.375), labeled=23, kept=True):
         lines.append({"step": step, "kind": "val", "miou": value, "accuracy": 0.75} | more)
     (folder / "scalars.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if kept:
-        views = {"picture": noise(), "truth": flat(2), "prediction": flat(3)}
+        views = {"image": noise(), "truth": flat(2), "prediction": flat(3)}
         panels = [Panel("one", {name: snapshot.encode(view) for name, view in views.items()})]
         snapshot.write(folder, Snapshot(30, labeled, 100, CLASSES, [[30, 10], [0, 60]], panels))
     return folder
@@ -129,7 +129,7 @@ def test_an_evaluation_leaves_its_confusion_matrix_and_panels(trained):
             assert (counts[i, i] / union if union else math.nan) == pytest.approx(line[f"iou_{name}"], nan_ok=True)
         (panel,) = kept.panels
         assert panel.name == "val_000"
-        assert list(panel.views)[:2] == ["picture", "prediction"]
+        assert list(panel.views)[:2] == ["image", "prediction"]
         assert list(panel.views)[-1] == "truth"
     assert {"propagated", "regions"} <= panel.views.keys()
     assert not list(trained[0].glob("*.partial"))
@@ -173,12 +173,12 @@ def test_label_maps_are_kept_exactly(tmp_path):
             1,
             CLASSES,
             [[1]],
-            [Panel("x", {"picture": snapshot.encode(noise()), "after it": snapshot.encode(labels)})],
+            [Panel("x", {"image": snapshot.encode(noise()), "after it": snapshot.encode(labels)})],
         ),
     )
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == [
         "0_after_it.png",
-        "0_picture.jpeg",
+        "0_image.jpeg",
         "evaluation.json",
     ]
     assert np.array_equal(np.asarray(Image.open(run / "evaluation/0_after_it.png").convert("RGB")), labels)
@@ -230,7 +230,7 @@ def test_lists_of_unknown_length_are_not_taken_for_splits(tmp_path):
     rows = read_rows(runs)
     assert len(rows) == 2
     assert "Confusion" not in page(rows)
-    assert "Pictures" not in page(rows)
+    assert "<h2>Images" not in page(rows)
 
 
 def test_runs_that_came_to_different_steps_are_told(tmp_path):

@@ -130,9 +130,9 @@ def test_mistakes_are_explained(override, message):
     ["2012_07", "@eaDir", "0x10", "1e3", "no", "null", "~", "a: b", "[1]", "{", "a=b", "#1", "- x", "'q'", "*"],
 )
 def test_text_on_the_command_line_is_taken_as_typed(text, tmp_path):
-    arguments = [f"data.root={text}", f"work_dir={text}", f"data.pictures={text}", f"model.backbone={text}"]
+    arguments = [f"data.root={text}", f"work_dir={text}", f"data.images={text}", f"model.backbone={text}"]
     config = load_config("folder", [*arguments, f"data.val=x{text}"])
-    assert [config.data.root, config.work_dir, config.data.pictures, config.model.backbone] == 4 * [text]
+    assert [config.data.root, config.work_dir, config.data.images, config.model.backbone] == 4 * [text]
     assert config.data.val == f"x{text}"
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     again = load_config(str(tmp_path / "config.yaml"))
@@ -267,6 +267,8 @@ def test_old_names_are_understood():
     assert parse([part], {"bounded": WithBounds}).options == Bounded(share=0.25)
     old = load_config("sample", ["data.root=x", "corrmatch.num_masks=4", "corrmatch.connected=peak"])
     assert (old.propagation.num_masks, old.propagation.connected) == (4, "peak")
+    old = load_config("folder", ["data.root=x", "data.pictures=photos/{}.*"])
+    assert (old.data.images, old.data.masks) == ("photos/{}.*", "masks/{}.png")
 
 
 def test_only_the_sections_that_are_used_are_written():

@@ -63,20 +63,20 @@ def by_flood_fill(image, connectivity, background=0):
     return out
 
 
-def pictures(values, largest=20):
+def images(values, largest=20):
     sides = st.tuples(st.integers(1, largest), st.integers(1, 100))
     return sides.flatmap(lambda size: arrays.arrays(np.uint8, size, elements=st.integers(0, values), fill=st.nothing()))
 
 
 @CONNECTIVITY
-@given(image=pictures(1))
-def test_binary_pictures_as_scipy(backend, connectivity, image):
+@given(image=images(1))
+def test_binary_images_as_scipy(backend, connectivity, image):
     assert np.array_equal(components(backend, image, connectivity), by_scipy(image, connectivity))
 
 
 @CONNECTIVITY
-@given(image=pictures(3, 12))
-def test_label_pictures_as_a_flood_fill(backend, connectivity, image):
+@given(image=images(3, 12))
+def test_label_images_as_a_flood_fill(backend, connectivity, image):
     assert np.array_equal(components(backend, image, connectivity), by_flood_fill(image, connectivity))
 
 
@@ -84,7 +84,7 @@ def test_label_pictures_as_a_flood_fill(backend, connectivity, image):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("density", [0.1, 0.4, 0.6, 0.95])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_random_pictures(backend, connectivity, size, density, threads):
+def test_random_images(backend, connectivity, size, density, threads):
     torch.set_num_threads(threads)
     image = (torch.rand(size) < density).numpy()
     assert np.array_equal(components(backend, image, connectivity), by_scipy(image, connectivity))
@@ -105,7 +105,7 @@ def test_noise_of_every_density(backend, connectivity, granularity):
 
 @CONNECTIVITY
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_larger_label_picture(backend, connectivity, threads):
+def test_larger_label_image(backend, connectivity, threads):
     torch.set_num_threads(threads)
     coarse = torch.randint(0, 5, (9, 11)).repeat_interleave(11, 0).repeat_interleave(12, 1)
     noisy = torch.where(torch.rand(coarse.shape) < 0.9, coarse, 0).numpy()

@@ -16,7 +16,7 @@ def exact(query, key, index, scale=None):
     """Rows (B, K, N_k) in float64."""
     q, k = query.double().flatten(2), key.double().flatten(2)
     index = index.expand(query.shape[0], -1)
-    q = torch.stack([picture[:, rows] for picture, rows in zip(q, index, strict=True)])
+    q = torch.stack([image[:, rows] for image, rows in zip(q, index, strict=True)])
     return ((query.shape[1] ** -0.5 if scale is None else scale) * (q.mT @ k)).softmax(-1)
 
 

@@ -51,8 +51,8 @@ def test_any_schedule(sample, seed):
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize("name", ["spiral", "comb up", "noise"])
 def test_components_under_any_schedule(name, connectivity, seed):
-    picture = patterns(67).get(name, np.random.default_rng(seed).random((67, 67)) < 0.55)
-    image = torch.as_tensor(picture)
+    image = patterns(67).get(name, np.random.default_rng(seed).random((67, 67)) < 0.55)
+    image = torch.as_tensor(image)
     build.seed(build.extension(), seed)
     found = ops.connected_components(image, connectivity=connectivity, backend="cuda")
     assert torch.equal(found, ops.connected_components(image, connectivity=connectivity, backend="cpu"))
@@ -69,7 +69,7 @@ def scene(size, masks, classes):
     return labels, torch.rand(1, *size) < 0.9, RegionMasks.from_bool(regions)
 
 
-# Maps of a picture: 4 (3 + planes) bytes for 32 pixels. A block of an H100 has 227 KiB, a cluster here 8 blocks.
+# Maps of an image: 4 (3 + planes) bytes for 32 pixels. A block of an H100 has 227 KiB, a cluster here 8 blocks.
 TEAMS = {"one block": ((321, 321), 21), "a cluster": ((560, 561), 130), "global memory": ((1150, 1151), 250)}
 
 
@@ -95,14 +95,14 @@ def test_region_ops_on_older_gpus(monkeypatch, arch):
     assert (masks.to_bool() != expected.to_bool()).double().mean() < 1e-4
 
 
-def drawn(picture, mark, connectivity):
-    """The region around a pixel of a picture, by way of features of one channel that are the picture itself."""
-    key = torch.as_tensor(picture, dtype=torch.float32, device=DEVICE)[None, None]
-    index = torch.tensor([mark[0] * picture.shape[1] + mark[1]], device=DEVICE)
+def drawn(image, mark, connectivity):
+    """The region around a pixel of an image, by way of features of one channel that are the image itself."""
+    key = torch.as_tensor(image, dtype=torch.float32, device=DEVICE)[None, None]
+    index = torch.tensor([mark[0] * image.shape[1] + mark[1]], device=DEVICE)
     options = {"scale": 1.0, "connected": "seed", "connectivity": connectivity}
     query = torch.ones_like(key)
-    found = ops.region_masks(query, key, index, picture.shape, backend="cuda", **options)
-    expected = reference.region_masks(query, key, index, picture.shape, **options)
+    found = ops.region_masks(query, key, index, image.shape, backend="cuda", **options)
+    expected = reference.region_masks(query, key, index, image.shape, **options)
     assert torch.equal(found.packed, expected.packed)
     return found.to_bool()[0, 0].cpu().numpy()
 
@@ -111,12 +111,12 @@ def drawn(picture, mark, connectivity):
 @pytest.mark.parametrize("name", sorted(patterns(9).keys() - {"background", "full"}))  # those have no region
 @pytest.mark.parametrize("turned", [False, True])
 def test_connected_region_of_any_shape(name, turned, connectivity):
-    picture = patterns(41)[name]
+    image = patterns(41)[name]
     if turned:
-        picture = picture.T
-    marks = np.argwhere(picture)
+        image = image.T
+    marks = np.argwhere(image)
     for mark in (marks[0], marks[len(marks) // 2]):
-        assert drawn(np.ascontiguousarray(picture), mark, connectivity)[tuple(mark)]
+        assert drawn(np.ascontiguousarray(image), mark, connectivity)[tuple(mark)]
 
 
 @emulated
@@ -124,21 +124,21 @@ def test_connected_region_of_any_shape(name, turned, connectivity):
 @pytest.mark.parametrize("width", [7, 40, 1100])
 def test_connected_region_of_one_row_under_any_schedule(width, seed):
     """No second sweep makes up for what the first leaves out."""
-    picture = np.zeros((1, width), bool)
-    picture[0, : width - 2] = True
+    image = np.zeros((1, width), bool)
+    image[0, : width - 2] = True
     build.seed(build.extension(), seed)
-    assert drawn(picture, (0, 0), 8).sum() == width - 2
+    assert drawn(image, (0, 0), 8).sum() == width - 2
 
 
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_connected_region_over_rows_of_many_words(connectivity):
     """A row of more than 32 words, which no warp holds at once; runs that fill words, and end and start in them."""
-    picture = np.random.default_rng(0).random((9, 2300)) < 0.8
-    picture[4, 40:2250] = True
-    picture[0] = False
-    assert drawn(picture, (4, 1500), connectivity).sum() > 2000
-    picture[4, 1100], picture[3:6, 1101:1103] = False, False
-    assert drawn(picture, (4, 1500), connectivity).sum() > 1000
+    image = np.random.default_rng(0).random((9, 2300)) < 0.8
+    image[4, 40:2250] = True
+    image[0] = False
+    assert drawn(image, (4, 1500), connectivity).sum() > 2000
+    image[4, 1100], image[3:6, 1101:1103] = False, False
+    assert drawn(image, (4, 1500), connectivity).sum() > 1000
 
 
 @pytest.mark.parametrize("connected", [None, "peak", "seed"])

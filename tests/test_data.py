@@ -11,7 +11,7 @@ from PIL import Image
 
 from corrmatch.config import DataConfig, TrainConfig, load_config
 from corrmatch.data.datasets import IGNORE, DataError, check_files, find_data, read_mask
-from corrmatch.data.sample import CLASSES, PICTURES, draw_sample
+from corrmatch.data.sample import CLASSES, IMAGES, draw_sample
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream, Streams, batches
 from corrmatch.data.views import View
 
@@ -32,7 +32,7 @@ def sample_data(folder, **changes):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures of mixed kinds, masks for ten of them, a class list."""
+    """Twelve images of mixed kinds, masks for ten of them, a class list."""
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
     for i in range(12):
@@ -64,7 +64,7 @@ def test_a_folder_needs_no_lists(folder):
 def test_the_drawn_sample(sample):
     data = sample_data(sample)
     check_files(data)
-    assert [len(data.labeled), len(data.unlabeled), len(data.val)] == list(PICTURES.values())
+    assert [len(data.labeled), len(data.unlabeled), len(data.val)] == list(IMAGES.values())
     assert data.classes == list(CLASSES)
     masks = torch.stack([read_mask(item.mask, data.table) for item in data.labeled])
     share = torch.bincount(masks.flatten().long(), minlength=256) / masks.numel()
@@ -97,16 +97,16 @@ def test_lists_of_pairs_and_relabelling(folder):
     check_files(data)
     assert read_mask(data.labeled[0].mask, data.table).unique().tolist() == [1]
     assert read_mask(data.labeled[1].mask, data.table).unique().tolist() == [IGNORE]
-    assert [item.picture.name for item in data.unlabeled] == ["p02.jpg", "p11.png"]
+    assert [item.image.name for item in data.unlabeled] == ["p02.jpg", "p11.png"]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "list.txt").write_text("p00\np77\np78\n"), r"data.labeled: .*picture of p77, .*mask of p78"),
+        (lambda f: (f / "list.txt").write_text("p00\np77\np78\n"), r"data.labeled: .*image of p77, .*mask of p78"),
         (lambda f: (f / "list.txt").write_text("\n"), "data.labeled: .*is empty"),
         (lambda f: (f / "list.txt").write_text("p00 p01 p02\n"), "data.labeled: .*expected an id"),
-        (lambda f: (f / "list.txt").write_text("images/p00.jpg\n"), "data.labeled: .*p00.jpg is a picture without its"),
+        (lambda f: (f / "list.txt").write_text("images/p00.jpg\n"), "data.labeled: .*p00.jpg is an image without its"),
         (
             lambda f: (f / "list.txt").write_text("p00\nimages/../images/p00.jpg masks/p00.png\n"),
             "more than once: .*p00",
@@ -126,19 +126,19 @@ def test_bad_lists_are_named(folder, damage, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "images/p10.jpg").write_bytes(b"not a picture"), r"p10\.jpg: not a readable picture"),
-        (lambda f: truncate(f / "images/p00.jpg"), r"p00\.jpg: not a readable picture"),
+        (lambda f: (f / "images/p10.jpg").write_bytes(b"not an image"), r"p10\.jpg: not a readable image"),
+        (lambda f: truncate(f / "images/p00.jpg"), r"p00\.jpg: not a readable image"),
         (lambda f: write_mask(f / "masks/p03.png", 9), r"p03\.png: ids \[9\] are neither classes nor"),
-        (lambda f: write_mask(f / "masks/p03.png", 0, (21, 15)), r"p03\.png: the mask is of \(15, 21\), its picture"),
+        (lambda f: write_mask(f / "masks/p03.png", 0, (21, 15)), r"p03\.png: the mask is of \(15, 21\), its image"),
         (lambda f: write_mask(f / "masks/p03.png", 0, (15, 20)), r"p03\.png: the mask is of .*EXIF orientation"),
         (lambda f: Image.new("RGB", (20, 15)).save(f / "masks/p03.png"), r"p03\.png: expected 8-bit class ids"),
     ],
-    ids=["not a picture", "truncated", "id out of range", "size", "on its side", "colour mask"],
+    ids=["not an image", "truncated", "id out of range", "size", "on its side", "colour mask"],
 )
 def test_bad_files_are_named(folder, damage, message):
     damage(folder)
     data = find_data(DataConfig(root=str(folder)))
-    with pytest.raises(DataError, match="1 of 12 pictures cannot be used") as caught:
+    with pytest.raises(DataError, match="1 of 12 images cannot be used") as caught:
         check_files(data)
     assert caught.match(message)
 
@@ -162,13 +162,13 @@ def truncate(path):
         ({"classes": ["yes", False]}, "data.classes: expected names, got False; put such a name in quotes"),
         ({"classes": ["a", None]}, "data.classes: expected names, got None"),
         ({"classes": ["a", 1.5]}, "data.classes: expected names, got 1.5"),
-        ({"pictures": "images"}, "data.pictures: expected a pattern"),
+        ({"images": "images"}, "data.images: expected a pattern"),
         ({"masks": "{}/{}.png"}, "data.masks: expected a pattern with one {}"),
         (
             {"masks": "masks/{}.tif"},
-            r"no picture with a mask in .*; 12 files match images/{}\.\*; 0 files match masks/{}\.tif",
+            r"no image with a mask in .*; 12 files match images/{}\.\*; 0 files match masks/{}\.tif",
         ),
-        ({"val_every": 11}, "data.val: 10 pictures have a mask, too few to hold out every 11th; set data.val_every"),
+        ({"val_every": 11}, "data.val: 10 images have a mask, too few to hold out every 11th; set data.val_every"),
     ],
 )
 def test_bad_settings_are_explained(folder, changes, message):
@@ -176,7 +176,7 @@ def test_bad_settings_are_explained(folder, changes, message):
         find_data(DataConfig(**({"root": str(folder)} | changes)))
 
 
-def test_validation_pictures_are_not_trained_on(folder):
+def test_validation_images_are_not_trained_on(folder):
     everything = "".join(f"p{i:02}\n" for i in range(10))
     (folder / "all.txt").write_text(everything)
     (folder / "some.txt").write_text("p03\nimages/p08.jpg masks/p08.png\n")
@@ -186,17 +186,17 @@ def test_validation_pictures_are_not_trained_on(folder):
         assert names(items) == [f"p{i:02}" for i in range(10) if i not in (4, 9)]
     listed = find_data(DataConfig(root=str(folder), val="some.txt"))
     assert not {"p03", "p08"} & {*names(listed.labeled), *names(listed.unlabeled)}
-    with pytest.raises(DataError, match=r"data\.labeled, data\.val: pictures in both lists: p03, p08"):
+    with pytest.raises(DataError, match=r"data\.labeled, data\.val: images in both lists: p03, p08"):
         find_data(DataConfig(root=str(folder), labeled="all.txt", val="some.txt"))
-    with pytest.raises(DataError, match=r"data\.labeled: every picture with a mask is in data\.val"):
+    with pytest.raises(DataError, match=r"data\.labeled: every image with a mask is in data\.val"):
         find_data(DataConfig(root=str(folder), val="all.txt"))
     noted = find_data(DataConfig(root=str(folder), unlabeled="all.txt", val="some.txt"))
-    assert noted.notes == ("data.unlabeled: 2 pictures are in data.val as well: p03, p08",)
+    assert noted.notes == ("data.unlabeled: 2 images are in data.val as well: p03, p08",)
     assert len(noted.unlabeled) == 10
 
 
-def test_a_picture_is_not_its_own_mask(folder):
-    """Nor is a mask a picture, where patterns match both."""
+def test_a_image_is_not_its_own_mask(folder):
+    """Nor is a mask an image, where patterns match both."""
     for i in range(10):
         write_mask(folder / "images" / f"p{i:02}_mask.png", i % 2)
     mixed = find_data(DataConfig(root=str(folder), masks="images/{}_mask.png"))
@@ -205,7 +205,7 @@ def test_a_picture_is_not_its_own_mask(folder):
     (folder / "link.png").symlink_to(folder / "masks" / "p00.png")
     for line in ("masks/p00.png masks/p00.png", "masks/p00.png masks/../masks/p00.png", "link.png masks/p00.png"):
         (folder / "list.txt").write_text(f"p01\n{line}\n")
-        with pytest.raises(DataError, match=r"pictures are their own masks: (masks/p00|link)\.png"):
+        with pytest.raises(DataError, match=r"images are their own masks: (masks/p00|link)\.png"):
             find_data(DataConfig(root=str(folder), labeled="list.txt"))
 
 
@@ -217,8 +217,8 @@ def test_files_passed_over_are_counted(folder):
     check_files(data)
     assert [len(data.labeled), len(data.val), len(data.unlabeled)] == [8, 2, 2]
     assert data.notes == (
-        "data.pictures: 5 files are no pictures, passed over: .DS_Store, ._p00.jpg, Thumbs.db, notes.txt, video.mpg",
-        "data.masks: 1 files are no pictures, passed over: ._p00.png",
+        "data.images: 5 files are no images, passed over: .DS_Store, ._p00.jpg, Thumbs.db, notes.txt, video.mpg",
+        "data.masks: 1 files are no images, passed over: ._p00.png",
     )
 
 
@@ -232,7 +232,7 @@ def test_home_is_expanded(folder, monkeypatch):
         )
     )
     check_files(data)
-    assert [item.picture.name for item in (*data.labeled, *data.val)] == ["p00.jpg", "p01.png"]
+    assert [item.image.name for item in (*data.labeled, *data.val)] == ["p00.jpg", "p01.png"]
     with pytest.raises(DataError, match=f"data.root: {folder.parent}/none is not a folder"):
         find_data(DataConfig(root="~/none"))
 
@@ -244,7 +244,7 @@ def test_pixels_of_each_id_are_counted(folder):
     assert {i: int(n) for i, n in enumerate(pixels["val"]) if n} == {0: 300, 1: 300}
 
 
-def test_two_pictures_of_one_name(folder):
+def test_two_images_of_one_name(folder):
     Image.new("RGB", (20, 15)).save(folder / "images" / "p00.png")
     with pytest.raises(DataError, match=r"both p00\.jpg and p00\.png"):
         find_data(DataConfig(root=str(folder)))
@@ -290,17 +290,17 @@ def test_steps_on_labels_alone_read_labelled_images_alone(sample):
     assert [*first[6]] == [*all_streams]
 
 
-def test_a_pass_shows_every_picture_once(sample, monkeypatch):
+def test_a_pass_shows_every_image_once(sample, monkeypatch):
     data = sample_data(sample)
     count = len(data.labeled)
     drawn = []
-    monkeypatch.setattr("corrmatch.data.streams.read_picture", lambda path: drawn.append(path) or torch.zeros(3, 9, 9))
+    monkeypatch.setattr("corrmatch.data.streams.read_image", lambda path: drawn.append(path) or torch.zeros(3, 9, 9))
     monkeypatch.setattr("corrmatch.data.streams.labeled_view", lambda *_: {})
     streams = Streams(data, {"labeled": LABELED}, TrainConfig(crop=49, seed=1))
     for position in range(2 * count):
         _ = streams.sample("labeled", position)
     passes = drawn[:count], drawn[count:]
-    assert [set(p) for p in passes] == 2 * [{item.picture for item in data.labeled}]
+    assert [set(p) for p in passes] == 2 * [{item.image for item in data.labeled}]
     assert passes[0] != passes[1]
 
 

@@ -29,12 +29,12 @@ from corrmatch.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-SOME = 7  # labelled pictures of the drawn sample that are listed as unlabelled here
+SOME = 7  # labelled images of the drawn sample that are listed as unlabelled here
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The last labelled pictures are listed as unlabelled, between two that have no mask."""
+    """The last labelled images are listed as unlabelled, between two that have no mask."""
     folder = tmp_path_factory.mktemp("sample")
     draw_sample(folder)
     shorten(folder, labeled=12 - SOME, val=3)
@@ -125,16 +125,16 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def shades(tmp_path):
-    """Pictures that Brightness labels right, but for one row; sizes on both sides of the crop."""
+    """Images that Brightness labels right, but for one row; sizes on both sides of the crop."""
     items, known, wrong = [], 0, 0
     for i, (height, width) in enumerate([(9, 9), (7, 12), (5, 6)]):
         shade = torch.randint(3, (height, width))
         mask = shade.clone()
         mask[height // 2] = (mask[height // 2] + 1) % 3
         mask[height // 2 - 1] = 255
-        paths = [tmp_path / f"{i}.{kind}.png" for kind in ("picture", "mask")]
-        picture = (125 * shade).to(torch.uint8).unsqueeze(-1).expand(-1, -1, 3)
-        for path, x in zip(paths, (picture, mask.to(torch.uint8)), strict=True):
+        paths = [tmp_path / f"{i}.{kind}.png" for kind in ("image", "mask")]
+        image = (125 * shade).to(torch.uint8).unsqueeze(-1).expand(-1, -1, 3)
+        for path, x in zip(paths, (image, mask.to(torch.uint8)), strict=True):
             Image.fromarray(x.contiguous().numpy()).save(path)
         items.append(Item(str(i), *paths))
         columns = min(width, 9)
@@ -142,7 +142,7 @@ def shades(tmp_path):
     return Data([], [], [], ["dark", "middle", "light"], torch.arange(256).to(torch.uint8)), items, known, wrong
 
 
-def test_pictures_are_cut_and_their_padding_does_not_count(shades):
+def test_images_are_cut_and_their_padding_does_not_count(shades):
     data, items, known, wrong = shades
     config = Config()
     config.train.crop, config.train.workers = 9, 0
@@ -181,7 +181,7 @@ def test_every_method_is_measured(sample, tmp_path, name, head):
         assert 1 / len(data.classes) <= found["purity"] <= 1
 
 
-def test_masks_of_unlabelled_pictures_are_found_and_set_apart(sample, tmp_path):
+def test_masks_of_unlabelled_images_are_found_and_set_apart(sample, tmp_path):
     data = find_data(small_config(sample, tmp_path).data)
     assert [item.mask for item in data.unlabeled] == [None] * (SOME + 2)
     assert [item.name for item in data.withheld] == [f"labeled_{i:03}" for i in range(12 - SOME, 12)]
@@ -199,8 +199,8 @@ def test_masks_of_unlabelled_pictures_are_found_and_set_apart(sample, tmp_path):
     assert not {"labeled_000", "val_000", "unlabeled_000"} & {item.name for item in every.withheld}
 
 
-def test_pictures_are_chosen_evenly(monkeypatch):
-    monkeypatch.setattr(diagnostics, "PICTURES", 4)
+def test_images_are_chosen_evenly(monkeypatch):
+    monkeypatch.setattr(diagnostics, "IMAGES", 4)
     data = Data([], [], [], [], torch.empty(0), withheld=tuple(range(10)))
     assert diagnostics.choose(data) == [0, 2, 5, 7]
     assert diagnostics.choose(Data([], [], [], [], torch.empty(0), withheld=(1, 2))) == [1, 2]
@@ -277,7 +277,7 @@ def test_the_page_says_what_the_numbers_mean():
 def test_what_cannot_be_measured_is_refused_before_the_first_step(sample, tmp_path):
     (sample / "splits" / "bare.txt").write_text("unlabeled_000\nunlabeled_001\n")
     wanted = "eval.pseudo_labels=true"
-    with pytest.raises(ConfigError, match=r"eval\.pseudo_labels: expected masks of unlabelled pictures"):
+    with pytest.raises(ConfigError, match=r"eval\.pseudo_labels: expected masks of unlabelled images"):
         Trainer(small_config(sample, tmp_path / "a", wanted, "data.unlabeled=splits/bare.txt"))
     Image.new("L", (160, 120), 77).save(sample / "SegmentationClass" / "unlabeled_001.png")
     config = small_config(sample, tmp_path / "b", wanted, "data.unlabeled=splits/bare.txt")

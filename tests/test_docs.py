@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its pictures are those of its code, its links lead somewhere."""
+"""The documentation: its examples run, its images are those of its code, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -53,17 +53,16 @@ def test_examples_of_a_page_share_their_names(tmp_path):
     assert pages.run(page)["z"] == 3
 
 
-def test_pictures_are_those_of_the_code(tmp_path):
+def test_images_are_those_of_the_code(tmp_path):
     pages.draw(tmp_path)
     drawn = sorted(tmp_path.iterdir())
     assert len(drawn) == 4
-    for picture in drawn:
+    for image in drawn:
         fresh, kept = (
-            np.asarray(Image.open(x).convert("RGB"), np.float32)
-            for x in (picture, pages.DOCS / "tutorial" / picture.name)
+            np.asarray(Image.open(x).convert("RGB"), np.float32) for x in (image, pages.DOCS / "tutorial" / image.name)
         )
-        assert fresh.shape == kept.shape, picture.name
-        assert abs(fresh - kept).mean() < 2, picture.name
+        assert fresh.shape == kept.shape, image.name
+        assert abs(fresh - kept).mean() < 2, image.name
 
 
 def test_every_function_has_a_page():

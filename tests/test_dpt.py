@@ -95,13 +95,13 @@ def test_sides_half_way_between_two_multiples_grow():
 
 
 def test_windows_of_any_size(network):
-    picture = torch.randn(3, 70, 41)
-    found = sliding_window(network, picture, 33, 20)
+    image = torch.randn(3, 70, 41)
+    found = sliding_window(network, image, 33, 20)
     assert found.shape == (5, 70, 41)
     torch.testing.assert_close(found.sum(0), torch.ones(70, 41))
-    alone = network.whole(picture[None, :, :20, :8])[0].softmax(0)  # where no other window is: not the same image
+    alone = network.whole(image[None, :, :20, :8])[0].softmax(0)  # where no other window is: not the same image
     assert not torch.allclose(found[:, :20, :8], alone)
-    corner = network.whole(picture[None, :, :33, :33])[0].softmax(0)
+    corner = network.whole(image[None, :, :33, :33])[0].softmax(0)
     torch.testing.assert_close(found[:, :20, :8], corner[:, :20, :8])
 
 

@@ -28,17 +28,17 @@ CLASSES = ["dark", "middle", "light", "other"]
 
 @pytest.fixture
 def data(tmp_path):
-    """Seven pictures whose masks Brightness gets right but for one row; sizes differ."""
+    """Seven images whose masks Brightness gets right but for one row; sizes differ."""
     items = []
     for i in range(7):
         size = (20 + i, 16)
         shade = torch.randint(3, (size[1], size[0]))
-        picture = (125 * shade).to(torch.uint8).unsqueeze(-1).expand(-1, -1, 3).contiguous()
+        image = (125 * shade).to(torch.uint8).unsqueeze(-1).expand(-1, -1, 3).contiguous()
         mask = shade.clone()
         mask[0] = (mask[0] + 1) % 3
         mask[1] = 255
-        paths = [tmp_path / f"{i}.{kind}.png" for kind in ("picture", "mask")]
-        for path, x in zip(paths, (picture, mask.to(torch.uint8)), strict=True):
+        paths = [tmp_path / f"{i}.{kind}.png" for kind in ("image", "mask")]
+        for path, x in zip(paths, (image, mask.to(torch.uint8)), strict=True):
             Image.fromarray(x.numpy()).save(path)
         items.append(Item(str(i), *paths))
     table = torch.arange(256).to(torch.uint8)
@@ -60,7 +60,7 @@ def test_known_scores():
     assert scores.accuracy == pytest.approx(9 / 12)
     lines = [line.split() for line in scores.table().splitlines()]
     assert lines == [
-        ["4", "pictures"], ["a", "66.67"], ["b", "50.00"], ["gone", "n/a"], ["mean", "IoU", "58.33"],
+        ["4", "images"], ["a", "66.67"], ["b", "50.00"], ["gone", "n/a"], ["mean", "IoU", "58.33"],
         ["accuracy", "75.00"],
     ]  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_evaluation_against_a_count_by_hand(data):
     widths = range(20, 27)
     assert scores.accuracy == pytest.approx(sum(14 * w for w in widths) / sum(15 * w for w in widths))
     assert math.isnan(scores.iou[3])
-    assert scores.pictures == 7
+    assert scores.images == 7
     assert not math.isnan(scores.miou)
 
 
@@ -98,12 +98,12 @@ def test_windows_cover_everything_once_a_stride():
 
 @pytest.mark.parametrize("size", [(20, 31), (8, 8), (5, 40), (8, 9)])
 def test_sliding_window_of_a_pointwise_network_is_the_network(size):
-    network, picture = Brightness(), torch.randn(3, *size)
-    whole = network(picture.unsqueeze(0)).logits[0].softmax(0)
-    torch.testing.assert_close(sliding_window(network, picture, 8, 5), whole)
+    network, image = Brightness(), torch.randn(3, *size)
+    whole = network(image.unsqueeze(0)).logits[0].softmax(0)
+    torch.testing.assert_close(sliding_window(network, image, 8, 5), whole)
     assert max(network.size) <= 8
     settings = EvalConfig(mode="sliding", window=8, stride=5)
-    assert torch.equal(segment(network, picture, settings), segment(network, picture, EvalConfig()))
+    assert torch.equal(segment(network, image, settings), segment(network, image, EvalConfig()))
 
 
 def test_overlapping_windows_are_averaged():

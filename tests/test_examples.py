@@ -55,7 +55,7 @@ def test_sparse_labels_with_truth_and_refinement(sample, tmp_path):
     dense = np.array(Image.open(folder / "labels.png"))
     kept = np.random.default_rng(1).random(dense.shape) < 0.02
     Image.fromarray(np.where(kept, dense, IGNORE).astype(np.uint8)).save(tmp_path / "sparse.png")
-    files = (folder / "picture.png", tmp_path / "sparse.png", tmp_path / "out.png")
+    files = (folder / "image.png", tmp_path / "sparse.png", tmp_path / "out.png")
     done = run(tmp_path, *files, "--truth", folder / "labels.png", "--refine", "--grid", "100")
     assert done.returncode == 0, done.stderr
     assert f"{kept.sum()} of them labelled" in done.stdout
@@ -66,7 +66,7 @@ def test_sparse_labels_with_truth_and_refinement(sample, tmp_path):
 
 def test_without_truth_no_accuracy_is_claimed(sample, tmp_path):
     folder, _ = sample
-    done = run(tmp_path, folder / "picture.png", folder / "labels.png", tmp_path / "out.png", "--grid", "40")
+    done = run(tmp_path, folder / "image.png", folder / "labels.png", tmp_path / "out.png", "--grid", "40")
     assert done.returncode == 0, done.stderr
     assert "mean IoU" not in done.stdout
     assert (tmp_path / "out.png").exists()
@@ -83,7 +83,7 @@ def test_without_truth_no_accuracy_is_claimed(sample, tmp_path):
 )
 def test_unusable_labels_are_explained(sample, tmp_path, labels, message):
     Image.fromarray(labels).save(tmp_path / "labels.png")
-    done = run(tmp_path, sample[0] / "picture.png", tmp_path / "labels.png", tmp_path / "out.png")
+    done = run(tmp_path, sample[0] / "image.png", tmp_path / "labels.png", tmp_path / "out.png")
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,7 +91,7 @@ def test_unusable_labels_are_explained(sample, tmp_path, labels, message):
 
 # What a script is given to be quick, and the rows of its table: the better ones behind.
 QUICK = {
-    "across_pictures": (["out.png"], ["same place", "carried over"]),
+    "across_images": (["out.png"], ["same place", "carried over"]),
     "frozen_features": (
         ["--no-pretrained", "--model", "vit_tiny_patch16_224", "--size", "128", "--out", "out.png"],
         ["most frequent class", "propagated"],
@@ -103,7 +103,7 @@ TRAINED = ("fixmatch", "head_on_smp")  # so few steps gain nothing
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_prints_what_it_gained_and_writes_a_picture(name, tmp_path):
+def test_prints_what_it_gained_and_writes_a_image(name, tmp_path):
     arguments, expected = QUICK[name]
     done = run(tmp_path, *arguments, script=SCRIPT.with_name(f"{name}.py"))
     assert done.returncode == 0, done.stderr
@@ -112,22 +112,22 @@ def test_prints_what_it_gained_and_writes_a_picture(name, tmp_path):
     assert all(0 < iou <= 100 for iou in found.values())
     if name not in TRAINED:
         assert found[expected[-1]] > found[expected[0]] + 10
-    with Image.open(tmp_path / "out.png") as picture:
-        assert picture.width > 700
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.width > 700
 
 
 def test_labels_are_carried_to_the_next_frames(tmp_path):
     """Through a film that pans over a drawn scene, by random weights; without the pan's labels in between."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
-        draw_scene = importlib.import_module("pictures").draw_scene
+        draw_scene = importlib.import_module("scenes").draw_scene
     finally:
         sys.path.pop(0)
-    picture, labels = (np.asarray(x) for x in draw_scene(5, 256))
+    image, labels = (np.asarray(x) for x in draw_scene(5, 256))
     lines = []
     for i in range(3):
         view = slice(40 * i, 40 * i + 160)
-        Image.fromarray((255 * picture[:, :, view]).astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+        Image.fromarray((255 * image[:, :, view]).astype(np.uint8).transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
         Image.fromarray(labels[:, view].astype(np.uint8)).save(tmp_path / f"mask{i}.png")
         lines.append(f"{i}.png mask{i}.png\n")
     (tmp_path / "film.txt").write_text("".join(lines))

@@ -51,7 +51,7 @@ def test_patterns(root, monkeypatch, pattern, expected):
 
 def test_brackets_in_a_pattern(root):
     draw(root, "im[1]ages/p[0].jpg", "im1ages/p0.jpg")
-    assert set(scan(root, "data.pictures", "im[1]ages/{}.*").files) == {"p[0]"}
+    assert set(scan(root, "data.images", "im[1]ages/{}.*").files) == {"p[0]"}
 
 
 def test_hidden_and_foreign_files_are_passed_over(root):
@@ -60,24 +60,24 @@ def test_hidden_and_foreign_files_are_passed_over(root):
         (root / "images" / name).write_bytes(b"\0")
     (root / "images" / "folder.jpg").mkdir()
     os.mkfifo(root / "images" / "pipe.png")  # would be waited for
-    found = scan(root, "data.pictures", "images/{}.*")
+    found = scan(root, "data.images", "images/{}.*")
     assert set(found.files) == {"a", "B"}
     assert len(found.passed) == 9
     assert found.note() == [
-        "data.pictures: 9 files are no pictures, passed over: .DS_Store, ._a.jpg, .a.jpg, Thumbs.db, a.txt, and 4 more"
+        "data.images: 9 files are no images, passed over: .DS_Store, ._a.jpg, .a.jpg, Thumbs.db, a.txt, and 4 more"
     ]
-    assert scan(root, "data.pictures", "images/{}.jpg").passed == ["._a.jpg", ".a.jpg"]
+    assert scan(root, "data.images", "images/{}.jpg").passed == ["._a.jpg", ".a.jpg"]
     draw(root, "clean/a.jpg")
-    assert scan(root, "data.pictures", "clean/{}.*").note() == []
+    assert scan(root, "data.images", "clean/{}.*").note() == []
 
 
 def lines(root, text, need_mask=True):
     content = text if isinstance(text, bytes) else text.encode()
     (root / "list.txt").write_bytes(content)
-    pictures, masks = scan(root, "data.pictures", "images/{}.*"), scan(root, "data.masks", "masks/{}.png")
-    items = read_list("data.labeled", root, "list.txt", pictures, masks, need_mask)
+    images, masks = scan(root, "data.images", "images/{}.*"), scan(root, "data.masks", "masks/{}.png")
+    items = read_list("data.labeled", root, "list.txt", images, masks, need_mask)
     masks = [None if item.mask is None else os.path.relpath(item.mask, root) for item in items]
-    return [(os.path.relpath(item.picture, root), mask) for item, mask in zip(items, masks, strict=True)]
+    return [(os.path.relpath(item.image, root), mask) for item, mask in zip(items, masks, strict=True)]
 
 
 A, B = ("images/a.jpg", "masks/a.png"), ("images/my b.jpg", "masks/my b.png")
@@ -117,7 +117,7 @@ def test_names_with_quotes_and_hashes_are_taken_as_they_are(root):
         "images/#1.jpg",
         "masks/#1.png",
     )
-    assert [picture for picture, _ in lines(root, 'it\'s\nsay "a"\n#1\n')] == [
+    assert [image for image, _ in lines(root, 'it\'s\nsay "a"\n#1\n')] == [
         "images/it's.jpg", 'images/say "a".jpg', "images/#1.jpg",
     ]  # fmt: skip
 
@@ -125,9 +125,9 @@ def test_names_with_quotes_and_hashes_are_taken_as_they_are(root):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("images/a.jpg", "images/a.jpg is a picture without its mask"),
-        ("a b c", "expected an id, or a picture and a mask with a tab between, got 'a b c'"),
-        ("your b", r"not found: picture of your, mask of your"),
+        ("images/a.jpg", "images/a.jpg is an image without its mask"),
+        ("a b c", "expected an id, or an image and a mask with a tab between, got 'a b c'"),
+        ("your b", r"not found: image of your, mask of your"),
         ("images/a.jpg masks/none.png", "not found: mask of images/a.jpg"),
         ("a\nmy b\n./images/a.jpg masks/a.png", r"more than once: .*images/a\.jpg$"),
         ("a\0", "expected text in UTF-8, found a byte of 0"),

@@ -42,8 +42,8 @@ import agreement, fuzz, random_calls, torch
 torch.set_num_threads(1)  # threads do not survive the fork
 torch.cuda.is_available = lambda: False  # a process that is not forked would not have the fault
 right, fault = agreement.call, sys.argv[1]
-pictures = ((i, random_calls.random_call(5, i)) for i in range(200))
-cases = [i for i, x in pictures if x.name == "connected_components" and x.tensors["image"].numel() > 1][:4]
+images = ((i, random_calls.random_call(5, i)) for i in range(200))
+cases = [i for i, x in images if x.name == "connected_components" and x.tensors["image"].numel() > 1][:4]
 planted = str(random_calls.random_call(5, cases[1]))
 
 def call(drawn, target):

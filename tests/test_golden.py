@@ -84,11 +84,11 @@ def test_training_steps(backend, name):
     labeller = backend.name if backend.name in {target.name for target in targets("pseudo_label")} else None
     for step in ("t0_", "t1_"):
         at = {k.removeprefix(step): v for k, v in vectors.items() if k.startswith(step)}
-        pictures, classes = at["ignore"].shape[0], at["out_w"].shape[1]
+        images, classes = at["ignore"].shape[0], at["out_w"].shape[1]
         box = at["cutmix"] == 1
         ignore = torch.where(box, at["ignore_mix"], at["ignore"]) == 255
 
-        weak = at["out_w"][pictures:].float().to(backend.device)
+        weak = at["out_w"][images:].float().to(backend.device)
         labels, confidence, peak = ops.pseudo_label(weak, ignore=ignore.to(backend.device), backend=labeller)
         mix_labels, mix_confidence, _ = ops.pseudo_label(at["out_mix"].float().to(backend.device), backend=labeller)
         assert torch.equal(labels.cpu(), at["labels_weak"].long())
@@ -99,7 +99,7 @@ def test_training_steps(backend, name):
         labels = torch.where(box, mix_labels, labels)
         assert torch.equal(labels.cpu(), at["labels_cutmixed"].long())
         reliable = (torch.where(box, mix_confidence, confidence) >= threshold) & ~ignore
-        masks = RegionMasks.from_bool(unpack(at, "masks")[pictures:].to(backend.device))
+        masks = RegionMasks.from_bool(unpack(at, "masks")[images:].to(backend.device))
         after, reliable_after = ops.region_propagate(
             labels, reliable, masks, threshold, num_classes=classes, valid=~box & ~ignore, backend=backend.name
         )

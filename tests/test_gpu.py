@@ -130,10 +130,10 @@ def test_memory_is_linear_in_the_positions(side):
     assert extra <= 16 * 32 * padded * size + 2**21
 
 
-def test_more_pictures_than_a_grid_has_rows():
-    """Beyond 65,535 blocks along y one goes over several pictures; Triton's blocks are counted along x."""
-    picture = torch.arange(70_000, device="cuda").remainder(3).to(torch.uint8).view(-1, 1, 1)
-    assert torch.equal(ops.connected_components(picture), (picture > 0).int())
+def test_more_images_than_a_grid_has_rows():
+    """Beyond 65,535 blocks along y one goes over several images; Triton's blocks are counted along x."""
+    image = torch.arange(70_000, device="cuda").remainder(3).to(torch.uint8).view(-1, 1, 1)
+    assert torch.equal(ops.connected_components(image), (image > 0).int())
     logits = torch.randn(70_000, 3, 1, 1, device="cuda")
     assert torch.equal(ops.pseudo_label(logits)[0], logits.argmax(1))
     z = ops.pixel_propagate(logits, logits, logits, backend="triton")

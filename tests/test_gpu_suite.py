@@ -276,7 +276,7 @@ def test_tests_that_are_all_skipped_have_not_passed(run, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [24, 80])
-def test_eight_pictures_where_their_oracle_fits(run, monkeypatch, memory):
+def test_eight_images_where_their_oracle_fits(run, monkeypatch, memory):
     monkeypatch.setitem(ENVIRONMENT, "gpu", GPU | {"memory_bytes": memory * 2**30})
     _, _, machine = run("--only", "ops")
     assert ("--batch" in machine.steps[OPS[0]].command) is (memory == 80)

@@ -69,7 +69,7 @@ def selected_isa(request):
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_pictures_of_801_by_401(sample, selected_isa, monkeypatch):
+def test_images_of_801_by_401(sample, selected_isa, monkeypatch):
     """Odd and not square, at the grid of stride 8; the reference stores the map."""
     op, make = SAMPLES[sample]
     size = (801, 401) if op in ("region_propagate", "connected_components") else (101, 51)
@@ -164,15 +164,15 @@ TOO_LARGE = {name: call for support in OPS.values() for name, call in support.TO
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_pictures_that_are_too_large(name):
+def test_images_that_are_too_large(name):
     with pytest.raises(
-        ValueError, match=rf"^{name}: expected a picture of at most 2147482624 pixels, got 65536 x 32768"
+        ValueError, match=rf"^{name}: expected an image of at most 2147482624 pixels, got 65536 x 32768"
     ):
         TOO_LARGE[name]()
 
 
-def test_packed_pictures_that_are_too_large():
-    """Kernels count within a picture in 32 bits; the last that fits is not refused for its size."""
+def test_packed_images_that_are_too_large():
+    """Kernels count within an image in 32 bits; the last that fits is not refused for its size."""
     query, value = (wide(1, channels, 2048, 2049, dtype=torch.float16) for channels in (3, 257))
     with pytest.raises(ValueError, match=r"^value: .*at most 2\^31 numbers.*got 512 x 4196352"):
         plan.Layout.of(query, query, value, False, False)

@@ -90,7 +90,7 @@ def note(*, key, fn, **rest):  # compiles nothing
 triton.knobs.runtime.jit_cache_hook = note
 sizes = [(5 + i % 11, 3 + i % 17) for i in range(50)]
 for i, size in enumerate(sizes):
-    # A part of a larger picture, in either memory format, so that strides, addresses and batches are of all kinds.
+    # A part of a larger image, in either memory format, so that strides, addresses and batches are of all kinds.
     x = torch.randn(1 + i % 3, 21, size[0] + 1, size[1] + 2)[..., 1:, i % 3 : i % 3 + size[1]]
     x = x.contiguous(memory_format=torch.channels_last) if i % 2 else x
     leaves = [x.detach().clone().requires_grad_() if i % 5 else x.detach().requires_grad_() for _ in range(3)]
@@ -105,7 +105,7 @@ print(json.dumps({name: names.count(name) for name in names}))
 """
 
 
-def test_pictures_of_fifty_sizes_compile_once():
+def test_images_of_fifty_sizes_compile_once():
     """Neither sizes nor strides nor addresses make another binary; the forms of a call do."""
     counts = json.loads(stubbed(BINARIES))
     expected = dict.fromkeys((*FORWARD, *BACKWARD, "confidence_gate_kernel", "open_rows_kernel", "label_kernel"), 1)

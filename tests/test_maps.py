@@ -32,7 +32,7 @@ def written(folder, items, **changes):
     maps, shares = Maps(folder, **changes), Maps(folder, kind=SHARES, **changes)
     maps.claim(items, CLASSES)
     for i, item in enumerate(items):
-        labels = np.asarray(Image.open(item.picture))[..., 0] // 80
+        labels = np.asarray(Image.open(item.image))[..., 0] // 80
         shares.write(i, labels / 4 + 0.125)
         maps.write(i, labels)
     return maps, shares
@@ -105,7 +105,7 @@ def test_maps_follow_the_image(tmp_path, items):
     labels = np.zeros((40, 56), np.uint8)
     labels[:, 28:] = 2
     for i, item in enumerate(items):
-        Image.fromarray(100 * labels).convert("RGB").save(item.picture)
+        Image.fromarray(100 * labels).convert("RGB").save(item.image)
         shares.write(i, labels / 4)
         maps.write(i, labels)
     data = Data([], items, [], CLASSES, torch.arange(256, dtype=torch.uint8))

@@ -63,7 +63,7 @@ def test_pixel_propagation_is_linear_in_positions(options):
     assert twice < 2 * once + 4 * MIB
 
 
-def test_region_masks_store_no_pictures():
+def test_region_masks_store_no_images():
     """128 masks of 321 x 321 take 1.65 MB packed, 52.8 MB as floats."""
     call = "lambda size, q, k, v: ops.region_masks(q, k, torch.arange(25).repeat(6)[:128], (size, size))"
     assert measure(_C.cpu.isas()[-1], 2, f"peak({call}, (33, *maps(5, 5)), (321, *maps(41, 41)))") < 16 * MIB

@@ -107,10 +107,10 @@ class Segmenter(torch.nn.Module):
         self.head = nn.CorrelationHead(8, 4, hidden_channels=16)
         self.num_masks = num_masks
 
-    def forward(self, picture):
-        feature = self.backbone(picture)
+    def forward(self, image):
+        feature = self.backbone(image)
         logits = self.classify(feature)
-        size = picture.shape[2:]
+        size = image.shape[2:]
         out = self.head(feature, logits, num_masks=self.num_masks, mask_size=size)
         large = F.interpolate(out.propagated, size=size, mode="bilinear", align_corners=True)
         return large if out.masks is None else (large, out.masks.packed)
@@ -146,11 +146,11 @@ def test_export_of_a_model_with_the_head(num_masks, tmp_path):
     torch.export.save(exported, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for shape in ((2, 3, 20, 24), (3, 3, 28, 17)):
-        picture = torch.randn(shape)
+        image = torch.randn(shape)
         torch.manual_seed(0)
-        found = loaded(picture)
+        found = loaded(image)
         torch.manual_seed(0)
-        expected = model(picture)
+        expected = model(image)
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
 

@@ -132,7 +132,7 @@ def test_is_as_accurate_as_the_plain_formulation(backend, dtype, name, grid, siz
     if backend.interpreted and size is not None:  # a step of the interpreter for each pixel of a cell
         size = tuple(min(a, 3 * b) for a, b in zip(size, grid, strict=True))
     height, width = size or grid
-    # Few large pictures do: the error is a norm over all pixels, and the oracle takes its time.
+    # Few large images do: the error is a norm over all pixels, and the oracle takes its time.
     batch = 2 if backend.interpreted else 4 if height * width > 900 else 16
     made = inputs(name, dtype, grid, size, batch)
     assert_right(name, run(name, backend, *made), *made)

@@ -68,7 +68,7 @@ def test_is_as_accurate_as_the_plain_formulation(backend, dtype, shape):
     check(backend, maps(backend.fit(shape), dtype))
 
 
-def test_picture_of_the_published_size(backend):
+def test_image_of_the_published_size(backend):
     check(backend, maps((1, 21, 21, (41, 41), (41, 41))))
 
 

@@ -158,7 +158,7 @@ def test_bad_value_reaches_its_channel(backend, dtype, bad):
 @pytest.mark.parametrize("normalize", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_bad_feature_reaches_its_picture(backend, dtype, where, bad, normalize):
+def test_bad_feature_reaches_its_image(backend, dtype, where, bad, normalize):
     """A row with a NaN hands out NaN everywhere; infinite scores of both signs make one."""
     query, key, value, _ = (x.to(backend.device) for x in maps(SHAPE, dtype))
     clean = ops.pixel_propagate(query, key, value, normalize=normalize, backend=backend.name)
@@ -198,7 +198,7 @@ def test_confidence_of_nan_is_closed(backend):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", range(4), ids=["query", "key", "value", "grad"])
 def test_gradients_of_bad_numbers_end(backend, dtype, where, bad):
-    """Each gradient of the picture that holds the bad number is NaN or infinite somewhere, other pictures are clean."""
+    """Each gradient of the image that holds the bad number is NaN or infinite somewhere, other images are clean."""
     tensors = maps(SHAPE, dtype)
     clean = propagate(backend, *tensors)
     tensors[where][1, 2, 3, 4] = bad

@@ -1,4 +1,4 @@
-"""From a checkpoint to pictures, and the commands around it."""
+"""From a checkpoint to images, and the commands around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from corrmatch import cli
 from corrmatch.config import Config
 from corrmatch.data.datasets import IGNORE, DataError
 from corrmatch.models.network import Network, Prediction
-from corrmatch.training import pictures
+from corrmatch.training import visualization
 from corrmatch.training.predict import KINDS, load_model, predict
 
 pytestmark = pytest.mark.slow
@@ -39,11 +39,11 @@ def trained(tmp_path_factory):
         "train.epochs=10",
     ]
     assert cli.main(["train", "sample", *overrides]) == 0
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i, (size, kind) in enumerate({(50, 40): "jpg", (33, 70): "png"}.items()):
-        Image.effect_noise(size, 60).convert("RGB").save(folder / "pictures" / f"p{i}.{kind}")
-    Image.new("P", (41, 41)).save(folder / "pictures" / "indexed.gif")
-    (folder / "pictures" / "notes.txt").write_text("not a picture")
+        Image.effect_noise(size, 60).convert("RGB").save(folder / "images" / f"p{i}.{kind}")
+    Image.new("P", (41, 41)).save(folder / "images" / "indexed.gif")
+    (folder / "images" / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -74,7 +74,7 @@ def draw(folder, **sizes):
         Image.effect_noise(size, 60).convert("RGB").save(folder / name.replace("_", "."))
 
 
-def test_one_broken_picture_stops_no_other(tmp_path, capsys):
+def test_one_broken_image_stops_no_other(tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     draw(source, a_jpg=(8, 9), c_png=(5, 4), e_jpg=(1, 30), f_png=(40, 1))
     whole = (source / "c.png").read_bytes()
@@ -87,12 +87,12 @@ def test_one_broken_picture_stops_no_other(tmp_path, capsys):
     with pytest.raises(DataError) as caught:
         segmented(source, out)
     first, *broken = str(caught.value).splitlines()
-    assert first == f"4 pictures: {out}; 3 cannot be used:"
+    assert first == f"4 images: {out}; 3 cannot be used:"
     assert [line.split(":")[0].strip() for line in broken] == [
         str(source / name) for name in ("b.png", "d.jpg", "g.tif")
     ]
     assert written(out) == {"a.png": (8, 9), "c.png": (5, 4), "e.png": (1, 30), "f.png": (40, 1)}
-    assert f"{source}: 2 files are no pictures, passed over: ._a.jpg, Thumbs.db\n" in capsys.readouterr().err
+    assert f"{source}: 2 files are no images, passed over: ._a.jpg, Thumbs.db\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_results_do_not_overwrite_each_other(tmp_path, names, expected):
     assert written(out) == dict(zip(expected, sizes, strict=True))
 
 
-def test_predictions_lie_as_people_see_the_picture(tmp_path):
+def test_predictions_lie_as_people_see_the_image(tmp_path):
     (tmp_path / "in").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -142,16 +142,16 @@ def test_home_and_places_that_cannot_be_written(tmp_path, monkeypatch, capsys):
 
 
 def test_predictions_are_written_at_original_size(trained, capsys):
-    run, source, out = trained / "run" / "best.pt", trained / "pictures", trained / "out"
+    run, source, out = trained / "run" / "best.pt", trained / "images", trained / "out"
     assert cli.main(["predict", str(run), str(source), str(out)]) == 0
-    assert capsys.readouterr().out == f"3 pictures: {out}\n"
+    assert capsys.readouterr().out == f"3 images: {out}\n"
     assert {path.name for path in out.iterdir()} == set(KINDS)
     _, _, classes = load_model(run)
-    colors = pictures.palette(classes)
+    colors = visualization.palette(classes)
     for path in source.glob("*.*g*"):
         index, color, over = (Image.open(out / kind / f"{path.stem}.png") for kind in KINDS)
-        with Image.open(path) as picture:
-            assert index.size == color.size == over.size == picture.size
+        with Image.open(path) as image:
+            assert index.size == color.size == over.size == image.size
         ids = np.array(index)
         assert ids.max() < len(classes)
         assert np.array_equal(np.array(color), colors.numpy()[ids])
@@ -172,7 +172,7 @@ def test_the_averaged_weights_are_what_is_used(trained):
 def test_evaluation_of_a_checkpoint_is_that_of_its_run(trained, capsys):
     assert cli.main(["eval", str(trained / "run" / "last.pt")]) == 0
     plain = capsys.readouterr().out
-    assert plain.startswith("3 pictures\nbackground")
+    assert plain.startswith("3 images\nbackground")
     scores = (trained / "run" / "scalars.jsonl").read_text().splitlines()[-1]
     miou = float(scores.split('"miou": ')[1].split(",")[0])
     assert float(re.search(r"mean IoU +([\d.]+)", plain)[1]) == pytest.approx(100 * miou, abs=0.005)
@@ -199,8 +199,8 @@ def test_evaluation_of_a_checkpoint_is_that_of_its_run(trained, capsys):
         (["eval", "none.pt"], "corrmatch eval: none.pt: there is no such checkpoint\n"),
         (["eval", "{root}/classes.txt"], "corrmatch eval: {root}/classes.txt: not a checkpoint, or a broken one\n"),
         (["eval", "{root}/weights.pt"], "corrmatch eval: {root}/weights.pt: not a checkpoint of corrmatch\n"),
-        (["predict", "{run}", "none", "out"], "corrmatch predict: none: expected a folder of pictures\n"),
-        (["predict", "{run}", "{data}", "out"], "corrmatch predict: {data}: there are no pictures\n"),
+        (["predict", "{run}", "none", "out"], "corrmatch predict: none: expected a folder of images\n"),
+        (["predict", "{run}", "{data}", "out"], "corrmatch predict: {data}: there are no images\n"),
     ],
 )
 def test_mistakes_are_said_in_a_line(trained, capsys, arguments, message):
@@ -219,20 +219,20 @@ def test_a_missing_library_is_named(monkeypatch, capsys):
 
 
 def test_overlay_tints_outlines_and_spares_the_background():
-    picture = torch.full((4, 6, 3), 100, dtype=torch.uint8)
+    image = torch.full((4, 6, 3), 100, dtype=torch.uint8)
     labels = torch.zeros(4, 6, dtype=torch.long)
     labels[:, 3:] = 1
     classes = ["background", "thing"]
-    colors = pictures.palette(classes)
-    shown = pictures.overlay(picture, labels, classes, colors)
+    colors = visualization.palette(classes)
+    shown = visualization.overlay(image, labels, classes, colors)
     assert (shown[:, :3] == 75).all()
     assert (shown[:, 3] == 255).all()
     assert torch.equal(shown[0, 4], ((100 + colors[1].float()) / 2).round().to(torch.uint8))
 
 
 def test_colours_differ():
-    colors = pictures.palette([str(i) for i in range(21)])[:21].float()
+    colors = visualization.palette([str(i) for i in range(21)])[:21].float()
     distances = torch.cdist(colors, colors) + 1000 * torch.eye(21)
     assert distances.min() > 15
-    assert pictures.palette(["a"])[IGNORE].tolist() == [255, 255, 255]
-    assert pictures.palette(["Background", "b"])[0].tolist() == [0, 0, 0]
+    assert visualization.palette(["a"])[IGNORE].tolist() == [255, 255, 255]
+    assert visualization.palette(["Background", "b"])[0].tolist() == [0, 0, 0]

@@ -91,7 +91,7 @@ def test_range_of_logits(backend, dtype, scale):
 @pytest.mark.parametrize("size", [None, (27, 41)])
 def test_ties_go_to_the_lowest_class(backend, dtype, size):
     logits = torch.randint(-2, 3, (2, 6, 9, 11)).to(dtype)
-    if size is not None:  # a constant picture stays exact
+    if size is not None:  # a constant image stays exact
         logits = logits[:, :, :1, :1].expand(2, 6, 9, 11)
     labels, _, _ = label(backend, logits, size=size)
     wide = logits.double().numpy()

@@ -16,7 +16,7 @@ from corrmatch import ops
 OP = "region_masks"
 CONNECTIVITY = pytest.mark.parametrize("connectivity", [4, 8])
 
-# Key grid and picture: two of the published kind, others, none, shrinking, degenerate ones. But for the first two no
+# Key grid and image: two of the published kind, others, none, shrinking, degenerate ones. But for the first two no
 # pixel lies half-way between grid points, where a peak beside entries of almost 0 is at the threshold by nature.
 SIZES = [
     ((9, 9), (65, 65)),
@@ -64,7 +64,7 @@ def enlarged(query, key, index, size, scale=None):
     """Enlarged rows of the map, (B, K, H, W), in float64."""
     q, k = query.double().flatten(2), key.double().flatten(2)
     index = index.expand(query.shape[0], -1)
-    q = torch.stack([picture[:, rows] for picture, rows in zip(q, index, strict=True)])
+    q = torch.stack([image[:, rows] for image, rows in zip(q, index, strict=True)])
     p = ((query.shape[1] ** -0.5 if scale is None else scale) * (q.mT @ k)).softmax(-1)
     return F.interpolate(p.unflatten(2, key.shape[2:]), size=size, mode="bilinear", align_corners=True)
 
@@ -200,8 +200,8 @@ def test_layouts(backend, layout):
     assert not different.any() if backend.exact else different.mean() <= 1e-4
 
 
-def components_of(picture, connectivity):
-    return ndimage.label(picture, np.ones((3, 3)) if connectivity == 8 else None)[0]
+def components_of(image, connectivity):
+    return ndimage.label(image, np.ones((3, 3)) if connectivity == 8 else None)[0]
 
 
 @CONNECTIVITY

@@ -100,14 +100,14 @@ def test_workers_of_a_data_loader(threads):
         maps = torch.randn(3, 2, 5, 33, 33, requires_grad=True)
         ops.pixel_propagate(*maps).sum().backward()
 
-        class Pictures(torch.utils.data.Dataset):
+        class Images(torch.utils.data.Dataset):
             def __len__(self):
                 return 6
             def __getitem__(self, i):
                 z = ops.pixel_propagate(logits[:1], logits[:1], logits[:1])
                 return ops.connected_components(images[i]), ops.pseudo_label(logits[i:i + 1], size=(33, 33))[1][0], z
 
-        loader = DataLoader(Pictures(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120)
+        loader = DataLoader(Images(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=120)
         found = [torch.cat(x) for x in zip(*loader)]
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
         print("same")

@@ -131,14 +131,14 @@ def test_a_broken_file_that_was_not_looked_for_is_named_in_a_line(sample, tmp_pa
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable picture: \S.*", last)
+    assert re.fullmatch(r"corrmatch train: .*unlabeled_00\d\.jpg: not a readable image: \S.*", last)
 
 
 def test_what_was_passed_over_is_said(sample, tmp_path, capsys):
     shutil.copytree(sample, tmp_path / "data")
     (tmp_path / "data" / "JPEGImages" / "._unlabeled_000.jpg").write_bytes(b"\0\5\26\7")
     Trainer(small_config(tmp_path / "data", tmp_path / "run"))
-    assert "data.pictures: 1 files are no pictures, passed over: ._unlabeled_000.jpg\n" in capsys.readouterr().err
+    assert "data.images: 1 files are no images, passed over: ._unlabeled_000.jpg\n" in capsys.readouterr().err
 
 
 def test_learning_rates_decay_and_differ(sample, tmp_path):
@@ -157,8 +157,8 @@ def test_every_parameter_is_in_one_group(sample, tmp_path):
     assert head == {id(p) for p in run.method.parameters()} - backbone
 
 
-def test_the_command_on_a_folder_of_pictures(sample, tmp_path):
-    """As people have them: pictures, masks for some of them, a list of classes; by two processes."""
+def test_the_command_on_a_folder_of_images(sample, tmp_path):
+    """As people have them: images, masks for some of them, a list of classes; by two processes."""
     folder, some = tmp_path / "data", lambda _, names: [name for name in names if name > "unlabeled_008"]
     shutil.copytree(sample / "JPEGImages", folder / "images", ignore=some)
     shutil.copytree(sample / "SegmentationClass", folder / "masks", ignore=some)
@@ -188,9 +188,9 @@ def test_unlabelled_masks_are_never_read(sample, tmp_path, monkeypatch):
     [
         (lambda f: (f / "splits/labeled.txt").write_text(""), DataError, r"data\.labeled: .*labeled\.txt is empty"),
         (lambda f: (f / "JPEGImages/unlabeled_002.jpg").write_bytes(b"?"), DataError, "unlabeled_002.jpg: not a"),
-        (lambda f: (f / "splits/unlabeled.txt").write_text("no_such\n"), DataError, "picture of no_such"),
+        (lambda f: (f / "splits/unlabeled.txt").write_text("no_such\n"), DataError, "image of no_such"),
     ],
-    ids=["empty list", "corrupt picture", "unknown id"],
+    ids=["empty list", "corrupt image", "unknown id"],
 )
 def test_bad_data_is_named_before_a_network_is_built(tmp_path, monkeypatch, damage, error, message):
     draw_sample(tmp_path / "data")
@@ -200,12 +200,12 @@ def test_bad_data_is_named_before_a_network_is_built(tmp_path, monkeypatch, dama
         Trainer(small_config(tmp_path / "data", tmp_path / "run"))
 
 
-def test_corrmatch_without_unlabelled_pictures_is_refused(tmp_path):
+def test_corrmatch_without_unlabelled_images_is_refused(tmp_path):
     draw_sample(tmp_path / "data")
     for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled_*"):
         path.unlink()
     config = small_config(tmp_path / "data", tmp_path / "run", "data.unlabeled=null")
-    with pytest.raises(ConfigError, match="needs unlabelled pictures"):
+    with pytest.raises(ConfigError, match="needs unlabelled images"):
         Trainer(config)
 
 
@@ -217,12 +217,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(sample, tmp_path):
         run.run()
 
 
-def test_tensorboard_shows_scalars_and_pictures(sample, tmp_path):
+def test_tensorboard_shows_scalars_and_images(sample, tmp_path):
     Trainer(small_config(sample, tmp_path / "run")).run()
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"train/loss", "train/threshold", "train/kl", "val/miou", "val/iou_ball"} <= set(board.Tags()["scalars"])
     (tag,) = board.Tags()["images"]
-    assert tag == "picture 0/picture, prediction, reliable, propagated, reliable after, regions, truth"
+    assert tag == "image 0/image, prediction, reliable, propagated, reliable after, regions, truth"
     image = board.Images(tag)[0]
     assert (image.height, image.width) == (49, 7 * 49 + 6 * 4)
 

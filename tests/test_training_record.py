@@ -68,8 +68,8 @@ def test_smaller_images(tmp_path):
         image.save(source / folder / f"a.{'png' if 'annot' in folder else 'jpg'}", quality=100)
     (source / "train.txt").write_text("train/a.jpg trainannot/a.png\n")
     shrink(source, target, (4, 3))
-    picture, mask = (target / "train.txt").read_text().split()
-    with Image.open(target / picture) as image, Image.open(target / mask) as labels:
+    name, mask = (target / "train.txt").read_text().split()
+    with Image.open(target / name) as image, Image.open(target / mask) as labels:
         assert image.size == labels.size == (4, 3)
         assert image.getpixel((0, 0)) in (101, 102)  # the mean of four pixels, of which one is brighter by 4
         assert set(labels.tobytes()) <= {3, 7}  # no label is made up

@@ -13,14 +13,14 @@ from corrmatch.data.datasets import IGNORE
 from corrmatch.data.views import WEAK_STRONG, WEAK_STRONG_STRONG, Distortion, Geometry, View
 
 
-def test_picture_and_labels_move_together():
-    """The label is written in the picture: wherever both are seen, they agree."""
+def test_image_and_labels_move_together():
+    """The label is written in the image: wherever both are seen, they agree."""
     ids = torch.arange(6).repeat_interleave(20).view(1, -1).expand(90, -1).clone()
-    picture = tv_tensors.Image((40 * ids).to(torch.uint8).expand(3, -1, -1).clone())
+    image = tv_tensors.Image((40 * ids).to(torch.uint8).expand(3, -1, -1).clone())
     seen = []
     for key in range(20):
         with views.seeded(key):
-            view = views.labeled_view(picture, tv_tensors.Mask(ids.to(torch.uint8)), 65)
+            view = views.labeled_view(image, tv_tensors.Mask(ids.to(torch.uint8)), 65)
         assert tuple(view["image"].shape) == (3, 65, 65)
         deviation, mean = (torch.tensor(x).view(3, 1, 1) for x in (views.DEVIATION, views.MEAN))
         shown = ((view["image"] * deviation + mean) * 255).mean(0)
@@ -33,11 +33,11 @@ def test_picture_and_labels_move_together():
 
 
 def test_unlabelled_views():
-    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
     changed, boxes, ignored = [], [], []
     for key in range(40):
         with views.seeded(key):
-            view = views.unlabeled_views(picture, 65)
+            view = views.unlabeled_views(image, 65)
         changed.append(not torch.equal(view["weak"], view["strong"][0]))
         boxes.append(view["box"].float().mean().item())
         black = (view["weak"] == view["weak"].amin((1, 2), keepdim=True)).all(0)
@@ -63,11 +63,11 @@ def test_seeded_leaves_no_trace():
 
 
 def test_strong_views_and_boxes_are_drawn_apart():
-    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
     different = []
     for seed in range(12):
         with views.seeded(seed):
-            view = views.unlabeled_views(picture, 49, WEAK_STRONG_STRONG)
+            view = views.unlabeled_views(image, 49, WEAK_STRONG_STRONG)
         assert view["strong"].shape == (2, 3, 49, 49)
         assert view["box"].shape == (2, 49, 49)
         different.append([not torch.equal(*view[name]) for name in ("strong", "box")])
@@ -76,11 +76,11 @@ def test_strong_views_and_boxes_are_drawn_apart():
 
 def test_the_plain_view_does_not_depend_on_strong_ones():
     """Methods with other strong views see the same crops."""
-    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
     weak = []
     for view in (View(), WEAK_STRONG, WEAK_STRONG_STRONG):
         with views.seeded(5):
-            weak.append(views.unlabeled_views(picture, 49, view)["weak"])
+            weak.append(views.unlabeled_views(image, 49, view)["weak"])
     assert torch.equal(weak[0], weak[1])
     assert torch.equal(weak[0], weak[2])
 
@@ -88,18 +88,18 @@ def test_the_plain_view_does_not_depend_on_strong_ones():
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (1, 40), (3, 200)])
 @pytest.mark.parametrize("pad", ["right", "around"])
 def test_thin_images(size, pad):
-    picture = tv_tensors.Image(torch.full((3, *size), 9, dtype=torch.uint8))
+    image = tv_tensors.Image(torch.full((3, *size), 9, dtype=torch.uint8))
     for seed in range(10):
         with views.seeded(seed):
-            view = views.unlabeled_views(picture, 33, View(Geometry(pad=pad), strong=1))
+            view = views.unlabeled_views(image, 33, View(Geometry(pad=pad), strong=1))
         assert view["weak"].shape == (3, 33, 33)
         assert not view["ignore"].all()
 
 
 def test_padding():
-    picture = tv_tensors.Image(torch.full((3, 10, 10), 200, dtype=torch.uint8))
+    image = tv_tensors.Image(torch.full((3, 10, 10), 200, dtype=torch.uint8))
     for pad, inside in (("right", (0, 0)), ("around", (11, 11))):
-        view = views.unlabeled_views(picture, 33, View(Geometry(scales=(1, 1), flip=0, pad=pad, fill=views.GRAY)))
+        view = views.unlabeled_views(image, 33, View(Geometry(scales=(1, 1), flip=0, pad=pad, fill=views.GRAY)))
         expected = torch.ones(33, 33, dtype=torch.bool)
         expected[inside[0] : inside[0] + 10, inside[1] : inside[1] + 10] = False
         assert torch.equal(view["ignore"], expected)
@@ -121,21 +121,21 @@ def test_boxes_are_drawn_as_published():
 
 def test_colours_are_drawn_as_published():
     """Chances of the strong view: 0.8 jitter, 0.2 gray, 0.5 blur."""
-    picture = tv_tensors.Image(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8))
-    drawn = [views.Colour()(picture) for _ in range(1500)]
+    image = tv_tensors.Image(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8))
+    drawn = [views.Colour()(image) for _ in range(1500)]
     gray = np.mean([torch.equal(x[0], x[1]) and torch.equal(x[1], x[2]) for x in drawn])
     assert gray == pytest.approx(0.2, abs=0.045)
-    unchanged = np.mean([torch.equal(x, picture) for x in drawn])  # a faint blur shows nothing
+    unchanged = np.mean([torch.equal(x, image) for x in drawn])  # a faint blur shows nothing
     assert unchanged == pytest.approx(0.2 * 0.8 * (0.5 + 0.5 * 0.09), abs=0.03)
     none = views.Colour(chance=0, gray=0, blur=0)
-    assert torch.equal(none(picture), picture)
+    assert torch.equal(none(image), image)
 
 
 def test_blur_covers_its_deviation():
     """A single bright pixel becomes a Gaussian of the drawn deviation, to three deviations."""
-    picture = tv_tensors.Image(torch.zeros(3, 33, 33, dtype=torch.uint8))
-    picture[:, 16, 16] = 255
-    blurred = views.Colour(chance=0, gray=0, blur=1, sigma=(2.0, 2.0))(picture)[0].float()
+    image = tv_tensors.Image(torch.zeros(3, 33, 33, dtype=torch.uint8))
+    image[:, 16, 16] = 255
+    blurred = views.Colour(chance=0, gray=0, blur=1, sigma=(2.0, 2.0))(image)[0].float()
     assert (blurred[16] > 0).sum() >= 9
     offset = (torch.arange(33) - 16.0).square()
     share = blurred.sum(0) / blurred.sum()
@@ -143,9 +143,9 @@ def test_blur_covers_its_deviation():
 
 
 def test_a_labelled_image_can_have_strong_views():
-    picture = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.randint(0, 3, (60, 60), dtype=torch.uint8))
-    view = views.labeled_view(picture, mask, 49, View(strong=1, colour=views.Colour(chance=1, gray=1, blur=0)))
+    view = views.labeled_view(image, mask, 49, View(strong=1, colour=views.Colour(chance=1, gray=1, blur=0)))
     assert view.keys() == {"image", "label", "strong"}
     gray = view["strong"][0] * torch.tensor(views.DEVIATION).view(3, 1, 1) + torch.tensor(views.MEAN).view(3, 1, 1)
     torch.testing.assert_close(gray[0], gray[2], rtol=0, atol=1e-5)
@@ -153,14 +153,14 @@ def test_a_labelled_image_can_have_strong_views():
 
 def test_each_distortion_by_itself():
     """Brightness adds, contrast multiplies, saturation keeps the lightest channel and the order of the others."""
-    picture = tv_tensors.Image(torch.randint(60, 180, (3, 9, 7), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(60, 180, (3, 9, 7), dtype=torch.uint8))
     nothing = {"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, "chance": 1}
-    assert (Distortion(**nothing)(picture).int() - picture.int()).abs().max() <= 1
-    assert torch.equal(Distortion(chance=0)(picture), picture)
+    assert (Distortion(**nothing)(image).int() - image.int()).abs().max() <= 1
+    assert torch.equal(Distortion(chance=0)(image), image)
     for name, amount in (("brightness", 0.2), ("contrast", 0.4), ("saturation", 0.4), ("hue", 0.3)):
-        x = Distortion(**nothing | {name: amount})(picture)
+        x = Distortion(**nothing | {name: amount})(image)
         assert x.dtype == torch.uint8
-        before, after = picture.float(), x.float()
+        before, after = image.float(), x.float()
         if name == "brightness":
             assert (after - before).std() < 1
             assert (after - before).abs().max() <= 0.2 * 255 + 1

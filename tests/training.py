@@ -20,7 +20,7 @@ TINY = (
     "eval.panels=1", "propagation.num_masks=8",
 )  # fmt: skip
 SMALL = (
-    *TINY, "data.pictures=JPEGImages/{}.jpg", "data.masks=SegmentationClass/{}.png",
+    *TINY, "data.images=JPEGImages/{}.jpg", "data.masks=SegmentationClass/{}.png",
     "data.classes=classes.txt", "data.labeled=splits/labeled.txt", "data.unlabeled=splits/unlabeled.txt",
     "data.val=splits/val.txt", "data.ids=null", "data.ignore=[255]", "eval.window=65", "eval.stride=43",
 )  # fmt: skip

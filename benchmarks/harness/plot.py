@@ -28,7 +28,7 @@ def require(ops: list[str]) -> None:
 
 
 def draw(results: list[dict[str, Any]], environment: dict[str, Any], path: Path) -> None:
-    """Writes the figure; both panels count per picture, since the batch differs between sizes."""
+    """Writes the figure; both panels count per image, since the batch differs between sizes."""
     from matplotlib.figure import Figure
 
     results = sorted((r for r in results if r["op"] == "pixel_propagate"), key=lambda r: r["positions"])
@@ -36,8 +36,8 @@ def draw(results: list[dict[str, Any]], environment: dict[str, Any], path: Path)
     time, memory = figure.subplots(1, 2)
     panel(time, curves(results, lambda row, name: 1e3 * row["times"][name]["median"]), results)
     panel(memory, curves(results, _peak), results)
-    time.set_title("Time of one picture, ms", loc="left", fontweight="bold")
-    memory.set_title("Peak extra memory of one picture, MiB", loc="left", fontweight="bold")
+    time.set_title("Time of one image, ms", loc="left", fontweight="bold")
+    memory.set_title("Peak extra memory of one image, MiB", loc="left", fontweight="bold")
     commit = "" if environment["commit"] is None else f" ({environment['commit']})"
     figure.suptitle(
         f"pixel_propagate, D = C = 21, {results[0]['dtype']}: solid forward + backward, dashed forward alone",
@@ -58,7 +58,7 @@ def _peak(row: dict[str, Any], name: str) -> float | None:
 
 
 def curves(results: list[dict[str, Any]], figure_of: Any) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Points (N, figure a picture) by contender and pass."""
+    """Points (N, figure an image) by contender and pass."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for result in results:
         for row in result["contenders"]:

@@ -122,5 +122,5 @@ def raster_order(labels: np.ndarray) -> np.ndarray:
 
 
 BENCHMARK = Benchmark(
-    "connected_components", "component numbers of a binary picture", cases, sizes=((41, 41), (101, 101))
+    "connected_components", "component numbers of a binary image", cases, sizes=((41, 41), (101, 101))
 )

@@ -53,7 +53,7 @@ def cases(s: Setting) -> Iterator[Case]:
     pixels = s.batch * index.shape[0] * size[0] * size[1]
     yield Case(
         "region_masks", f"{height}x{width} to {size[0]}x{size[1]}, B = {s.batch}", pixels, "mask pixels",
-        f"K = {index.shape[0]} masks a picture, D = {s.channels}", contenders, expected, error, TOLERANCE[s.dtype],
+        f"K = {index.shape[0]} masks an image, D = {s.channels}", contenders, expected, error, TOLERANCE[s.dtype],
         height * width,
         s.batch, oracle_bytes=4 * 8 * pixels,
     )  # fmt: skip

@@ -28,7 +28,7 @@ THRESHOLD = 0.85  # Pascal VOC's
 def published(
     labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The published kind of loop: over pictures and masks in Python, with a read of the result in each turn."""
+    """The published kind of loop: over images and masks in Python, with a read of the result in each turn."""
     labels, after = labels.clone(), reliable.clone()
     for b in range(labels.shape[0]):
         for region in masks[b]:

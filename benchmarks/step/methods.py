@@ -27,7 +27,7 @@ Passes = dict[str, int]
 
 def config_of(name: str, options: argparse.Namespace, root: str) -> Config:
     """A run of the method on the drawn sample."""
-    sample = {"root": root, "pictures": "JPEGImages/{}.jpg", "masks": "SegmentationClass/{}.png"}
+    sample = {"root": root, "images": "JPEGImages/{}.jpg", "masks": "SegmentationClass/{}.png"}
     lists = {split: f"splits/{split}.txt" for split in ("labeled", "unlabeled", "val")}
     model = {"backbone": options.backbone, "pretrained": False, "channels": options.channels}
     train = {"crop": options.crop, "batch_size": options.batch, "workers": 0}

@@ -1,6 +1,6 @@
 """The published training step, written out in eager PyTorch from its formulas: what `bench_train` measures us against.
 
-It stores the whole correlation map, keeps region masks as enlarged floats, loops over classes, pictures and masks with
+It stores the whole correlation map, keeps region masks as enlarged floats, loops over classes, images and masks with
 a read of the result in each turn, and makes each loss from torch's own.
 """
 
@@ -18,7 +18,7 @@ from corrmatch.methods.base import Progress
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """To the size of the pictures."""
+    """To the size of the images."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 

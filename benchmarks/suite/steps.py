@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = 8  # processes of the tests: each holds a context and oracles on the one GPU
-LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight pictures of 101 x 101
+LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight images of 101 x 101
 
 # Every op that is measured has a file; it is not imported, for corrmatch is not yet built.
 OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks/ops").glob("[!_]*.py")))

@@ -12,7 +12,7 @@ MUCH = 0.5  # of the labelled pixels ignored: worth a warning
 
 
 def table(data: Data, pixels: Pixels) -> str:
-    """Pixels of each class in the masks of labelled and of validation pictures, and a warning if many are ignored."""
+    """Pixels of each class in the masks of labelled and of validation images, and a warning if many are ignored."""
     labeled, val = (_by_class(data, pixels[name]) for name in ("labeled", "val"))
     rows = [*enumerate(data.classes), (IGNORE, "ignored")]
     width = max(len(name) for _, name in rows)

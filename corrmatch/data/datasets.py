@@ -1,4 +1,4 @@
-"""Which pictures there are: ids, files and checks. One way for all data sets: the configuration names the files."""
+"""Which images there are: ids, files and checks. One way for all data sets: the configuration names the files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from corrmatch.data.images import (
     IGNORE,
     UNKNOWN,
     DataError,
-    decode_picture,
+    decode_image,
     read_ids,
+    read_image,
     read_mask,
-    read_picture,
     unknown_ids,
 )
 from corrmatch.paths import expand
 
-__all__ = ["IGNORE", "Data", "DataError", "Item", "check_files", "find_data", "read_mask", "read_picture"]
+__all__ = ["IGNORE", "Data", "DataError", "Item", "check_files", "find_data", "read_image", "read_mask"]
 
-Pixels = dict[str, np.ndarray]  # of the labelled and the validation pictures: pixels (256,) of each id in their masks
+Pixels = dict[str, np.ndarray]  # of the labelled and the validation images: pixels (256,) of each id in their masks
 
 
 @dataclass(frozen=True)
 class Data:
-    """The pictures of a run and the names of the classes."""
+    """The images of a run and the names of the classes."""
 
     labeled: list[Item]
     unlabeled: list[Item]
@@ -40,65 +40,63 @@ class Data:
     classes: list[str]
     table: torch.Tensor  # (256,) uint8: the class of each id in a mask file, IGNORE, or UNKNOWN
     notes: tuple[str, ...] = ()  # what the user should know, a line each
-    withheld: tuple[
-        Item, ...
-    ] = ()  # unlabelled pictures whose masks are at hand, with them: `eval.pseudo_labels` alone
+    withheld: tuple[Item, ...] = ()  # unlabelled images whose masks are at hand, with them: `eval.pseudo_labels` alone
 
 
 def find_data(config: DataConfig) -> Data:
     """Resolves lists and patterns to files; whatever is missing is named at once.
 
-    No picture of `val` is in `labeled`. Pictures that `val_every` holds out are in neither of the other two.
+    No image of `val` is in `labeled`. Images that `val_every` holds out are in neither of the other two.
     """
     root = expand(config.root)
     if not config.root or not os.path.isdir(root):
         raise DataError(f"data.root: {root} is not a folder")
     masks = scan(root, "data.masks", config.masks)
-    pictures = scan(root, "data.pictures", config.pictures, apart=masks.files.values())
+    images = scan(root, "data.images", config.images, apart=masks.files.values())
     lists = {
-        key: read_list(f"data.{key}", root, name, pictures, masks, need_mask=key != "unlabeled")
+        key: read_list(f"data.{key}", root, name, images, masks, need_mask=key != "unlabeled")
         for key in ("labeled", "val", "unlabeled")
         if (name := getattr(config, key)) is not None
     }
-    notes = [*pictures.note(), *masks.note()]
-    labeled = lists.get("labeled") or _with_masks(root, pictures, masks)
+    notes = [*images.note(), *masks.note()]
+    labeled = lists.get("labeled") or _with_masks(root, images, masks)
     val = lists.get("val") or _every(config.val_every, labeled)
-    held_out = {item.picture for item in val}
-    both = [item.name for item in labeled if item.picture in held_out]
+    held_out = {item.image for item in val}
+    both = [item.name for item in labeled if item.image in held_out]
     if both and "labeled" in lists and "val" in lists:
-        raise DataError(f"data.labeled, data.val: pictures in both lists: {shorten(both)}")
-    labeled = [item for item in labeled if item.picture not in held_out]
+        raise DataError(f"data.labeled, data.val: images in both lists: {shorten(both)}")
+    labeled = [item for item in labeled if item.image not in held_out]
     if not labeled:
-        raise DataError("data.labeled: every picture with a mask is in data.val")
-    taken = held_out | {item.picture for item in labeled}
+        raise DataError("data.labeled: every image with a mask is in data.val")
+    taken = held_out | {item.image for item in labeled}
     unlabeled = lists.get("unlabeled") or [
-        Item(name, path, masks.files.get(name)) for name, path in sorted(pictures.files.items()) if path not in taken
+        Item(name, path, masks.files.get(name)) for name, path in sorted(images.files.items()) if path not in taken
     ]
-    both = [item.name for item in unlabeled if item.picture in held_out]
+    both = [item.name for item in unlabeled if item.image in held_out]
     if both and "val" in lists:
-        notes.append(f"data.unlabeled: {len(both)} pictures are in data.val as well: {shorten(both)}")
+        notes.append(f"data.unlabeled: {len(both)} images are in data.val as well: {shorten(both)}")
     elif both:
-        unlabeled = [item for item in unlabeled if item.picture not in held_out]
-    withheld = tuple(item for item in unlabeled if item.mask is not None and item.picture not in taken)
+        unlabeled = [item for item in unlabeled if item.image not in held_out]
+    withheld = tuple(item for item in unlabeled if item.mask is not None and item.image not in taken)
     unlabeled = [replace(item, mask=None) for item in unlabeled]
     classes = _read_classes(config, root)
     return Data(labeled, unlabeled, val, classes, _id_table(config, len(classes)), tuple(notes), withheld)
 
 
-def _with_masks(root: Path, pictures: Found, masks: Found) -> list[Item]:
-    names = sorted(pictures.files.keys() & masks.files.keys())
+def _with_masks(root: Path, images: Found, masks: Found) -> list[Item]:
+    names = sorted(images.files.keys() & masks.files.keys())
     if not names:
-        there = (f"{len(found.files)} files match {found.pattern}" for found in (pictures, masks))
-        notes = (*pictures.note(), *masks.note())
-        raise DataError("; ".join([f"data.labeled: no picture with a mask in {root}", *there, *notes]))
-    return [Item(name, pictures.files[name], masks.files[name]) for name in names]
+        there = (f"{len(found.files)} files match {found.pattern}" for found in (images, masks))
+        notes = (*images.note(), *masks.note())
+        raise DataError("; ".join([f"data.labeled: no image with a mask in {root}", *there, *notes]))
+    return [Item(name, images.files[name], masks.files[name]) for name in names]
 
 
 def _every(step: int, labeled: list[Item]) -> list[Item]:
     if len(labeled) < step:
         raise DataError(
-            f"data.val: {len(labeled)} pictures have a mask, too few to hold out every {step}th; "
-            "set data.val_every, or list pictures in data.val"
+            f"data.val: {len(labeled)} images have a mask, too few to hold out every {step}th; "
+            "set data.val_every, or list images in data.val"
         )
     return labeled[step - 1 :: step]
 
@@ -146,7 +144,7 @@ def _refuse_repeated(key: str, values: list[str] | list[int]) -> None:
 
 
 def check_files(data: Data) -> Pixels:
-    """Reads every picture and every mask that a run will use, and names those that are broken.
+    """Reads every image and every mask that a run will use, and names those that are broken.
 
     Returns how many pixels of each id the masks of `labeled` and `val` have.
     """
@@ -163,20 +161,20 @@ def check_files(data: Data) -> Pixels:
         counts = list(pool.map(count, items))
     problems = [str(found) for found in counts if isinstance(found, DataError)]
     if problems:
-        raise DataError(f"{len(problems)} of {len(items)} pictures cannot be used:\n  " + shorten(problems, "\n  "))
+        raise DataError(f"{len(problems)} of {len(items)} images cannot be used:\n  " + shorten(problems, "\n  "))
     known, none = [found for found in counts if isinstance(found, np.ndarray)], np.zeros(256, np.int64)
     labeled = len(data.labeled)
     return {"labeled": sum(known[:labeled], none), "val": sum(known[labeled:], none)}
 
 
 def _count(item: Item, table: np.ndarray) -> np.ndarray | None:
-    width, height = decode_picture(item.picture).size
+    width, height = decode_image(item.image).size
     if item.mask is None:
         return None
     ids = read_ids(item.mask)
     if ids.shape != (height, width):
         turned = "; both are taken as their EXIF orientation shows them" if ids.shape == (width, height) else ""
-        raise DataError(f"{item.mask}: the mask is of {ids.shape}, its picture of {(height, width)}{turned}")
+        raise DataError(f"{item.mask}: the mask is of {ids.shape}, its image of {(height, width)}{turned}")
     pixels = np.bincount(ids.ravel(), minlength=256)
     if pixels[table == UNKNOWN].any():
         raise unknown_ids(item.mask, np.flatnonzero((pixels > 0) & (table == UNKNOWN)))

@@ -9,25 +9,25 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corrmatch.data.images import DataError, is_picture
+from corrmatch.data.images import DataError, is_image
 from corrmatch.paths import expand, read_text
 
 SHOWN = 5  # names in a message
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # hold thumbnails and the like, not pictures of the user's
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # hold thumbnails and the like, not images of the user's
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture and, where it has one, its mask."""
+    """An image and, where it has one, its mask."""
 
     name: str
-    picture: Path
+    image: Path
     mask: Path | None
 
 
 @dataclass(frozen=True)
 class Found:
-    """Files that match a pattern: pictures by their id, and what was passed over."""
+    """Files that match a pattern: images by their id, and what was passed over."""
 
     key: str
     pattern: str
@@ -37,11 +37,11 @@ class Found:
     def note(self) -> list[str]:
         """A line about what was passed over, if anything was."""
         count = len(self.passed)
-        return [f"{self.key}: {count} files are no pictures, passed over: {shorten(self.passed)}"] if count else []
+        return [f"{self.key}: {count} files are no images, passed over: {shorten(self.passed)}"] if count else []
 
 
 def scan(root: Path, key: str, pattern: str, apart: Collection[Path] = ()) -> Found:
-    """Pictures that match a pattern such as images/{}.*, but for those in `apart`.
+    """Images that match a pattern such as images/{}.*, but for those in `apart`.
 
     {} stands for the id, which may name folders: in `masks/a/mask_b.png` it is `a/b` if `masks/mask_{}.png` is the
     pattern. All else in a pattern means itself; a last `.*` is any extension.
@@ -64,7 +64,7 @@ def scan(root: Path, key: str, pattern: str, apart: Collection[Path] = ()) -> Fo
             entry, path = _id(file, start, end), Path(parent, name)
             if entry is None or path in apart:
                 continue
-            if not is_picture(name) or not path.is_file():
+            if not is_image(name) or not path.is_file():
                 passed.append(file)
             elif entry in found:
                 raise DataError(f"{key}: both {found[entry].name} and {name} are there for {entry}")
@@ -85,10 +85,10 @@ def _id(file: str, start: str, end: str) -> str | None:
     return folders + slash + name.removeprefix(start)
 
 
-def read_list(key: str, root: Path, name: str, pictures: Found, masks: Found, need_mask: bool) -> list[Item]:
-    """The pictures of a list, with their masks: all of them where they are needed, else those that are there.
+def read_list(key: str, root: Path, name: str, images: Found, masks: Found, need_mask: bool) -> list[Item]:
+    """The images of a list, with their masks: all of them where they are needed, else those that are there.
 
-    A line is an id, a picture where no mask is needed, or a picture and a mask, with a tab or blanks between; quotes
+    A line is an id, an image where no mask is needed, or an image and a mask, with a tab or blanks between; quotes
     hold together what contains blanks. What is missing, and what is there more than once, is named at once.
     """
     path = root / expand(name)
@@ -96,30 +96,30 @@ def read_list(key: str, root: Path, name: str, pictures: Found, masks: Found, ne
         raise DataError(f"{key}: there is no list {path}")
     items, missing = [], []
     for line in read_lines(key, path):
-        fields = _fields(line, root, pictures)
+        fields = _fields(line, root, images)
         if len(fields) > 2:
-            raise DataError(f"{key}: {path}: expected an id, or a picture and a mask with a tab between, got {line!r}")
+            raise DataError(f"{key}: {path}: expected an id, or an image and a mask with a tab between, got {line!r}")
         entry, *beside = fields
-        picture = pictures.files.get(entry) if not beside else None
-        picture = picture or _place(root, entry)
+        image = images.files.get(entry) if not beside else None
+        image = image or _place(root, entry)
         mask = _place(root, beside[0]) if beside else masks.files.get(entry)
-        if need_mask and mask is None and os.path.isfile(picture) and entry not in pictures.files:
+        if need_mask and mask is None and os.path.isfile(image) and entry not in images.files:
             raise DataError(
-                f"{key}: {path}: {entry} is a picture without its mask; expected an id, or a picture and a mask"
+                f"{key}: {path}: {entry} is an image without its mask; expected an id, or an image and a mask"
             )
-        missing += [f"picture of {entry}"] if not os.path.isfile(picture) else []
+        missing += [f"image of {entry}"] if not os.path.isfile(image) else []
         if mask is None or not os.path.isfile(mask):
             missing += [f"mask of {entry}"] if need_mask else []
             mask = None
-        items.append(Item(entry, picture, mask))
+        items.append(Item(entry, image, mask))
     if missing:
         raise DataError(f"{key}: {path}: not found: {shorten(missing)}")
     if not items:
         raise DataError(f"{key}: {path} is empty")
-    same = [item.name for item in items if item.mask is not None and os.path.samefile(item.picture, item.mask)]
+    same = [item.name for item in items if item.mask is not None and os.path.samefile(item.image, item.mask)]
     if same:
-        raise DataError(f"{key}: {path}: pictures are their own masks: {shorten(same)}")
-    twice = [str(picture) for picture, count in Counter(item.picture for item in items).items() if count > 1]
+        raise DataError(f"{key}: {path}: images are their own masks: {shorten(same)}")
+    twice = [str(image) for image, count in Counter(item.image for item in items).items() if count > 1]
     if twice:
         raise DataError(f"{key}: {path}: more than once: {shorten(twice)}")
     return items
@@ -134,9 +134,9 @@ def read_lines(key: str, path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _fields(line: str, root: Path, pictures: Found) -> list[str]:
-    """An id or a path, or a picture and a mask. Names may hold blanks: what is there decides."""
-    if line in pictures.files or os.path.isfile(_place(root, line)):
+def _fields(line: str, root: Path, images: Found) -> list[str]:
+    """An id or a path, or an image and a mask. Names may hold blanks: what is there decides."""
+    if line in images.files or os.path.isfile(_place(root, line)):
         return [line]
     if "\t" in line:
         return [field.strip().strip("\"'") for field in line.split("\t") if field.strip()]

@@ -1,4 +1,4 @@
-"""Reading pictures and masks."""
+"""Reading images and masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNKNOWN = 254  # in the table of a data set: an id that should not occur
 
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # modes that convert to RGB as seen
 SPREAD = {"L;2": np.uint8(85), "L;4": np.uint8(17)}  # Pillow spreads 2 and 4 bits over 8: a factor by packing
-NOT_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow leaves these to other programs, if there are any
+NOT_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow leaves these to other programs, if there are any
 
 
 class DataError(ValueError):
@@ -27,7 +27,7 @@ class DataError(ValueError):
 def formats() -> list[str]:
     """What Pillow decodes by itself."""
     Image.init()
-    return [kind for kind in Image.ID if kind not in NOT_PICTURES]
+    return [kind for kind in Image.ID if kind not in NOT_IMAGES]
 
 
 @functools.cache
@@ -36,31 +36,31 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file of this name is a picture: one of a suffix that Pillow opens, and not hidden."""
+def is_image(name: str) -> bool:
+    """Whether a file of this name is an image: one of a suffix that Pillow opens, and not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes()
 
 
-def decode_picture(path: Path) -> Image.Image:
-    """A picture in 8-bit RGB, upright. Of 16 bits of grey the upper eight are taken, as Pillow does with colours."""
-    image, _ = _decode(path, "picture")
+def decode_image(path: Path) -> Image.Image:
+    """An image in 8-bit RGB, upright. Of 16 bits of grey the upper eight are taken, as Pillow does with colours."""
+    image, _ = _decode(path, "image")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode not in EIGHT_BITS:
-        raise DataError(f"{path}: expected a picture of 8 or 16 bits, got one of mode {image.mode}")
+        raise DataError(f"{path}: expected an image of 8 or 16 bits, got one of mode {image.mode}")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_picture(path: Path) -> tv_tensors.Image:
+def read_image(path: Path) -> tv_tensors.Image:
     """(3, H, W) uint8."""
-    return tv_tensors.Image(decode_picture(path))
+    return tv_tensors.Image(decode_image(path))
 
 
 def read_ids(path: Path) -> np.ndarray:
     """(H, W) uint8: the ids in a mask file, upright."""
     image, packing = _decode(path, "mask")
     if image.mode not in ("1", "L", "P"):
-        raise DataError(f"{path}: expected 8-bit class ids, got a picture of mode {image.mode}")
+        raise DataError(f"{path}: expected 8-bit class ids, got an image of mode {image.mode}")
     ids = np.array(image, np.uint8)
     return ids // SPREAD[packing[:3]] if image.mode == "L" and packing[:3] in SPREAD else ids
 
@@ -81,7 +81,7 @@ def unknown_ids(path: Path, ids: np.ndarray) -> DataError:
 
 
 def _decode(path: Path, kind: str) -> tuple[Image.Image, str]:
-    """The first picture of a file, turned as EXIF says, and how its pixels are packed in the file."""
+    """The first image of a file, turned as EXIF says, and how its pixels are packed in the file."""
     try:
         with Image.open(path, formats=formats()) as file:
             packing = file.tile[0][3] if file.tile else ""

@@ -16,7 +16,7 @@ CLASSES = {  # name and colour; each has a shape and a texture of its own
     "pond": (70, 148, 150),
 }
 SIZE = (160, 120)  # width, height
-PICTURES = {"labeled": 12, "unlabeled": 84, "val": 24}
+IMAGES = {"labeled": 12, "unlabeled": 84, "val": 24}
 TONE = 26  # standard deviation of a colour from one object to the next
 NOISE = 9
 
@@ -24,24 +24,24 @@ NOISE = 9
 def draw_sample(folder: Path, seed: int = 0) -> None:
     """Writes JPEGImages, SegmentationClass, splits and classes.txt into the folder.
 
-    The pictures that are listed as unlabelled have no mask.
+    The images that are listed as unlabelled have no mask.
     """
     for name in ("JPEGImages", "SegmentationClass", "splits"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     rng = np.random.default_rng(seed)
-    for split, count in PICTURES.items():
+    for split, count in IMAGES.items():
         names = [f"{split}_{i:03}" for i in range(count)]
         (folder / "splits" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         for name in names:
-            picture, labels = draw(rng)
-            picture.save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
+            image, labels = draw(rng)
+            image.save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
             if split != "unlabeled":
                 labels.save(folder / "SegmentationClass" / f"{name}.png")
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A picture of three to six objects, the later ones in front, and its labels with unsure outlines (255)."""
+    """An image of three to six objects, the later ones in front, and its labels with unsure outlines (255)."""
     labels = Image.new("L", SIZE, 0)
     color = np.empty((SIZE[1], SIZE[0], 3))
     color[:] = tone(rng, 0)
@@ -55,10 +55,10 @@ def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         color[inside] = (tone(rng, kind) + texture(rng, kind)[..., None])[inside]
     light = np.linspace(rng.uniform(0.75, 1.2), rng.uniform(0.75, 1.2), SIZE[0])[None, :, None]
     noisy = color * light + rng.normal(0, NOISE, color.shape)
-    picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+    image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
     ids = np.array(labels)
     edge = np.array(labels.filter(ImageFilter.MaxFilter(3))) != np.array(labels.filter(ImageFilter.MinFilter(3)))
-    return picture, Image.fromarray(np.where(edge, 255, ids).astype(np.uint8))
+    return image, Image.fromarray(np.where(edge, 255, ids).astype(np.uint8))
 
 
 def tone(rng: np.random.Generator, kind: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def tone(rng: np.random.Generator, kind: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, kind: int) -> np.ndarray:
-    """Brightness over the picture: mottled, plain, planks, cloth, lattice, ripples."""
+    """Brightness over the image: mottled, plain, planks, cloth, lattice, ripples."""
     y, x = np.mgrid[: SIZE[1], : SIZE[0]] + rng.uniform(0, 20, (2, 1, 1))
     if kind == 0:
         return 12 * np.sin(x / 5 + 3 * np.sin(y / 9)) * np.sin(y / 6)

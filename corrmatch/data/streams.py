@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from corrmatch.config import TrainConfig
-from corrmatch.data.datasets import Data, Item, read_mask, read_picture
+from corrmatch.data.datasets import Data, Item, read_image, read_mask
 from corrmatch.data.maps import Maps
 from corrmatch.data.views import PLAIN, WEAK_STRONG, View, labeled_view, seeded, unlabeled_views
 
@@ -61,7 +61,7 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
         unlabeled = train.unlabeled_batch_size or train.batch_size
         usual = {name: train.batch_size if s.items == "labeled" else unlabeled for name, s in streams.items()}
         self.sizes = {name: s.size or usual[name] for name, s in streams.items()}
-        unseen = [Item(item.name, item.picture, None) for item in data.labeled]
+        unseen = [Item(item.name, item.image, None) for item in data.labeled]
         self.items = {"labeled": data.labeled, "unlabeled": data.unlabeled, "all": unseen + data.unlabeled}
         self.numbers = {name: part_of(len(self.items[s.items]), self.seed, s.part) for name, s in streams.items()}
         for stream in streams.values():
@@ -89,13 +89,13 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
         epoch, place = divmod(position, len(numbers))
         index = numbers[shuffled(len(numbers), self.seed, stream.order, epoch)[place]]
         item = self.items[stream.items][index]
-        picture = read_picture(item.picture)
-        maps = {key: x.read(index, picture.shape[1:]) for key, x in stream.maps.items()}
+        image = read_image(item.image)
+        maps = {key: x.read(index, image.shape[1:]) for key, x in stream.maps.items()}
         with seeded(self.seed, VIEW, stream.order, position):
             if item.mask is not None:
-                views = labeled_view(picture, read_mask(item.mask, self.data.table), self.crop, stream.view, maps)
+                views = labeled_view(image, read_mask(item.mask, self.data.table), self.crop, stream.view, maps)
             else:
-                views = unlabeled_views(picture, self.crop, stream.view, maps)
+                views = unlabeled_views(image, self.crop, stream.view, maps)
         return views | {"index": torch.tensor(index)}
 
 

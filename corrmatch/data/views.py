@@ -53,24 +53,24 @@ class Geometry:
     fit: bool = False
 
     def __call__(
-        self, picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, *maps: tv_tensors.Mask
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, *maps: tv_tensors.Mask
     ) -> tuple[Any, ...]:
         """Image, labels and further maps of the image: all (., crop, crop)."""
-        scale, size = self._scale(), picture.shape[1:]
+        scale, size = self._scale(), image.shape[1:]
         scale *= crop / max(size) if self.fit else 1
         scaled = [max(1, round(scale * side)) for side in size]
-        picture, *masks = (tv.resize(x, scaled) for x in (picture, mask, *maps))
+        image, *masks = (tv.resize(x, scaled) for x in (image, mask, *maps))
         missing = [max(0, crop - side) for side in scaled]
         if any(missing):
             before = [side // 2 if self.pad == "around" else 0 for side in missing]
             padding = [before[1], before[0], missing[1] - before[1], missing[0] - before[0]]
             if self.pad == "mirror":
-                picture = mirrored(picture, [max(crop, side) for side in scaled])
+                image = mirrored(image, [max(crop, side) for side in scaled])
             else:
-                picture = tv.pad(picture, padding, fill=list(self.fill))
+                image = tv.pad(image, padding, fill=list(self.fill))
             masks = [tv.pad(x, padding, fill=IGNORE) for x in masks]
         top, left = (int(torch.randint(max(0, side - crop) + 1, ())) for side in scaled)
-        cropped = [tv.crop(x, top, left, crop, crop) for x in (picture, *masks)]
+        cropped = [tv.crop(x, top, left, crop, crop) for x in (image, *masks)]
         if torch.rand(()) < self.flip:
             cropped = [tv.horizontal_flip(x) for x in cropped]
         return tuple(cropped)
@@ -81,13 +81,13 @@ class Geometry:
         return self.scales[int(torch.randint(len(self.scales), ()))]
 
 
-def mirrored(picture: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
-    """The picture and its mirror images to the right and below, as many as it takes, cut to the size."""
-    for axis, (old, new) in enumerate(zip(picture.shape[1:], size, strict=True), start=1):
+def mirrored(image: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
+    """The image and its mirror images to the right and below, as many as it takes, cut to the size."""
+    for axis, (old, new) in enumerate(zip(image.shape[1:], size, strict=True), start=1):
         period = max(1, 2 * (old - 1))
         back = torch.arange(new) % period
-        picture = tv_tensors.wrap(picture.index_select(axis, torch.minimum(back, period - back) % old), like=picture)
-    return picture
+        image = tv_tensors.wrap(image.index_select(axis, torch.minimum(back, period - back) % old), like=image)
+    return image
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,16 @@ class Colour:
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
 
-    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+    def __call__(self, image: tv_tensors.Image) -> tv_tensors.Image:
         """The image in other colours."""
         if torch.rand(()) < self.chance:
-            picture = v2.ColorJitter(*self.jitter)(picture)
+            image = v2.ColorJitter(*self.jitter)(image)
         if torch.rand(()) < self.gray:
-            picture = tv.rgb_to_grayscale(picture, num_output_channels=3)
+            image = tv.rgb_to_grayscale(image, num_output_channels=3)
         if torch.rand(()) < self.blur:
             sigma = float(torch.empty(()).uniform_(*self.sigma))
-            picture = tv.gaussian_blur(picture, 2 * math.ceil(3 * sigma) + 1, sigma)
-        return picture
+            image = tv.gaussian_blur(image, 2 * math.ceil(3 * sigma) + 1, sigma)
+        return image
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Distortion:
     hue: float = 0.1
     chance: float = 0.5
 
-    def __call__(self, picture: tv_tensors.Image) -> tv_tensors.Image:
+    def __call__(self, image: tv_tensors.Image) -> tv_tensors.Image:
         """The image in other colours."""
-        x, early = picture / 255, bool(torch.rand(()) < 0.5)
+        x, early = image / 255, bool(torch.rand(()) < 0.5)
         if self._due():
             x = (x + _uniform(0, self.brightness)).clamp(0, 1)
         if early and self._due():
@@ -181,16 +181,16 @@ class View:
     box: Box | None = None
 
     def __call__(
-        self, picture: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int, maps: Further = NO_MAPS
+        self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int, maps: Further = NO_MAPS
     ) -> dict[str, Tensor]:
         """Of a labelled image: `image`, `label`; of an unlabelled one: `weak`, `ignore` (padding).
 
         With strong views: `strong` (n, 3, crop, crop); with boxes: `box` (n, crop, crop).
         Further maps keep their names and follow the geometry; labels among them are IGNORE in the padding.
         """
-        labels = mask if mask is not None else tv_tensors.Mask(torch.zeros(picture.shape[1:], dtype=torch.uint8))
-        picture, labels, *further = self.geometry(picture, labels, crop, *maps.values())
-        ids, plain = labels.as_subclass(Tensor), picture if self.weak is None else self.weak(picture)
+        labels = mask if mask is not None else tv_tensors.Mask(torch.zeros(image.shape[1:], dtype=torch.uint8))
+        image, labels, *further = self.geometry(image, labels, crop, *maps.values())
+        ids, plain = labels.as_subclass(Tensor), image if self.weak is None else self.weak(image)
         if mask is not None:
             views = {"image": normalize(plain), "label": ids.long()}
         else:
@@ -198,7 +198,7 @@ class View:
         for name, x in zip(maps, further, strict=True):
             views[name] = x.as_subclass(Tensor) if x.is_floating_point() else x.as_subclass(Tensor).long()
         if self.strong > 0:
-            views["strong"] = torch.stack([normalize(self.colour(picture)) for _ in range(self.strong)])
+            views["strong"] = torch.stack([normalize(self.colour(image)) for _ in range(self.strong)])
         if self.box is not None:
             views["box"] = torch.stack([self.box((crop, crop)) for _ in range(max(1, self.strong))])
         return views
@@ -222,14 +222,14 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def labeled_view(
-    picture: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN, maps: Further = NO_MAPS
+    image: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN, maps: Further = NO_MAPS
 ) -> dict[str, Tensor]:
     """Views of a labelled image."""
-    return view(picture, mask, crop, maps)
+    return view(image, mask, crop, maps)
 
 
 def unlabeled_views(
-    picture: tv_tensors.Image, crop: int, view: View = WEAK_STRONG, maps: Further = NO_MAPS
+    image: tv_tensors.Image, crop: int, view: View = WEAK_STRONG, maps: Further = NO_MAPS
 ) -> dict[str, Tensor]:
     """Views of an image whose labels are not known or not to be used."""
-    return view(picture, None, crop, maps)
+    return view(image, None, crop, maps)

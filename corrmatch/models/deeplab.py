@@ -113,7 +113,7 @@ class DeepLabV3Plus(Network):
 
 
 class AtrousPyramid(nn.Module):
-    """ASPP: a 1 x 1, three atrous 3 x 3 convolutions and the picture's mean, fused."""
+    """ASPP: a 1 x 1, three atrous 3 x 3 convolutions and the image's mean, fused."""
 
     def __init__(self, in_channels: int, channels: int, rates: Sequence[int], dropout: float = 0.0):
         super().__init__()

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from corrmatch.dtypes import dense
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_PIXELS = 2**31 - 1024  # of a picture: kernels count them in 32 bits, some in whole blocks
+MOST_PIXELS = 2**31 - 1024  # of an image: kernels count them in 32 bits, some in whole blocks
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -79,7 +79,7 @@ def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
         raise ValueError(f"key: expected {query.shape[1]} channels as in query, got {key.shape[1]}")
 
 
-def picture(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+def image(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
     """A tensor (B, H, W), of the shape of `like`."""
     tensor(name, x, dtypes, like)
     if x.dim() != 3:
@@ -90,9 +90,9 @@ def picture(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | N
 
 
 def pixels(name: str, height: int, width: int) -> None:
-    """A picture of a size that the kernels can count."""
+    """An image of a size that the kernels can count."""
     if height * width > MOST_PIXELS:
-        raise ValueError(f"{name}: expected a picture of at most {MOST_PIXELS} pixels, got {height} x {width}")
+        raise ValueError(f"{name}: expected an image of at most {MOST_PIXELS} pixels, got {height} x {width}")
 
 
 def row_index(index: Any, query: Tensor) -> None:

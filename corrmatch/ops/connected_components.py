@@ -1,4 +1,4 @@
-"""Connected components of label pictures."""
+"""Connected components of label images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def connected_components(
     """Numbers the connected regions of equal value.
 
     Args:
-        image: bool or integer (..., H, W); any leading dimensions, each picture on its own; any strides.
+        image: bool or integer (..., H, W); any leading dimensions, each image on its own; any strides.
         connectivity: 4 (edges) or 8 (edges and corners).
         background: Pixels of this value belong to no component.
         backend: "cpu", "cuda", "reference", or None for the best available.

@@ -29,7 +29,7 @@ def region_propagate(
 ) -> tuple[Tensor, Tensor]:
     r"""Gives each region, in order, its dominant label where that label is dominant and the region reliable enough.
 
-    Per picture and for k = 0 .. K-1, sequentially (a later region sees the labels that earlier ones wrote):
+    Per image and for k = 0 .. K-1, sequentially (a later region sees the labels that earlier ones wrote):
     R = mask_k & valid, Q = R & reliable. Region k is skipped if Q is empty or \|Q\| / \|R\| < threshold. With n_c the
     number of pixels of Q whose current label is c and c* the most frequent class (the lowest on ties), labels[R] = c*
     and R becomes reliable if n_c* / \|Q\| > threshold. Divisions are in float32; these tests see the input `reliable`.
@@ -38,7 +38,7 @@ def region_propagate(
         labels: (B, H, W), uint8, int8, int16, int32 or int64. Only labels of pixels that are valid and reliable count,
             and they must lie in [0, num_classes); others (255, say) pass through.
         reliable: bool (B, H, W).
-        masks: RegionMasks of B pictures and this size.
+        masks: RegionMasks of B images and this size.
         threshold: Number or 0-d tensor (read on the device).
         num_classes: 1 to 65536.
         valid: bool (B, H, W): the pixels that regions may cover; all if None.
@@ -53,10 +53,10 @@ def region_propagate(
 
     Source: CorrMatch (CVPR 2024, arXiv 2306.04300), "region propagation".
     """
-    checks.picture("labels", labels, checks.INTEGER)
-    checks.picture("reliable", reliable, (torch.bool,), labels)
+    checks.image("labels", labels, checks.INTEGER)
+    checks.image("reliable", reliable, (torch.bool,), labels)
     if valid is not None:
-        checks.picture("valid", valid, (torch.bool,), labels)
+        checks.image("valid", valid, (torch.bool,), labels)
     if not isinstance(masks, RegionMasks):
         raise TypeError(f"masks: expected RegionMasks, got {type(masks).__name__}")
     checks.tensor("masks.packed", masks.packed, (torch.int32,), labels)

@@ -69,8 +69,8 @@ def _predict(options: argparse.Namespace) -> None:
     model, config, names = load_model(options.checkpoint, options.overrides)
     accelerator = _accelerator(config)
     with accelerator.autocast():
-        count = predict(model, config, names, options.pictures, options.out, accelerator.device)
-    _say(f"{count} pictures: {options.out}")
+        count = predict(model, config, names, options.images, options.out, accelerator.device)
+    _say(f"{count} images: {options.out}")
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from corrmatch.training.snapshot import Snapshot
 
 Line = dict[str, Any]  # of scalars.jsonl
 SAME = {*FREE, "train.seed"} - {"data.root"}  # keys in which the runs of a row may differ
-SPLIT = {"data.labeled", "data.unlabeled"}  # and so may these, where as many pictures are labelled
+SPLIT = {"data.labeled", "data.unlabeled"}  # and so may these, where as many images are labelled
 
 
 class Spread(NamedTuple):

@@ -1,6 +1,6 @@
-"""What pseudo-labels are worth (`eval.pseudo_labels`): they are held against masks of unlabelled pictures.
+"""What pseudo-labels are worth (`eval.pseudo_labels`): they are held against masks of unlabelled images.
 
-No other part of a run opens these masks. The middle of each picture, of the size of a training view, is labelled in
+No other part of a run opens these masks. The middle of each image, of the size of a training view, is labelled in
 evaluation mode by the network whose labels the method trains on, at the method's threshold. Where there is a
 correlation head the labels also go through region propagation, whether or not the method makes use of it.
 """
@@ -26,9 +26,9 @@ from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.models.network import evaluating
 
-PICTURES = 256  # that are looked at, at most: evenly spread over those whose masks are at hand
+IMAGES = 256  # that are looked at, at most: evenly spread over those whose masks are at hand
 
-Sums = dict[str, Tensor]  # float64, of all pictures; those of several processes add up
+Sums = dict[str, Tensor]  # float64, of all images; those of several processes add up
 
 
 class Labels(NamedTuple):
@@ -39,10 +39,10 @@ class Labels(NamedTuple):
 
 
 def choose(data: Data) -> list[Item]:
-    """The pictures to look at; ConfigError where no unlabelled picture has a mask."""
+    """The images to look at; ConfigError where no unlabelled image has a mask."""
     if not data.withheld:
-        raise ConfigError("eval.pseudo_labels: expected masks of unlabelled pictures, by data.masks or in the list")
-    count = min(PICTURES, len(data.withheld))
+        raise ConfigError("eval.pseudo_labels: expected masks of unlabelled images, by data.masks or in the list")
+    count = min(IMAGES, len(data.withheld))
     return [data.withheld[i * len(data.withheld) // count] for i in range(count)]
 
 
@@ -51,15 +51,15 @@ def count(
     method: Method, items: list[Item], data: Data, config: Config, device: torch.device, process: int = 0,
     processes: int = 1,
 ) -> Sums:  # fmt: skip
-    """Counts over the pictures; each is looked at by one process."""
+    """Counts over the images; each is looked at by one process."""
     crop, classes, network = config.train.crop, len(data.classes), method.labeller
     propagation = Propagation(dataclasses.replace(method.propagation.config, regions=method.propagation.head))
     mine = Labelled(items[process::processes], data.table, crop)
     loader = DataLoader(mine, batch_size=None, num_workers=config.train.workers, generator=torch.Generator())
     sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in _sizes(classes).items()}
     with evaluating(network):
-        for i, (picture, mask) in enumerate(loader):
-            image, truth, padding = _padded(picture.to(device), mask.to(device), crop)
+        for i, (image, mask) in enumerate(loader):
+            image, truth, padding = _padded(image.to(device), mask.to(device), crop)
             out = network(image, correlate=propagation.head)
             pseudo = PseudoLabels.of(method.corrected(out.logits), padding)
             before = after = Labels(pseudo.labels, pseudo.reliable(method.threshold))
@@ -189,11 +189,11 @@ def _add(sums: Sums, *parts: Sums) -> None:
             sums[name] += value
 
 
-def _padded(picture: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of one: image, truth, and where there is padding, to the right and below."""
     sides = (0, crop - mask.shape[1], 0, crop - mask.shape[0])
     padding = F.pad(torch.zeros_like(mask, dtype=torch.bool), sides, value=True)
-    return F.pad(picture, sides)[None], F.pad(mask, sides, value=IGNORE)[None], padding[None]
+    return F.pad(image, sides)[None], F.pad(mask, sides, value=IGNORE)[None], padding[None]
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

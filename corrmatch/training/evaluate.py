@@ -1,4 +1,4 @@
-"""Segmenting whole pictures, and how well it is done."""
+"""Segmenting whole images, and how well it is done."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Scores:
     classes: list[str]
     iou: list[float]
     accuracy: float
-    pictures: int
+    images: int
     confusion: list[list[int]]  # pixels: truth in rows, prediction in columns
 
     @classmethod
-    def of(cls, confusion: Tensor, classes: list[str], pictures: int) -> Scores:
+    def of(cls, confusion: Tensor, classes: list[str], images: int) -> Scores:
         """From a confusion matrix, truth in rows."""
         confusion = confusion.cpu()
         pixels = confusion.double()
         hits, union = pixels.diag(), pixels.sum(0) + pixels.sum(1) - pixels.diag()
-        return cls(classes, (hits / union).tolist(), float(hits.sum() / pixels.sum()), pictures, confusion.tolist())
+        return cls(classes, (hits / union).tolist(), float(hits.sum() / pixels.sum()), images, confusion.tolist())
 
     @property
     def miou(self) -> float:
@@ -46,44 +46,44 @@ class Scores:
         width = max(map(len, [*self.classes, "mean IoU", "accuracy"]))
         rows = [*zip(self.classes, self.iou, strict=True), ("mean IoU", self.miou), ("accuracy", self.accuracy)]
         lines = [f"{name:<{width}}  {'n/a' if math.isnan(value) else f'{100 * value:.2f}':>6}" for name, value in rows]
-        return "\n".join([f"{self.pictures} pictures", *lines])
+        return "\n".join([f"{self.images} images", *lines])
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, data: Data, config: Config, device: torch.device, process: int = 0, processes: int = 1
 ) -> Scores:
-    """Scores on the validation pictures. Every picture is counted by one process; all processes get the same scores."""
+    """Scores on the validation images. Every image is counted by one process; all processes get the same scores."""
     confusion = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE, validate_args=False).to(device)
     crop = config.train.crop if config.eval.mode == "center_crop" else None
     mine = Labelled(data.val[process::processes], data.table, crop)
     loader = DataLoader(mine, batch_size=None, num_workers=config.train.workers, generator=torch.Generator())
     with evaluating(model):
-        for picture, mask in loader:
-            labels = segment(model, picture.to(device, non_blocking=True), config.eval)
+        for image, mask in loader:
+            labels = segment(model, image.to(device, non_blocking=True), config.eval)
             confusion.update(labels, mask.to(device, non_blocking=True))
     return Scores.of(confusion.compute(), data.classes, len(data.val))
 
 
-def segment(model: nn.Module, picture: Tensor, config: EvalConfig) -> Tensor:
-    """Labels (H, W) of a normalised picture (3, H, W)."""
+def segment(model: nn.Module, image: Tensor, config: EvalConfig) -> Tensor:
+    """Labels (H, W) of a normalised image (3, H, W)."""
     network = cast(Network, model)
     if config.mode == "sliding":
-        return sliding_window(network, picture, config.window, config.stride).argmax(0)
-    return network.whole(picture[None])[0].argmax(0)
+        return sliding_window(network, image, config.window, config.stride).argmax(0)
+    return network.whole(image[None])[0].argmax(0)
 
 
-def sliding_window(model: Network, picture: Tensor, window: int, stride: int) -> Tensor:
+def sliding_window(model: Network, image: Tensor, window: int, stride: int) -> Tensor:
     """Mean class probabilities (C, H, W) of all windows that cover a pixel; the last ones end at the border."""
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     windows = [
         (slice(top, top + window), slice(left, left + window))
         for top in starts(height, window, stride)
         for left in starts(width, window, stride)
     ]
-    total, covered = picture.new_zeros(()), picture.new_zeros(height, width)
+    total, covered = image.new_zeros(()), image.new_zeros(height, width)
     for rows, columns in windows:
-        probability = model.whole(picture[None, :, rows, columns])[0].softmax(0)
+        probability = model.whole(image[None, :, rows, columns])[0].softmax(0)
         if total.dim() == 0:
             total = probability.new_zeros(probability.shape[0], height, width)
         total[:, rows, columns] += probability

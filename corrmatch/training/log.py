@@ -21,8 +21,8 @@ from corrmatch.methods.base import Method
 from corrmatch.models.network import evaluating
 from corrmatch.training import snapshot
 from corrmatch.training.evaluate import Scores
-from corrmatch.training.pictures import denormalize, palette, side_by_side, views
 from corrmatch.training.snapshot import Panel, Snapshot
+from corrmatch.training.visualization import denormalize, palette, side_by_side, views
 
 
 class Log:
@@ -65,7 +65,7 @@ class Log:
     ) -> None:  # fmt: skip
         """Writes an evaluation: all of the first network, the means of the others, and panels.
 
-        A panel is one of the first validation pictures, cropped, beside what the method makes of it and the truth.
+        A panel is one of the first validation images, cropped, beside what the method makes of it and the truth.
         """
         first, *others = scores.items()
         classes = {f"iou_{name}": value for name, value in zip(first[1].classes, first[1].iou, strict=True)}
@@ -74,7 +74,7 @@ class Log:
         panels = []
         for i, (name, shown) in enumerate(_panels(method, model, data, config, device)):
             row = side_by_side(list(shown.values()))
-            self.board.add_image(f"picture {i}/{', '.join(shown)}", row, step, dataformats="HWC")
+            self.board.add_image(f"image {i}/{', '.join(shown)}", row, step, dataformats="HWC")
             panels.append(Panel(name, {key: snapshot.encode(view) for key, view in shown.items()}))
         self.board.flush()
         counts = (len(data.labeled), len(data.unlabeled))
@@ -97,9 +97,9 @@ def _panels(
 ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     colors, crop = palette(data.classes), config.train.crop
     items = data.val[: config.eval.panels]
-    pictures = Labelled(items, data.table, None)
+    images = Labelled(items, data.table, None)
     for i, item in enumerate(items):
-        image, truth = (tv.center_crop(x, [crop, crop]) for x in _with_channel(*pictures[i]))
+        image, truth = (tv.center_crop(x, [crop, crop]) for x in _with_channel(*images[i]))
         with evaluating(model):
             maps = method.panels(model, image.unsqueeze(0).to(device))
         shown = {name: x[0].cpu() for name, x in maps.items()}
@@ -114,5 +114,5 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _with_channel(picture: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return picture, mask.unsqueeze(0)
+def _with_channel(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return image, mask.unsqueeze(0)

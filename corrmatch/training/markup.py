@@ -12,8 +12,8 @@ import numpy as np
 from corrmatch.training import charts
 from corrmatch.training.charts import Curve
 from corrmatch.training.compare import Row, Spread, short
-from corrmatch.training.pictures import palette
 from corrmatch.training.snapshot import media_type
+from corrmatch.training.visualization import palette
 
 POINTS = 120  # of a curve; where the log has more, means of neighbours are drawn
 
@@ -51,9 +51,9 @@ def chart_grid(figures: Sequence[str]) -> str:
     return '<div class="charts">\n' + "\n".join(figures) + "\n</div>"
 
 
-def picture_grid(figures: Sequence[str]) -> str:
-    """Pictures, as many side by side as fit."""
-    return '<div class="pictures">\n' + "\n".join(figures) + "\n</div>"
+def image_grid(figures: Sequence[str]) -> str:
+    """Images, as many side by side as fit."""
+    return '<div class="images">\n' + "\n".join(figures) + "\n</div>"
 
 
 def figure(name: str, rows: Sequence[Row], kind: str, *, percent: bool = False, title: str = "") -> str:

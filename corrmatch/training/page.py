@@ -22,11 +22,11 @@ from corrmatch.training.markup import (
     difference,
     figure,
     image,
+    image_grid,
     legend,
     named,
     number,
     percent,
-    picture_grid,
     section,
     setting,
     table,
@@ -36,7 +36,7 @@ from corrmatch.training.snapshot import Views
 
 LARGEST_MATRIX = 40  # classes; beyond it a cell is too small to see
 CONFUSIONS = 6  # listed below a matrix
-FIRST = ("picture", "truth", "prediction")  # views that runs have in common
+FIRST = ("image", "truth", "prediction")  # views that runs have in common
 
 
 def compare(folders: Sequence[Path], out: Path) -> list[Row]:
@@ -53,7 +53,7 @@ def page(rows: Sequence[Row]) -> str:
     style = importlib.resources.files("corrmatch.training").joinpath("page.css").read_text(encoding="utf-8")
     runs = sum(len(row.runs) for row in rows)
     title = f"{counted(runs, 'run')} in {counted(len(rows), 'row')}"
-    sections = [results, validation, classes, confusions, pseudo_labels, pictures, training, settings, all_runs]
+    sections = [results, validation, classes, confusions, pseudo_labels, images, training, settings, all_runs]
     body = "\n".join(section(rows) for section in sections)
     return f"""<!doctype html>
 <html lang="en">
@@ -95,7 +95,7 @@ def results(rows: Sequence[Row]) -> str:
         body.append((named(row), cells))
     note = (
         "In percent. Mean ± sample standard deviation over the runs of a row; of a single run there is no deviation. "
-        "<em>Last</em> is the last evaluation. <em>Best</em> is each run's highest, chosen on the pictures that it is "
+        "<em>Last</em> is the last evaluation. <em>Best</em> is each run's highest, chosen on the images that it is "
         "measured on."
     )
     unequal = [row.letter for row in rows if len({run.last["step"] for run in row.runs}) > 1]
@@ -153,9 +153,9 @@ def confusions(rows: Sequence[Row]) -> str:
     return section("Confusion", f'<p class="note">{note}</p>' + chart_grid(figures))
 
 
-def pictures(rows: Sequence[Row]) -> str:
-    """The same validation pictures in all rows; of each row its first run that kept some."""
-    shown: dict[tuple[str, bytes], list[tuple[Row, Views]]] = {}  # by name and picture
+def images(rows: Sequence[Row]) -> str:
+    """The same validation images in all rows; of each row its first run that kept some."""
+    shown: dict[tuple[str, bytes], list[tuple[Row, Views]]] = {}  # by name and image
     lists: list[list[str]] = []
     for row in rows:
         kept = next((run.snapshot for run in row.runs if run.snapshot is not None and run.snapshot.panels), None)
@@ -163,7 +163,7 @@ def pictures(rows: Sequence[Row]) -> str:
             continue
         lists += [kept.classes] if kept.classes not in lists else []
         for panel in kept.panels:
-            shown.setdefault((panel.name, panel.views["picture"]), []).append((row, panel.views))
+            shown.setdefault((panel.name, panel.views["image"]), []).append((row, panel.views))
     blocks = []
     for (name, _), found in shown.items():
         common = found[0][1]
@@ -174,12 +174,12 @@ def pictures(rows: Sequence[Row]) -> str:
                 for row, views in found
                 if view in views
             ]
-        blocks.append(f"<h3>{escape(name)}</h3>{picture_grid(figures)}")
+        blocks.append(f"<h3>{escape(name)}</h3>{image_grid(figures)}")
     if not blocks:
         return ""
     colors = "".join(color_legend(names) for names in lists)
-    note = '<p class="note">Validation pictures at the last evaluation of the first run of each row.</p>'
-    return section("Pictures", legend(rows) + note + colors + "".join(blocks))
+    note = '<p class="note">Validation images at the last evaluation of the first run of each row.</p>'
+    return section("Images", legend(rows) + note + colors + "".join(blocks))
 
 
 def training(rows: Sequence[Row]) -> str:

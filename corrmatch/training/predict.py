@@ -1,4 +1,4 @@
-"""Segmenting a folder of pictures with a trained network."""
+"""Segmenting a folder of images with a trained network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from corrmatch.config import Config
 from corrmatch.data.files import shorten
-from corrmatch.data.images import DataError, is_picture, read_picture
+from corrmatch.data.images import DataError, is_image, read_image
 from corrmatch.data.views import normalize
 from corrmatch.methods import build_method
 from corrmatch.paths import expand, make_folder
 from corrmatch.training import checkpoint
 from corrmatch.training.evaluate import segment
-from corrmatch.training.pictures import overlay, paint, palette
+from corrmatch.training.visualization import overlay, paint, palette
 
 KINDS = ("index", "color", "overlay")
 
@@ -36,12 +36,12 @@ def load_model(path: Path, overrides: list[str] | None = None) -> tuple[nn.Modul
 
 @torch.inference_mode()
 def predict(model: nn.Module, config: Config, classes: list[str], source: Path, out: Path, device: torch.device) -> int:
-    """Writes index, color and overlay PNGs of every picture in a folder, at its size; returns how many pictures.
+    """Writes index, color and overlay PNGs of every image in a folder, at its size; returns how many images.
 
-    Pictures that cannot be read are named in a DataError when all others are written.
+    Images that cannot be read are named in a DataError when all others are written.
     """
     source, out = expand(source), expand(out)
-    results = result_names(pictures_of(source))
+    results = result_names(images_of(source))
     try:
         for kind in KINDS:
             make_folder(out / kind)
@@ -51,38 +51,38 @@ def predict(model: nn.Module, config: Config, classes: list[str], source: Path, 
     colors, broken = palette(classes), list[str]()
     for path, name in tqdm(results.items(), desc="predict", disable=None):
         try:
-            picture = read_picture(path)
+            image = read_image(path)
         except DataError as error:
             broken.append(str(error))
             continue
-        labels = segment(model, normalize(picture).to(device), config.eval).cpu()
+        labels = segment(model, normalize(image).to(device), config.eval).cpu()
         index = Image.fromarray(labels.numpy().astype(np.uint8))
         index.putpalette(colors.flatten().tolist())
-        shown = overlay(picture.permute(1, 2, 0).as_subclass(torch.Tensor), labels, classes, colors)
-        images = (index, Image.fromarray(paint(labels, colors).numpy()), Image.fromarray(shown.numpy()))
-        for kind, image in zip(KINDS, images, strict=True):
-            image.save(out / kind / name)
+        shown = overlay(image.permute(1, 2, 0).as_subclass(torch.Tensor), labels, classes, colors)
+        panels = (index, Image.fromarray(paint(labels, colors).numpy()), Image.fromarray(shown.numpy()))
+        for kind, panel in zip(KINDS, panels, strict=True):
+            panel.save(out / kind / name)
     if broken:
         written = len(results) - len(broken)
-        raise DataError("\n  ".join([f"{written} pictures: {out}; {len(broken)} cannot be used:", *broken]))
+        raise DataError("\n  ".join([f"{written} images: {out}; {len(broken)} cannot be used:", *broken]))
     return len(results)
 
 
-def pictures_of(folder: Path) -> list[Path]:
-    """The pictures in a folder; of its other files a line is said."""
+def images_of(folder: Path) -> list[Path]:
+    """The images in a folder; of its other files a line is said."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of pictures")
+        raise DataError(f"{folder}: expected a folder of images")
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    pictures = [path for path in files if is_picture(path.name)]
-    if not pictures:
-        raise DataError(f"{folder}: there are no pictures")
-    others = [path.name for path in files if not is_picture(path.name)]
+    images = [path for path in files if is_image(path.name)]
+    if not images:
+        raise DataError(f"{folder}: there are no images")
+    others = [path.name for path in files if not is_image(path.name)]
     if others:
-        tqdm.write(f"{folder}: {len(others)} files are no pictures, passed over: {shorten(others)}", file=sys.stderr)
-    return pictures
+        tqdm.write(f"{folder}: {len(others)} files are no images, passed over: {shorten(others)}", file=sys.stderr)
+    return images
 
 
 def result_names(paths: list[Path]) -> dict[Path, str]:
-    """a.png for a.jpg, but a.jpg.png where another picture would give that name, too. Case makes no difference."""
+    """a.png for a.jpg, but a.jpg.png where another image would give that name, too. Case makes no difference."""
     count = Counter(name.lower() for path in paths for name in (path.stem, path.name))
     return {path: f"{path.stem if count[path.stem.lower()] == 1 else path.name}.png" for path in paths}

@@ -43,7 +43,7 @@ def pseudo_labels(rows: Sequence[Row]) -> str:
         f"<h3>{named(row)}</h3><ul>{''.join(f'<li>{text}</li>' for text in reading(row))}</ul>" for row in measured
     ]
     note = (
-        '<p class="note">Held against masks of unlabelled pictures that training never sees, in percent, at the last '
+        '<p class="note">Held against masks of unlabelled images that training never sees, in percent, at the last '
         "evaluation. <em>Coverage</em>: reliable pixels among all whose class is known. <em>Precision</em>: right ones "
         "among the reliable; of a class, among those labelled so.</p>"
     )

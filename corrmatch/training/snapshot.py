@@ -1,7 +1,7 @@
 """The last evaluation of a run as files: the folder `evaluation` of its work directory; the next one takes its place.
 
 `evaluation.json` holds the step, the classes and the confusion matrix, and names the files of the panels: label maps
-are PNG, what shows the picture itself is JPEG.
+are PNG, what shows the image itself is JPEG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOLDER, FILE = "evaluation", "evaluation.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A validation picture: what there is to see of it, by name, as encoded images. The first is the picture itself."""
+    """A validation image: what there is to see of it, by name, as encoded images. The first is the image itself."""
 
     name: str
     views: Views
@@ -35,20 +35,20 @@ class Snapshot:
     """An evaluation."""
 
     step: int
-    labeled: int  # pictures trained on with their masks
+    labeled: int  # images trained on with their masks
     unlabeled: int  # and without
     classes: list[str]
     confusion: list[list[int]]  # pixels: truth in rows, prediction in columns
     panels: list[Panel]
 
 
-def encode(image: np.ndarray) -> bytes:
+def encode(pixels: np.ndarray) -> bytes:
     """PNG of (H, W, 3) uint8 where it has at most 256 colours, else JPEG."""
-    file, picture = io.BytesIO(), Image.fromarray(image)
-    if picture.getcolors(256) is None:
-        picture.save(file, "JPEG", quality=85)
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if image.getcolors(256) is None:
+        image.save(file, "JPEG", quality=85)
     else:
-        picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

@@ -92,7 +92,7 @@ class Trainer:
 
     def _check_streams(self) -> None:
         if not self.data.unlabeled and any(stream.items == "unlabeled" for stream in self.method.streams().values()):
-            raise ConfigError(f"data.unlabeled: method {self.config.method} needs unlabelled pictures, there are none")
+            raise ConfigError(f"data.unlabeled: method {self.config.method} needs unlabelled images, there are none")
 
     def _epoch_steps(self) -> int:
         train = self.config.train

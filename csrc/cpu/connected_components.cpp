@@ -22,7 +22,7 @@ struct Image {
   uint64_t background;
 };
 
-// Bit maps of rows and the sets of all runs of one picture.
+// Bit maps of rows and the sets of all runs of one image.
 struct Runs {
   uint64_t* first;   // (height, words)
   uint64_t* member;  // (height, words)
@@ -30,9 +30,9 @@ struct Runs {
   DisjointSets sets;
 };
 
-// Rows y0..y1-1, whose runs are numbered from y0 * width on: numbers ascend over the picture, with gaps.
+// Rows y0..y1-1, whose runs are numbered from y0 * width on: numbers ascend over the image, with gaps.
 struct Strip {
-  int64_t picture, y0, y1;
+  int64_t image, y0, y1;
   int32_t begin, end;  // numbers of its runs
 };
 
@@ -45,8 +45,8 @@ class RowPair {
   }
   const T* row(int64_t y) const { return rows_ + (y % 2) * pitch_ + kWordBits; }
 
-  void read(const Tensor& image, int64_t picture, int64_t y) {
-    const T* in = image.at<const T>(0, picture, y);
+  void read(const Tensor& image, int64_t b, int64_t y) {
+    const T* in = image.at<const T>(0, b, y);
     T* out = rows_ + (y % 2) * pitch_ + kWordBits;
     if (image.stride[3] == 1)
       std::copy_n(in, image.size[3], out);
@@ -112,7 +112,7 @@ template <class T>
 void scan_strip(const Image& image, bool diagonal, RowPair<T>& rows, Strip& strip, Runs& runs) {
   strip.begin = strip.end = int32_t(strip.y0 * image.width);
   for (int64_t y = strip.y0; y < strip.y1; ++y) {
-    rows.read(image.tensor, strip.picture, y);
+    rows.read(image.tensor, strip.image, y);
     runs.number[y] = strip.end;
     strip.end += find_runs(image, rows.row(y), runs.first + y * image.words, runs.member + y * image.words);
     for (int32_t run = runs.number[y]; run < strip.end; ++run) runs.sets.add(run);
@@ -120,12 +120,12 @@ void scan_strip(const Image& image, bool diagonal, RowPair<T>& rows, Strip& stri
   }
 }
 
-// Joins the strips of a picture and turns run numbers into labels.
+// Joins the strips of an image and turns run numbers into labels.
 template <class T>
 void label_runs(const Image& image, bool diagonal, RowPair<T>& rows, const Strip* strips, int64_t count, Runs& runs) {
   for (const Strip* strip = strips + 1; strip < strips + count; ++strip) {
-    rows.read(image.tensor, strip->picture, strip->y0 - 1);
-    rows.read(image.tensor, strip->picture, strip->y0);
+    rows.read(image.tensor, strip->image, strip->y0 - 1);
+    rows.read(image.tensor, strip->image, strip->y0);
     link_to_row_above(image, strip->y0, rows.row(strip->y0), rows.row(strip->y0 - 1), diagonal, runs);
   }
   int32_t label = 1;
@@ -153,7 +153,7 @@ void write_labels(const Image& image, const uint64_t* first, const uint64_t* mem
     carry = member[i] >> (kWordBits - 1);
     for_each_bit(first[i] | ends, [&](int bit) {
       const int64_t x = i * kWordBits + bit;
-      if (x >= image.width) return;  // the end of a run that the picture's edge cuts
+      if (x >= image.width) return;  // the end of a run that the image's edge cuts
       fill_segment(out, begin, x, image.width, label);
       begin = x;
       label = member[i] >> bit & 1 ? *labels++ : 0;
@@ -163,24 +163,24 @@ void write_labels(const Image& image, const uint64_t* first, const uint64_t* mem
 }
 
 // Strips of at least 32 rows, as many as keep all threads busy.
-std::vector<Strip> cut(int64_t pictures, int64_t height, int threads) {
-  const int64_t wanted = (threads + pictures - 1) / pictures;
+std::vector<Strip> cut(int64_t images, int64_t height, int threads) {
+  const int64_t wanted = (threads + images - 1) / images;
   const int64_t count = std::clamp<int64_t>(height / 32, 1, wanted);
   std::vector<Strip> strips;
-  for (int64_t b = 0; b < pictures; ++b)
+  for (int64_t b = 0; b < images; ++b)
     for (int64_t i = 0; i < count; ++i) strips.push_back({b, height * i / count, height * (i + 1) / count, 0, 0});
   return strips;
 }
 
 template <class T>
 void label_image(const Image& image, bool diagonal, const Tensor& out, int threads) {
-  const int64_t pictures = image.tensor.size[1], height = image.height, map = height * image.words;
-  std::vector<Strip> strips = cut(pictures, height, threads);
-  const int64_t per_picture = int64_t(strips.size()) / pictures;
+  const int64_t images = image.tensor.size[1], height = image.height, map = height * image.words;
+  std::vector<Strip> strips = cut(images, height, threads);
+  const int64_t per_image = int64_t(strips.size()) / images;
   std::vector<RowPair<T>> rows;
   for (int i = 0; i < threads; ++i) rows.emplace_back(image.width);
-  Buffer<uint64_t> first(pictures * map), member(pictures * map);
-  Buffer<int32_t> numbers(pictures * height), sets(pictures * height * image.width);
+  Buffer<uint64_t> first(images * map), member(images * map);
+  Buffer<int32_t> numbers(images * height), sets(images * height * image.width);
   const auto runs_of = [&](int64_t b) {
     return Runs{first + b * map, member + b * map, numbers + b * height, DisjointSets(sets + b * height * image.width)};
   };
@@ -189,21 +189,21 @@ void label_image(const Image& image, bool diagonal, const Tensor& out, int threa
   {
 #pragma omp for schedule(dynamic)
     for (Strip& strip : strips) {
-      Runs runs = runs_of(strip.picture);
+      Runs runs = runs_of(strip.image);
       scan_strip(image, diagonal, rows[thread_number()], strip, runs);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < pictures; ++b) {
+    for (int64_t b = 0; b < images; ++b) {
       Runs runs = runs_of(b);
-      label_runs(image, diagonal, rows[thread_number()], strips.data() + b * per_picture, per_picture, runs);
+      label_runs(image, diagonal, rows[thread_number()], strips.data() + b * per_image, per_image, runs);
     }
 #pragma omp for schedule(dynamic)
     for (const Strip& strip : strips) {
-      const Runs runs = runs_of(strip.picture);
-      const int32_t* labels = sets + strip.picture * height * image.width;
+      const Runs runs = runs_of(strip.image);
+      const int32_t* labels = sets + strip.image * height * image.width;
       for (int64_t y = strip.y0; y < strip.y1; ++y)
         write_labels(image, runs.first + y * image.words, runs.member + y * image.words, labels + runs.number[y],
-                     out.at<int32_t>(0, strip.picture, y));
+                     out.at<int32_t>(0, strip.image, y));
     }
   }
 }
@@ -212,18 +212,18 @@ void label_image(const Image& image, bool diagonal, const Tensor& out, int threa
 
 void connected_components(Tensor image, int connectivity, int64_t background, Tensor out, int threads) {
   const int64_t height = image.size[2], width = image.size[3];
-  const Image picture{
+  const Image input{
       image, height, width, words_for(width), representable(image.dtype, background), uint64_t(background)};
   const bool diagonal = connectivity == 8;
   switch (image.dtype) {
     case DType::int16:
-      return label_image<uint16_t>(picture, diagonal, out, threads);
+      return label_image<uint16_t>(input, diagonal, out, threads);
     case DType::int32:
-      return label_image<uint32_t>(picture, diagonal, out, threads);
+      return label_image<uint32_t>(input, diagonal, out, threads);
     case DType::int64:
-      return label_image<uint64_t>(picture, diagonal, out, threads);
+      return label_image<uint64_t>(input, diagonal, out, threads);
     default:
-      return label_image<uint8_t>(picture, diagonal, out, threads);
+      return label_image<uint8_t>(input, diagonal, out, threads);
   }
 }
 

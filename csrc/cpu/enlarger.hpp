@@ -103,7 +103,7 @@ class Enlarger {
     return max_lanes<T>(largest);
   }
 
-  // A band is the picture rows between grid rows `band` and band + 1.
+  // A band is the image rows between grid rows `band` and band + 1.
   T band_largest(int64_t band) const {
     return std::max(row_largest_[band], row_largest_[std::min(band + 1, y_.inputs() - 1)]);
   }
@@ -117,7 +117,7 @@ class Enlarger {
     for (int64_t j = 0; j <= x_.inputs(); j += kLanes<T>) store(line_ + j, lerp(load(a + j), load(b + j), weight));
   }
 
-  // The value of the current picture row at column x of cell `cell`.
+  // The value of the current image row at column x of cell `cell`.
   T at(int64_t cell, int64_t x) const { return lerp(line_[cell], line_[cell + 1], x_.weight()[x]); }
 
   void search_band(int64_t band, Extrema<T>& found) {
@@ -163,7 +163,7 @@ class Enlarger {
       const uint64_t above = word_of([=](int i) { return line[i] > threshold; }) & low_bits(columns - j);
       for_each_bit(above ^ (above << 1 | carry), [&](int bit) {
         const int64_t column = j + bit;
-        if (column == columns) return;  // closed below, at the picture's edge
+        if (column == columns) return;  // closed below, at the image's edge
         if (above >> bit & 1) {
           begin = column == 0 ? 0 : x_.first(column) - count_above(column - 1, threshold);
         } else {
@@ -180,7 +180,7 @@ class Enlarger {
   const Axis<T>& x_;
   const int64_t pitch_;
   Buffer<T> grid_;
-  Buffer<T> line_;  // a picture row, enlarged vertically only
+  Buffer<T> line_;  // an image row, enlarged vertically only
   Buffer<T> row_least_, row_largest_;
   int64_t peak_row_ = 0, least_row_ = 0;
 };

@@ -1,4 +1,4 @@
-// Labels and flags of a picture as bit maps: one for each flag, and one for each bit of the labels.
+// Labels and flags of an image as bit maps: one for each flag, and one for each bit of the labels.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +26,13 @@ struct BadLabel {
   int64_t value = 0;
 };
 
-// Pixels p..p+n-1 of a picture, counted in raster order.
+// Pixels p..p+n-1 of an image, counted in raster order.
 template <class T>
-void read_pixels(const Tensor& t, int64_t picture, int64_t p, int64_t n, T* out) {
+void read_pixels(const Tensor& t, int64_t image, int64_t p, int64_t n, T* out) {
   const int64_t width = t.size[3];
   for (int64_t y = p / width, x = p % width; n > 0; ++y, x = 0) {
     const int64_t count = std::min(n, width - x);
-    const T* in = t.at<const T>(0, picture, y, x);
+    const T* in = t.at<const T>(0, image, y, x);
     if (t.stride[3] == 1)
       std::copy_n(in, count, out);
     else

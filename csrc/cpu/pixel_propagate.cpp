@@ -13,9 +13,9 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// One picture in flight.
+// One image in flight.
 template <class T>
-struct Picture {
+struct Image {
   const T* query;  // (D, N_q), times scale * log2(e)
   const T* value;  // (C, value_stride)
   int64_t value_stride;
@@ -41,12 +41,12 @@ class Forward {
         shares_(kBlock * channels_) {}
 
   // Adds rows[0 .. count) to z and writes their shift and sum.
-  void block(const Picture<T>& picture, const int64_t* rows, int64_t count, T* z, T* normalizer) {
+  void block(const Image<T>& image, const int64_t* rows, int64_t count, T* z, T* normalizer) {
     std::fill_n(static_cast<T*>(query_), depth_ * kBlock, T(0));
     T norms[kBlock] = {};
     for (int64_t d = 0; d < depth_; ++d) {
       for (int64_t r = 0; r < count; ++r) {
-        const T q = picture.query[d * n_q_ + rows[r]];
+        const T q = image.query[d * n_q_ + rows[r]];
         query_[d * kBlock + r] = q;
         norms[r] += q * q;
       }
@@ -54,12 +54,12 @@ class Forward {
     // |S| <= |q| |k|: where that bound is small no shift is needed, else the true row maximum is found first.
     T largest = 0;
     for (const T norm : norms) largest = max_nan(largest, norm);
-    const T bound = std::sqrt(largest) * picture.largest_key;
+    const T bound = std::sqrt(largest) * image.largest_key;
     std::fill_n(sums_, kBlock * kLanes<T>, T(0));
     std::fill_n(shift_, kBlock, T(0));
-    const bool shifted = !(bound <= kSafe && picture.moderate);  // NaN included
+    const bool shifted = !(bound <= kSafe && image.moderate);  // NaN included
     for (int64_t t = 0; t < tiles_; ++t) {
-      set_tile<T>(query_, picture.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
+      set_tile<T>(query_, image.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
       if (!shifted) exponentials<false>(t, count);
     }
     if (shifted) {
@@ -72,7 +72,7 @@ class Forward {
       normalizer[rows[r]] = shift_[r];
       normalizer[n_q_ + rows[r]] = sum;
       T* share = shares_ + r * channels_;
-      for (int64_t c = 0; c < values_; ++c) share[c] = picture.value[c * picture.value_stride + rows[r]] / sum;
+      for (int64_t c = 0; c < values_; ++c) share[c] = image.value[c * image.value_stride + rows[r]] / sum;
       if (channels_ > values_) share[values_] = T(1) / sum;
     }
     for (int64_t t = 0; t < tiles_; ++t)
@@ -139,11 +139,11 @@ T largest_norm(const T* tiles, int64_t count, int64_t channels) {
 
 // Whether the largest finite value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
 template <class T>
-bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
+bool is_moderate(const Image<T>& image, int64_t channels, int64_t n) {
   constexpr T limit = sizeof(T) == 4 ? T(0x1p80) : T(0x1p700);
   Vec<T> sizes{};
   for (int64_t c = 0; c < channels; ++c) {
-    const T* value = picture.value + c * picture.value_stride;
+    const T* value = image.value + c * image.value_stride;
     int64_t i = 0;
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
       const Vec<T> x = load(value + i), size = x < 0 ? -x : x;
@@ -159,7 +159,7 @@ bool is_moderate(const Picture<T>& picture, int64_t channels, int64_t n) {
 // Positions whose gate is open: given as a mask, or where the largest softmax probability over the channels of V
 // reaches the threshold, or all.
 template <class T>
-void open_rows(const Picture<T>& picture, int64_t channels, const OptionalTensor& gate, const OptionalTensor& threshold,
+void open_rows(const Image<T>& image, int64_t channels, const OptionalTensor& gate, const OptionalTensor& threshold,
                int64_t b, int64_t n, std::vector<int64_t>& rows) {
   rows.clear();
   if (gate) {
@@ -168,10 +168,10 @@ void open_rows(const Picture<T>& picture, int64_t channels, const OptionalTensor
   } else if (threshold) {
     const T least = T(*threshold.at<const double>(0));
     for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const T* value = picture.value + i;
+      const T* value = image.value + i;
       Vec<T> largest = load(value), sum{};
-      for (int64_t c = 1; c < channels; ++c) largest = max_nan<T>(largest, load(value + c * picture.value_stride));
-      for (int64_t c = 0; c < channels; ++c) sum += exp<T>(load(value + c * picture.value_stride) - largest);
+      for (int64_t c = 1; c < channels; ++c) largest = max_nan<T>(largest, load(value + c * image.value_stride));
+      for (int64_t c = 0; c < channels; ++c) sum += exp<T>(load(value + c * image.value_stride) - largest);
       const Vec<T> confidence = T(1) / sum;
       for (int64_t lane = 0; lane < std::min<int64_t>(kLanes<T>, n - i); ++lane)
         if (confidence[lane] >= least) rows.push_back(i + lane);
@@ -205,21 +205,21 @@ class PixelPropagate {
         padded_(tiles_ * kWidth<T>),
         value_stride_(tile_count<T>(n_q_) * kWidth<T>),
         groups_(Groups(n_q_).count),
-        flight_(pictures_in_flight(query.size[0], groups_, threads)),
+        flight_(images_in_flight(query.size[0], groups_, threads)),
         queries_(flight_ * depth_ * n_q_),
         vals_(flight_ * values_ * value_stride_),
         keys_(flight_ * depth_ * padded_),
         partials_(flight_ * groups_ * channels_ * padded_),
         planes_(threads * padded_),
-        pictures_(flight_) {
+        images_(flight_) {
     for (int64_t p = 0; p < flight_; ++p) {
-      Picture<T>& picture = pictures_[p];
-      picture.query = queries_ + p * depth_ * n_q_;
-      picture.value = vals_ + p * values_ * value_stride_;
-      picture.value_stride = value_stride_;
-      picture.key = keys_ + p * depth_ * padded_;
-      picture.partials = partials_ + p * groups_ * channels_ * padded_;
-      picture.rows.reserve(n_q_);
+      Image<T>& image = images_[p];
+      image.query = queries_ + p * depth_ * n_q_;
+      image.value = vals_ + p * values_ * value_stride_;
+      image.value_stride = value_stride_;
+      image.key = keys_ + p * depth_ * padded_;
+      image.partials = partials_ + p * groups_ * channels_ * padded_;
+      image.rows.reserve(n_q_);
     }
     for (int i = 0; i < threads; ++i) workers_.emplace_back(n_q_, positions(key), depth_, values_, channels_ > values_);
   }
@@ -233,13 +233,13 @@ class PixelPropagate {
         for (int64_t p = 0; p < count; ++p)
           for (int64_t c = 0; c < 2 * depth_ + values_; ++c) read_channel(p, first + p, c);
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < count; ++p) list_rows(pictures_[p], first + p);
+        for (int64_t p = 0; p < count; ++p) list_rows(images_[p], first + p);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < count; ++p)
-          for (int64_t g = 0; g < groups_; ++g) add_group(pictures_[p], first + p, g);
+          for (int64_t g = 0; g < groups_; ++g) add_group(images_[p], first + p, g);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t p = 0; p < count; ++p)
-          for (int64_t c = 0; c < channels_; ++c) write_channel(pictures_[p], first + p, c);
+          for (int64_t c = 0; c < channels_; ++c) write_channel(images_[p], first + p, c);
       }
     }
   }
@@ -261,25 +261,25 @@ class PixelPropagate {
     read_plane(value_, b, c, vals_ + (p * values_ + c) * value_stride_);
   }
 
-  void list_rows(Picture<T>& picture, int64_t b) {
-    picture.largest_key = largest_norm(picture.key, tiles_, depth_);
-    picture.moderate = is_moderate(picture, values_, n_q_);
-    open_rows(picture, values_, gate_, threshold_, b, n_q_, picture.rows);
+  void list_rows(Image<T>& image, int64_t b) {
+    image.largest_key = largest_norm(image.key, tiles_, depth_);
+    image.moderate = is_moderate(image, values_, n_q_);
+    open_rows(image, values_, gate_, threshold_, b, n_q_, image.rows);
     T* rows = normalizer_.at<T>(0, b);
     std::fill_n(rows, n_q_, T(0));
     std::fill_n(rows + n_q_, n_q_, std::numeric_limits<T>::infinity());
   }
 
-  void add_group(const Picture<T>& picture, int64_t b, int64_t g) {
-    T* z = picture.partials + g * channels_ * padded_;
-    if (g < Groups(picture.rows).count) std::fill_n(z, channels_ * padded_, T(0));
-    for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
-      workers_[thread_number()].block(picture, rows, count, z, normalizer_.at<T>(0, b));
+  void add_group(const Image<T>& image, int64_t b, int64_t g) {
+    T* z = image.partials + g * channels_ * padded_;
+    if (g < Groups(image.rows).count) std::fill_n(z, channels_ * padded_, T(0));
+    for_each_block(image.rows, g, [&](const int64_t* rows, int64_t count) {
+      workers_[thread_number()].block(image, rows, count, z, normalizer_.at<T>(0, b));
     });
   }
 
-  void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
-    add_partials(picture.partials, Groups(picture.rows).count, channels_, c, tiles_, plane());
+  void write_channel(const Image<T>& image, int64_t b, int64_t c) {
+    add_partials(image.partials, Groups(image.rows).count, channels_, c, tiles_, plane());
     write_plane<T>(out_, b, c, plane());
   }
 
@@ -291,7 +291,7 @@ class PixelPropagate {
   const int64_t depth_, values_, channels_, n_q_, tiles_, padded_, value_stride_, groups_, flight_;
   Buffer<T> queries_, vals_, keys_, partials_;
   Buffer<T> planes_;  // one a thread
-  std::vector<Picture<T>> pictures_;
+  std::vector<Image<T>> images_;
   std::vector<Forward<T>> workers_;
 };
 

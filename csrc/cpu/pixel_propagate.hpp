@@ -2,7 +2,7 @@
 //
 // Rows (query positions) with an open gate are cut into groups that depend on their number alone; each group adds into
 // its own partial result, and the partials are added in order. So the result does not depend on the number of threads,
-// and the memory is (groups <= 16) times the result of the pictures in flight.
+// and the memory is (groups <= 16) times the result of the images in flight.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// How the rows of a picture are shared out: into a power of two of groups, as long as each has four blocks to sweep, so
+// How the rows of an image are shared out: into a power of two of groups, as long as each has four blocks to sweep, so
 // that clearing and adding a partial result stays a small share of the work. At most 16: each costs a partial result of
 // memory.
 struct Groups {
@@ -29,8 +29,8 @@ struct Groups {
   int64_t rows_per_group;
 };
 
-// Pictures worked on at once: enough tasks for every thread, no more, for each costs memory.
-inline int64_t pictures_in_flight(int64_t batch, int64_t groups, int threads) {
+// Images worked on at once: enough tasks for every thread, no more, for each costs memory.
+inline int64_t images_in_flight(int64_t batch, int64_t groups, int threads) {
   return std::clamp<int64_t>((4 * int64_t(threads) + groups - 1) / groups, 1, batch);
 }
 

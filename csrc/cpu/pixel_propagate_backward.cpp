@@ -14,9 +14,9 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// One picture in flight. Channels of V and G include the mass where it has a gradient.
+// One image in flight. Channels of V and G include the mass where it has a gradient.
 template <class T>
-struct Picture {
+struct Image {
   const T* query;       // (D, N_q)
   const T* value;       // (C, N_q)
   const T* key;         // tiles of D channels
@@ -48,10 +48,10 @@ class Backward {
         value_dots_(kBlock * channels * kLanes<T>) {}
 
   // Adds the part of rows[0 .. count) to dkey and writes dquery and dvalue of those rows.
-  void block(const Picture<T>& picture, const int64_t* rows, int64_t count, T* dkey) {
-    gather(picture, rows, count);
-    const bool scores_matter = dkey || picture.dquery;
-    for (int64_t t = 0; t < tiles_; ++t) sweep(picture, t, count, scores_matter);
+  void block(const Image<T>& image, const int64_t* rows, int64_t count, T* dkey) {
+    gather(image, rows, count);
+    const bool scores_matter = dkey || image.dquery;
+    for (int64_t t = 0; t < tiles_; ++t) sweep(image, t, count, scores_matter);
     for (int64_t r = 0; r < count; ++r) delta_[r] = inverse_sum_[r] * sum_lanes<T>(load(delta_lanes_ + r * kLanes<T>));
     for (int64_t t = 0; t < tiles_; t += kChunk) {
       const int64_t stop = std::min(t + kChunk, tiles_);
@@ -60,11 +60,11 @@ class Backward {
       if (dkey)
         for (int64_t i = t; i < stop; ++i)
           accumulate_tile<T>(query_rows_, depth_, tile(products_, i), count, depth_, dkey + i * depth_ * kWidth<T>);
-      if (picture.dquery) add_dots(products_, picture.key, depth_, t, stop, count, query_dots_);
-      if (picture.dvalue) add_dots(weights_, picture.grad, channels_, t, stop, count, value_dots_);
+      if (image.dquery) add_dots(products_, image.key, depth_, t, stop, count, query_dots_);
+      if (image.dvalue) add_dots(weights_, image.grad, channels_, t, stop, count, value_dots_);
     }
-    if (picture.dquery) write_rows(query_dots_, depth_, scale_, rows, count, picture.dquery);
-    if (picture.dvalue) write_rows(value_dots_, channels_, T(1), rows, count, picture.dvalue);
+    if (image.dquery) write_rows(query_dots_, depth_, scale_, rows, count, image.dquery);
+    if (image.dvalue) write_rows(value_dots_, channels_, T(1), rows, count, image.dvalue);
   }
 
  private:
@@ -74,7 +74,7 @@ class Backward {
   static T* tile(Buffer<T>& buffer, int64_t t) { return buffer + t * kBlock * kWidth<T>; }
 
   // Copies the rows of query and value side by side, zero behind the last.
-  void gather(const Picture<T>& picture, const int64_t* rows, int64_t count) {
+  void gather(const Image<T>& image, const int64_t* rows, int64_t count) {
     std::fill_n(static_cast<T*>(query_columns_), depth_ * kBlock, T(0));
     std::fill_n(static_cast<T*>(value_columns_), channels_ * kBlock, T(0));
     std::fill_n(shift_, kBlock, T(0));
@@ -83,26 +83,26 @@ class Backward {
     std::fill_n(static_cast<T*>(value_dots_), kBlock * channels_ * kLanes<T>, T(0));
 
     for (int64_t r = 0; r < count; ++r) {
-      shift_[r] = picture.normalizer[rows[r]];
-      inverse_sum_[r] = 1 / picture.normalizer[n_q_ + rows[r]];
+      shift_[r] = image.normalizer[rows[r]];
+      inverse_sum_[r] = 1 / image.normalizer[n_q_ + rows[r]];
     }
     for (int64_t d = 0; d < depth_; ++d) {
       for (int64_t r = 0; r < count; ++r) {
-        const T q = picture.query[d * n_q_ + rows[r]];
+        const T q = image.query[d * n_q_ + rows[r]];
         query_columns_[d * kBlock + r] = q * score_scale_;
         query_rows_[r * depth_ + d] = q * scale_ * inverse_sum_[r];
       }
     }
     for (int64_t c = 0; c < channels_; ++c)
-      for (int64_t r = 0; r < count; ++r) value_columns_[c * kBlock + r] = picture.value[c * n_q_ + rows[r]];
+      for (int64_t r = 0; r < count; ++r) value_columns_[c * kBlock + r] = image.value[c * n_q_ + rows[r]];
   }
 
   // E of tile t and, where scores matter, t itself with its part of delta.
-  void sweep(const Picture<T>& picture, int64_t t, int64_t count, bool scores_matter) {
+  void sweep(const Image<T>& image, int64_t t, int64_t count, bool scores_matter) {
     const int64_t columns = std::min<int64_t>(kWidth<T>, n_k_ - t * kWidth<T>);
     T *e = tile(weights_, t), *product = tile(products_, t);
-    set_tile<T>(query_columns_, picture.key + t * depth_ * kWidth<T>, depth_, count, e);
-    if (scores_matter) set_tile<T>(value_columns_, picture.grad + t * channels_ * kWidth<T>, channels_, count, product);
+    set_tile<T>(query_columns_, image.key + t * depth_ * kWidth<T>, depth_, count, e);
+    if (scores_matter) set_tile<T>(value_columns_, image.grad + t * channels_ * kWidth<T>, channels_, count, product);
     for (int64_t r = 0; r < count; ++r, e += kWidth<T>, product += kWidth<T>) {
       for (int h = 0; h < 2; ++h) store(e + h * kLanes<T>, exp2<true>(load(e + h * kLanes<T>) - shift_[r]));
       if (columns < kWidth<T>) [[unlikely]]
@@ -171,7 +171,7 @@ class PixelPropagateBackward {
         tiles_(tile_count<T>(positions(key))),
         padded_(tiles_ * kWidth<T>),
         groups_(Groups(n_q_).count),
-        flight_(pictures_in_flight(query.size[0], groups_, threads)),
+        flight_(images_in_flight(query.size[0], groups_, threads)),
         queries_(flight_ * depth_ * n_q_),
         vals_(flight_ * channels_ * n_q_),
         keys_(flight_ * depth_ * padded_),
@@ -180,17 +180,17 @@ class PixelPropagateBackward {
         dvalues_(dvalue ? flight_ * channels_ * n_q_ : 0),
         partials_(dkey ? flight_ * groups_ * depth_ * padded_ : 0),
         planes_(threads * padded_),
-        pictures_(flight_) {
+        images_(flight_) {
     for (int64_t p = 0; p < flight_; ++p) {
-      Picture<T>& picture = pictures_[p];
-      picture.query = queries_ + p * depth_ * n_q_;
-      picture.value = vals_ + p * channels_ * n_q_;
-      picture.key = keys_ + p * depth_ * padded_;
-      picture.grad = grads_ + p * channels_ * padded_;
-      picture.dquery = dquery ? dqueries_ + p * depth_ * n_q_ : nullptr;
-      picture.dvalue = dvalue ? dvalues_ + p * channels_ * n_q_ : nullptr;
-      picture.partials = dkey ? partials_ + p * groups_ * depth_ * padded_ : nullptr;
-      picture.rows.reserve(n_q_);
+      Image<T>& image = images_[p];
+      image.query = queries_ + p * depth_ * n_q_;
+      image.value = vals_ + p * channels_ * n_q_;
+      image.key = keys_ + p * depth_ * padded_;
+      image.grad = grads_ + p * channels_ * padded_;
+      image.dquery = dquery ? dqueries_ + p * depth_ * n_q_ : nullptr;
+      image.dvalue = dvalue ? dvalues_ + p * channels_ * n_q_ : nullptr;
+      image.partials = dkey ? partials_ + p * groups_ * depth_ * padded_ : nullptr;
+      image.rows.reserve(n_q_);
     }
     for (int i = 0; i < threads; ++i) workers_.emplace_back(n_q_, positions(key), depth_, channels_, scale);
   }
@@ -204,13 +204,13 @@ class PixelPropagateBackward {
         for (int64_t p = 0; p < count; ++p)
           for (int64_t c = 0; c < 2 * (depth_ + channels_); ++c) read_channel(p, first + p, c);
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < count; ++p) list_rows(pictures_[p], first + p);
+        for (int64_t p = 0; p < count; ++p) list_rows(images_[p], first + p);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < count; ++p)
-          for (int64_t g = 0; g < groups_; ++g) add_group(pictures_[p], g);
+          for (int64_t g = 0; g < groups_; ++g) add_group(images_[p], g);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t p = 0; p < count; ++p)
-          for (int64_t c = 0; c < 2 * depth_ + values_; ++c) write_channel(pictures_[p], first + p, c);
+          for (int64_t c = 0; c < 2 * depth_ + values_; ++c) write_channel(images_[p], first + p, c);
       }
     }
   }
@@ -238,35 +238,35 @@ class PixelPropagateBackward {
     if (dvalue_) std::fill_n(dvalues_ + (p * channels_ + c) * n_q_, n_q_, T(0));
   }
 
-  void list_rows(Picture<T>& picture, int64_t b) {
-    picture.normalizer = normalizer_.at<const T>(0, b);
-    picture.rows.clear();
+  void list_rows(Image<T>& image, int64_t b) {
+    image.normalizer = normalizer_.at<const T>(0, b);
+    image.rows.clear();
     for (int64_t i = 0; i < n_q_; ++i)
-      if (picture.normalizer[n_q_ + i] != std::numeric_limits<T>::infinity()) picture.rows.push_back(i);
+      if (image.normalizer[n_q_ + i] != std::numeric_limits<T>::infinity()) image.rows.push_back(i);
   }
 
-  void add_group(const Picture<T>& picture, int64_t g) {
-    T* dkey = dkey_ ? picture.partials + g * depth_ * padded_ : nullptr;
-    if (dkey && g < Groups(picture.rows).count) std::fill_n(dkey, depth_ * padded_, T(0));
-    for_each_block(picture.rows, g, [&](const int64_t* rows, int64_t count) {
-      workers_[thread_number()].block(picture, rows, count, dkey);
+  void add_group(const Image<T>& image, int64_t g) {
+    T* dkey = dkey_ ? image.partials + g * depth_ * padded_ : nullptr;
+    if (dkey && g < Groups(image.rows).count) std::fill_n(dkey, depth_ * padded_, T(0));
+    for_each_block(image.rows, g, [&](const int64_t* rows, int64_t count) {
+      workers_[thread_number()].block(image, rows, count, dkey);
     });
   }
 
   // Channel c of dkey, dquery and dvalue in a row.
-  void write_channel(const Picture<T>& picture, int64_t b, int64_t c) {
+  void write_channel(const Image<T>& image, int64_t b, int64_t c) {
     if (c < depth_) {
       if (!dkey_) return;
-      add_partials(picture.partials, Groups(picture.rows).count, depth_, c, tiles_, plane());
+      add_partials(image.partials, Groups(image.rows).count, depth_, c, tiles_, plane());
       return write_plane<T>(dkey_, b, c, plane());
     }
     c -= depth_;
     if (c < depth_) {
-      if (dquery_) write_plane<T>(dquery_, b, c, picture.dquery + c * n_q_);
+      if (dquery_) write_plane<T>(dquery_, b, c, image.dquery + c * n_q_);
       return;
     }
     c -= depth_;
-    if (dvalue_) write_plane<T>(dvalue_, b, c, picture.dvalue + c * n_q_);
+    if (dvalue_) write_plane<T>(dvalue_, b, c, image.dvalue + c * n_q_);
   }
 
   const Tensor grad_out_, query_, key_, value_, normalizer_;
@@ -275,7 +275,7 @@ class PixelPropagateBackward {
   const int64_t depth_, values_, channels_, n_q_, tiles_, padded_, groups_, flight_;
   Buffer<T> queries_, vals_, keys_, grads_, dqueries_, dvalues_, partials_;
   Buffer<T> planes_;  // one a thread
-  std::vector<Picture<T>> pictures_;
+  std::vector<Image<T>> images_;
   std::vector<Backward<T>> workers_;
 };
 

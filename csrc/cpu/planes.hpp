@@ -67,7 +67,7 @@ inline void narrow(double x, S& out) {
   narrow(float(x), out);
 }
 
-// Channel c of picture b as H * W values.
+// Channel c of image b as H * W values.
 template <class T>
 void read_plane(const Tensor& t, int64_t b, int64_t c, T* out) {
   visit_floating(t.dtype, [&](auto zero) {

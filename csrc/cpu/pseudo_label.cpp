@@ -1,4 +1,4 @@
-// Pseudo-labels: the largest class of every pixel and its softmax probability, one picture row at a time, so that
+// Pseudo-labels: the largest class of every pixel and its softmax probability, one image row at a time, so that
 // enlarged logits exist for one vector of pixels only.
 #include <algorithm>
 #include <vector>
@@ -81,7 +81,7 @@ class Labeller {
         labels_(width + kLanes<T>),
         confidences_(width + kLanes<T>) {}
 
-  // Labels and confidences of picture row y, `width` of each.
+  // Labels and confidences of image row y, `width` of each.
   void row(int64_t b, int64_t y) {
     const T* source = rows_.at(b, y);
     switch (columns_.sampling()) {

@@ -2,7 +2,7 @@
 // - its products with the keys are computed for kQueriesAtOnce sampled queries at once;
 // - the extrema of the enlarged row are found by branch and bound, for no enlarged value leaves the range of the grid
 //   values around it;
-// - an enlarged picture row is linear between two neighbouring grid columns, so that only the cells with the threshold
+// - an enlarged image row is linear between two neighbouring grid columns, so that only the cells with the threshold
 //   between their ends are looked at pixel by pixel; everything else is whole runs of bits.
 #include <algorithm>
 #include <limits>

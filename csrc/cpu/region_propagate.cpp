@@ -1,4 +1,4 @@
-// Region propagation on bit maps: reliable and valid pixels and each bit of the labels are one bit map a picture, so
+// Region propagation on bit maps: reliable and valid pixels and each bit of the labels are one bit map an image, so
 // counting the labels inside a mask is a matter of intersections and population counts.
 #include <algorithm>
 #include <limits>
@@ -57,7 +57,7 @@ Region measure(const LabelMaps& maps, const int32_t* mask, int64_t mask_words) {
   return region;
 }
 
-// The masks of one picture in order: later ones see the labels that earlier ones wrote.
+// The masks of one image in order: later ones see the labels that earlier ones wrote.
 class Propagation {
  public:
   Propagation(const LabelMaps& maps, float threshold)
@@ -194,14 +194,14 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
   const int planes = std::max(1, int(std::bit_width(uint64_t(largest))));
   const PackedMasks packed_masks(packed);
   Buffer<uint64_t> maps(batch * (3 + planes) * words);
-  std::vector<LabelMaps> pictures;
+  std::vector<LabelMaps> images;
   std::vector<Propagation> propagations;
-  pictures.reserve(batch);
+  images.reserve(batch);
   propagations.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     uint64_t* map = maps + b * (3 + planes) * words;
-    pictures.push_back({map, map + words, map + 2 * words, map + 3 * words, words, planes});
-    propagations.emplace_back(pictures[b], threshold);
+    images.push_back({map, map + words, map + 2 * words, map + 3 * words, words, planes});
+    propagations.emplace_back(images[b], threshold);
   }
 
   std::vector<BadLabel> bad_labels(batch * chunks);
@@ -211,7 +211,7 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
       const int64_t p = chunk * kChunk;
       bad_labels[b * chunks + chunk] =
           pack_chunk(labels, reliable, valid, b, p, std::min(kChunk, pixels - p), T(largest),
-                     out_labels.at<T>(0, b) + p, out_reliable.at<uint8_t>(0, b) + p, pictures[b]);
+                     out_labels.at<T>(0, b) + p, out_reliable.at<uint8_t>(0, b) + p, images[b]);
     }
   }
   for (const BadLabel& bad : bad_labels)
@@ -223,13 +223,13 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, flo
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t k = 0; k < masks; ++k)
-        regions[b * masks + k] = measure(pictures[b], packed_masks.at(b, k), packed.size[3]);
+        regions[b * masks + k] = measure(images[b], packed_masks.at(b, k), packed.size[3]);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < batch; ++b) propagations[b].run(regions.data() + b * masks, masks);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = 0; i < words; ++i)
-        unpack_word(pictures[b], i, out_labels.at<T>(0, b) + i * kWordBits,
+        unpack_word(images[b], i, out_labels.at<T>(0, b) + i * kWordBits,
                     out_reliable.at<uint8_t>(0, b) + i * kWordBits);
   }
 }

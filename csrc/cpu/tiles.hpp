@@ -29,7 +29,7 @@ constexpr int64_t tile_count(int64_t columns) {
   return (columns + kWidth<T> - 1) / kWidth<T>;
 }
 
-// Channels of one picture as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
+// Channels of one image as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
 // plane.
 template <class T>
 void pack_channel(const Tensor& t, int64_t b, int64_t c, int64_t channels, T* tiles, T* scratch) {

@@ -1,4 +1,4 @@
-// Connected components by union-find in the label picture itself. A pixel's label is the index of another pixel of its
+// Connected components by union-find in the label image itself. A pixel's label is the index of another pixel of its
 // component, never a later one, and a root's is its own; unions lower labels by atomic minimum. So the root of a
 // component is its first pixel in raster order, whatever the schedule, and components are numbered by counting roots.
 
@@ -38,7 +38,7 @@ __device__ void unite(int* labels, int a, int b) {
   }
 }
 
-// Visits every pixel with a warp for 32 neighbours of a row: f(picture, y, x, whether x is inside).
+// Visits every pixel with a warp for 32 neighbours of a row: f(image, y, x, whether x is inside).
 template <class T, class F>
 __device__ void for_each_pixel(const Image<T>& image, F&& f) {
   const int lane = int(threadIdx.x) % kWarp, words = (image.width + kWarp - 1) / kWarp;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// before[w] = number of roots in the words before w; one block a picture.
+// before[w] = number of roots in the words before w; one block an image.
 __global__ void __launch_bounds__(kScanThreads)
     count_kernel(int64_t batch, int words, const uint32_t* roots, int* before) {
   int* sums = shared_memory<int>();  // of the warps
@@ -153,13 +153,13 @@ void run(const Tensor& image, bool diagonal, int64_t background, bool has_backgr
   const int64_t batch = image.size[1];
   const int height = int(image.size[2]), width = int(image.size[3]), pixels = height * width;
   const int words = int(ceil_div(pixels, kWarp));
-  const Image<T> picture{image.at<const T>(0), image.stride[1], image.stride[2], image.stride[3], batch, height, width,
+  const Image<T> input{image.at<const T>(0), image.stride[1], image.stride[2], image.stride[3], batch, height, width,
                          has_background,       T(background)};
   int* before = reinterpret_cast<int*>(roots) + batch * words;
   const Shape rows{ceil_div(height * ceil_div(width, kWarp), kWarps), batch, kThreads};
   const Shape flat{ceil_div(pixels, kThreads), batch, kThreads};
-  launch("connected_components: start", start_kernel<T>, rows, stream, picture, out);
-  launch("connected_components: unite", unite_kernel<T>, rows, stream, picture, diagonal, out);
+  launch("connected_components: start", start_kernel<T>, rows, stream, input, out);
+  launch("connected_components: unite", unite_kernel<T>, rows, stream, input, diagonal, out);
   launch("connected_components: flatten", flatten_kernel, flat, stream, batch, pixels, words, out, roots);
   launch("connected_components: count", count_kernel, Shape{1, batch, kScanThreads, kWarp * sizeof(int)}, stream, batch,
          words, roots, before);

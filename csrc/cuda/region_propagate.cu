@@ -1,8 +1,8 @@
-// Region propagation on bit maps: bit i of word w stands for pixel 32 w + i in raster order. The labels of a picture
+// Region propagation on bit maps: bit i of word w stands for pixel 32 w + i in raster order. The labels of an image
 // are bit planes, so that a region's votes are population counts.
 //
 // Four launches: pixels are packed; all masks are filtered at once, for that test does not depend on labels; then, one
-// group of blocks a picture, the masks that are left vote in order; claimed pixels are unpacked. In the vote each
+// group of blocks an image, the masks that are left vote in order; claimed pixels are unpacked. In the vote each
 // thread owns some words of all maps, so only counts pass between threads. The maps lie in shared memory, in that of a
 // cluster where one multiprocessor has not enough, or else in global memory.
 #include "launch.cuh"
@@ -17,23 +17,23 @@ constexpr int kBestCells = 4;  // words of two 64-bit integers
 
 enum BitMap { kValid, kCounted, kClaimed, kPlanes };  // counted: valid and reliable before the first mask
 
-// Bit maps of all pictures, (batch, maps, words).
+// Bit maps of all images, (batch, maps, words).
 struct Maps {
   uint32_t* data;
   int words, planes;
 
   __host__ __device__ int count() const { return kPlanes + planes; }
-  __device__ uint32_t* of(int64_t picture) const { return data + picture * count() * words; }
+  __device__ uint32_t* of(int64_t image) const { return data + image * count() * words; }
 };
 
-// A picture of a strided tensor.
+// An image of a strided tensor.
 template <class T>
-struct Picture {
+struct Image {
   const T* data = nullptr;
   int64_t stride_b = 0, stride_y = 0, stride_x = 0;
 
-  Picture() = default;
-  explicit Picture(const Tensor& t)
+  Image() = default;
+  explicit Image(const Tensor& t)
       : data(t.at<const T>(0)), stride_b(t.stride[1]), stride_y(t.stride[2]), stride_x(t.stride[3]) {}
   __device__ T at(int64_t b, int y, int x) const { return data[b * stride_b + y * stride_y + x * stride_x]; }
 };
@@ -46,7 +46,7 @@ struct Grid {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(Picture<T> labels, Picture<bool> reliable, Picture<bool> valid, Grid grid, Maps maps) {
+    pack_kernel(Image<T> labels, Image<bool> reliable, Image<bool> valid, Grid grid, Maps maps) {
   const int64_t pixel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int word = int(pixel / kWarp);
   if (word >= maps.words) return;  // the whole warp
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A team's part of the maps of a picture: `words` of each, `pitch` apart, from word `first` of the picture on.
+// A team's part of the maps of an image: `words` of each, `pitch` apart, from word `first` of the image on.
 struct Part {
   uint32_t* data;
   int64_t pitch;
@@ -182,7 +182,7 @@ __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, i
   return ~uint32_t(largest);
 }
 
-// One team a picture.
+// One team an image.
 template <bool kShared>
 __global__ void __launch_bounds__(kTeamThreads)
     vote_kernel(Masks masks, Maps maps, const double* threshold, const int* votes, uint32_t* histograms) {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kTeamThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    unpack_kernel(Picture<T> labels, Picture<bool> reliable, Grid grid, Maps maps, T* out_labels, bool* out_reliable) {
+    unpack_kernel(Image<T> labels, Image<bool> reliable, Grid grid, Maps maps, T* out_labels, bool* out_reliable) {
   const int64_t pixel = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (pixel >= grid.pixels) return;
   const int y = int(grid.width.divide(uint32_t(pixel))), x = int(pixel) - y * int(grid.width.value());
@@ -286,7 +286,7 @@ struct Sizes {
   }
 };
 
-// The least blocks a picture with which its maps lie in shared memory; 0 where not even a cluster has enough.
+// The least blocks an image with which its maps lie in shared memory; 0 where not even a cluster has enough.
 int team_size(const Sizes& sizes) {
   const int64_t limit = shared_limit();
   // What counts is what the code in use was compiled for: that of an older GPU runs on a newer one, and has no
@@ -306,8 +306,8 @@ void run(const Tensor& labels, const Tensor& reliable, const Tensor& packed, con
   const Maps maps{reinterpret_cast<uint32_t*>(scratch), sizes.words, sizes.planes};
   uint32_t* histograms = reinterpret_cast<uint32_t*>(scratch + sizes.map_bytes());
   int* votes = reinterpret_cast<int*>(scratch + sizes.map_bytes() + sizes.histogram_bytes());
-  const Picture<T> in_labels(labels);
-  const Picture<bool> in_reliable(reliable), in_valid = valid ? Picture<bool>(valid) : Picture<bool>();
+  const Image<T> in_labels(labels);
+  const Image<bool> in_reliable(reliable), in_valid = valid ? Image<bool>(valid) : Image<bool>();
   const Masks masks{packed.at<const uint32_t>(0), packed.stride[1], packed.stride[2], packed.stride[3],
                     int(sizes.masks)};
   const Grid grid{sizes.batch, sizes.pixels, Divisor(labels.size[3])};

@@ -71,7 +71,7 @@ def printed_losses(name, step):
 
 
 def test_the_threshold_sees_weak_logits_outside_the_mixed_padding():
-    """Three pixels of one class: padding of the pasted picture, padding of the weak one under the box, neither."""
+    """Three pixels of one class: padding of the pasted image, padding of the weak one under the box, neither."""
     confidence = torch.tensor([0.99, 0.95, 0.9])
     logits = torch.stack([confidence, 1 - confidence]).log().view(1, 2, 1, 3)
     box, weak_padding, mix_padding = (torch.tensor(x).bool().view(1, 1, 3) for x in ([1, 1, 0], [0, 1, 0], [1, 0, 0]))

@@ -45,11 +45,11 @@ def test_places_are_within_the_image():
     assert where.inside[2::4].all()
 
 
-def test_mirrored_pictures():
-    picture = tv_tensors.Image(torch.arange(6).view(1, 2, 3).expand(3, -1, -1).to(torch.uint8))
-    wide = mirrored(picture, (2, 9))
+def test_mirrored_images():
+    image = tv_tensors.Image(torch.arange(6).view(1, 2, 3).expand(3, -1, -1).to(torch.uint8))
+    wide = mirrored(image, (2, 9))
     assert wide[0, 0].tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0]
-    assert mirrored(picture, (5, 3))[0, :, 0].tolist() == [0, 3, 0, 3, 0]
+    assert mirrored(image, (5, 3))[0, :, 0].tolist() == [0, 3, 0, 3, 0]
     one = tv_tensors.Image(torch.full((3, 1, 1), 7, dtype=torch.uint8))
     assert (mirrored(one, (3, 4)) == 7).all()
     reference = F.pad(torch.rand(1, 3, 8, 9), (0, 5, 0, 4), mode="reflect")[0]

@@ -230,27 +230,27 @@ def test_nearest_is_exact():
     assert torch.equal(nearest(labels, (40, 13)), expected)
 
 
-def test_one_of_five_changes_pictures():
+def test_one_of_five_changes_images():
     colour = ONE_OF_FIVE
-    picture = tv_tensors.Image(torch.randint(256, (3, 20, 24), dtype=torch.uint8))
+    image = tv_tensors.Image(torch.randint(256, (3, 20, 24), dtype=torch.uint8))
     with seeded(1):
-        views = [normalize(colour(picture)) for _ in range(30)]
-        again = [normalize(colour(picture)) for _ in range(30)]
-    low, high = normalize(torch.zeros_like(picture)), normalize(torch.full_like(picture, 255))
+        views = [normalize(colour(image)) for _ in range(30)]
+        again = [normalize(colour(image)) for _ in range(30)]
+    low, high = normalize(torch.zeros_like(image)), normalize(torch.full_like(image, 255))
     for view in (*views, *again):
-        assert view.shape == picture.shape
+        assert view.shape == image.shape
         assert (view >= low - 1e-6).all()
         assert (view <= high + 1e-6).all()
     assert len({view.sum().item() for view in views}) > 15
     with seeded(1):
-        assert all(map(torch.equal, views, [normalize(colour(picture)) for _ in range(30)]))
+        assert all(map(torch.equal, views, [normalize(colour(image)) for _ in range(30)]))
 
 
 def test_scales_from_the_size_that_fits():
     sizes = []
-    picture = tv_tensors.Image(torch.full((3, 40, 80), 200, dtype=torch.uint8))
+    image = tv_tensors.Image(torch.full((3, 40, 80), 200, dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.zeros(40, 80, dtype=torch.uint8))
     for _ in range(20):
-        _, labels = Geometry(scales=(0.5,), fit=True)(picture, mask, 64)
+        _, labels = Geometry(scales=(0.5,), fit=True)(image, mask, 64)
         sizes.append((labels != IGNORE).sum().item())
     assert set(sizes) == {16 * 32}

@@ -27,28 +27,28 @@ def seed(number):
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Colours in [0, 1]; gray, black and white pixels among them, whose hue is nothing."""
     x = torch.rand(24, 3, 13, 11)
     x[:, :, 0], x[:, :, 1], x[:, :, 2] = 0, 1, 0.3
     return x
 
 
-def test_jitter_is_torchvisions_in_every_order(pictures):
+def test_jitter_is_torchvisions_in_every_order(images):
     order = torch.tensor(list(itertools.permutations(range(4))))
     factors, _ = draw_jitter((0.9, 0.9, 0.9, 0.5), len(order), seed(int(torch.randint(1000, ()))))
-    found = jitter(pictures, factors, order)
-    for x, numbers, kinds, result in zip(pictures, factors, order, found, strict=True):
+    found = jitter(images, factors, order)
+    for x, numbers, kinds, result in zip(images, factors, order, found, strict=True):
         expected = x
         for kind in kinds.tolist():
             expected = FUNCTIONS[kind](expected, numbers[kind].item())
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
-def test_one_draw_of_jitter_serves_a_batch(pictures):
+def test_one_draw_of_jitter_serves_a_batch(images):
     factors, order = draw_jitter((0.5, 0.5, 0.5, 0.25), 1, seed(0))
-    each = jitter(pictures, factors.expand(24, -1), order.expand(24, -1))
-    torch.testing.assert_close(jitter(pictures, factors, order), each, rtol=0, atol=0)
+    each = jitter(images, factors.expand(24, -1), order.expand(24, -1))
+    torch.testing.assert_close(jitter(images, factors, order), each, rtol=0, atol=0)
 
 
 def test_laws_of_the_draws():
@@ -62,19 +62,19 @@ def test_laws_of_the_draws():
     assert torch.equal(order.sort(1).values, torch.arange(4).expand(4000, -1))
 
 
-def test_blur_is_torchvisions(pictures):
+def test_blur_is_torchvisions(images):
     sigma = torch.linspace(0.15, 1.15, 24)
-    found = gaussian_blur(pictures, sigma, 4)
-    for x, deviation, result in zip(pictures, sigma.tolist(), found, strict=True):
+    found = gaussian_blur(images, sigma, 4)
+    for x, deviation, result in zip(images, sigma.tolist(), found, strict=True):
         torch.testing.assert_close(result, tv.gaussian_blur(x, 9, deviation), rtol=0, atol=1e-5)
 
 
-def test_normalisation_and_back(pictures):
-    assert denormalized(normalized(pictures)).sub(pictures).abs().max() < 1e-6
+def test_normalisation_and_back(images):
+    assert denormalized(normalized(images)).sub(images).abs().max() < 1e-6
 
 
-def test_nothing_drawn_leaves_the_images(pictures):
-    images = normalized(pictures)
+def test_nothing_drawn_leaves_the_images(images):
+    images = normalized(images)
     torch.testing.assert_close(recolour(images, Colour(chance=0, gray=0, blur=0), seed(0)), images, rtol=0, atol=1e-5)
     still = Colour((0, 0, 0, 0), chance=1, gray=0, blur=0)
     torch.testing.assert_close(recolour(images, still, seed(0)), images, rtol=0, atol=1e-4)
@@ -105,8 +105,8 @@ def test_gray_images_and_unknown_draws():
         recolour(images, Colour(), seed(0), once="both")
 
 
-def test_half_precision_and_gradients(pictures):
-    images = normalized(pictures).bfloat16().requires_grad_()
+def test_half_precision_and_gradients(images):
+    images = normalized(images).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         x = recolour(images, Colour(), seed(0))
     assert x.dtype == torch.float32

@@ -315,7 +315,7 @@ def test_the_head_stays_finite():
 
 
 def test_strong_views_keep_what_belongs_together():
-    """Labels are a function of the picture's brightness: also after scaling, mixing, mirroring."""
+    """Labels are a function of the image's brightness: also after scaling, mixing, mirroring."""
     method = built(2, scale=1.0)
     images = torch.zeros(4, 3, 40, 40)
     images[:, :, :, 20:] = 1

@@ -250,17 +250,17 @@ def test_views():
     assert known.geometry.scales == pytest.approx((50 / 64, 200 / 64))
     assert weak.geometry.scales == pytest.approx((80 / 64, 200 / 64))
     ids = torch.randint(3, (60, 90), dtype=torch.uint8)
-    picture = torch.randint(256, (3, 60, 90), dtype=torch.uint8)
-    picture, mask, sub = tv_tensors.Image(picture), tv_tensors.Mask(ids), tv_tensors.Mask(ids + 10)
+    image = torch.randint(256, (3, 60, 90), dtype=torch.uint8)
+    image, mask, sub = tv_tensors.Image(image), tv_tensors.Mask(ids), tv_tensors.Mask(ids + 10)
     for seed in range(20):
         with seeded(seed):
-            view = known(picture, mask, 64, {"subclass": sub})
+            view = known(image, mask, 64, {"subclass": sub})
         inside = view["label"] != IGNORE
         assert inside.any()
         assert torch.equal(view["subclass"][inside], view["label"][inside] + 10)
         assert (view["subclass"][~inside] == IGNORE).all()
     with seeded(0):
-        views = [weak(picture, None, 64) for _ in range(12)]
+        views = [weak(image, None, 64) for _ in range(12)]
     assert all(view["strong"].shape == (1, 3, 64, 64) for view in views)
     changed = [not torch.equal(view["strong"][0], view["weak"]) for view in views]
     assert any(changed)

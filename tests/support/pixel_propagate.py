@@ -118,7 +118,7 @@ def disagreement(random_call, target, found):
 
 
 def check_gradients(random_call, rows, gate, rounding, found, expected):
-    """Of pictures whose numbers and scores are well in range."""
+    """Of images whose numbers and scores are well in range."""
     t = random_call.tensors
     inputs = (t["query"], t["key"], t["value"], random_call.grad)
     info, largest = torch.finfo(rows.dtype), min(torch.finfo(x.dtype).max for x in inputs) ** 0.5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from corrmatch.data.datasets import Item, read_picture
+from corrmatch.data.datasets import Item, read_image
 from corrmatch.data.maps import Maps
 from corrmatch.data.views import normalize
 from corrmatch.methods.base import Run
@@ -101,4 +101,4 @@ class _Images(Dataset[Tensor]):
         return len(self.numbers)
 
     def __getitem__(self, place: int) -> Tensor:
-        return normalize(read_picture(self.items[self.numbers[place]].picture))
+        return normalize(read_image(self.items[self.numbers[place]].image))

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corrmatch.data.datasets import IGNORE, Data, DataError, Item, read_mask
-from corrmatch.data.images import decode_picture
+from corrmatch.data.images import decode_image
 from corrmatch.data.maps import Maps, atomically, discard, save_array
 from corrmatch.data.views import mirrored
 from corrmatch.methods.base import Run
@@ -142,7 +142,7 @@ class Work:
         for c in range(len(self.counts)):
             within = clusters[c][self.first[i, c] : self.first[i + 1, c]] if c in clusters else 0
             small[self.labels[i] == c] = sum(self.counts[:c]) + within
-        size = decode_picture(self.run.data.labeled[i].picture).size[::-1]
+        size = decode_image(self.run.data.labeled[i].image).size[::-1]
         return nearest(torch.from_numpy(small).unsqueeze(0), size)[0].numpy()
 
 

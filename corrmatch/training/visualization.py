@@ -1,4 +1,4 @@
-"""Colours of classes, and the pictures that people look at."""
+"""Colours of classes, and the images that people look at."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def paint(labels: Tensor, colors: Tensor) -> Tensor:
     return colors[labels.long()]
 
 
-def overlay(picture: Tensor, labels: Tensor, classes: list[str], colors: Tensor) -> Tensor:
-    """The picture (H, W, 3) tinted by class, with outlines; a background is only dimmed."""
-    tint = (0.5 * picture.float() + 0.5 * colors[labels.long()].float()).round().to(torch.uint8)
+def overlay(image: Tensor, labels: Tensor, classes: list[str], colors: Tensor) -> Tensor:
+    """The image (H, W, 3) tinted by class, with outlines; a background is only dimmed."""
+    tint = (0.5 * image.float() + 0.5 * colors[labels.long()].float()).round().to(torch.uint8)
     if classes[0].lower() == BACKGROUND:
-        tint = torch.where((labels == 0).unsqueeze(-1), (0.75 * picture.float()).to(torch.uint8), tint)
+        tint = torch.where((labels == 0).unsqueeze(-1), (0.75 * image.float()).to(torch.uint8), tint)
     edge = torch.zeros_like(labels, dtype=torch.bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -45,24 +45,24 @@ def overlay(picture: Tensor, labels: Tensor, classes: list[str], colors: Tensor)
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """Normalised pictures (B, 3, H, W) as uint8 (B, H, W, 3)."""
+    """Normalised images (B, 3, H, W) as uint8 (B, H, W, 3)."""
     mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, DEVIATION))
     return ((images.cpu() * deviation + mean) * 255).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def views(picture: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> dict[str, np.ndarray]:
-    """Picture, maps and truth by name, to look at: (H, W, 3) uint8.
+def views(image: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> dict[str, np.ndarray]:
+    """Image, maps and truth by name, to look at: (H, W, 3) uint8.
 
-    Label maps are painted, bool maps show the picture where they are true, masks each in a colour of its own.
+    Label maps are painted, bool maps show the image where they are true, masks each in a colour of its own.
     """
-    shown = {"picture": picture}
+    shown = {"image": image}
     for name, x in (maps | {"truth": truth}).items():
         if x.dim() == 3:
-            view = (0.35 * picture.float()).to(torch.uint8)
+            view = (0.35 * image.float()).to(torch.uint8)
             for k, mask in enumerate(x, start=1):
-                view[mask] = (0.4 * picture[mask].float() + 0.6 * colors[k].float()).to(torch.uint8)
+                view[mask] = (0.4 * image[mask].float() + 0.6 * colors[k].float()).to(torch.uint8)
         elif x.dtype == torch.bool:
-            view = torch.where(x.unsqueeze(-1), picture, torch.tensor(0, dtype=torch.uint8))
+            view = torch.where(x.unsqueeze(-1), image, torch.tensor(0, dtype=torch.uint8))
         else:
             view = paint(x, colors)
         shown[name] = view
