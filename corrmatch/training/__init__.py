@@ -1,1 +1,1 @@
-"""The trainer: losses, methods, the loop, evaluation and prediction. Needs `pip install 'corrmatch[train]'`."""
+"""The trainer: the training loop, evaluation, prediction and their output. Needs `pip install 'corrmatch[train]'`."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped."""
+"""Checkpoints. A run that is resumed from one continues bit for bit as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from corrmatch.config import Config, ConfigError, from_arguments, keys, parse, to_yaml
 
-VERSION = 2  # of what a checkpoint holds
+VERSION = 2  # of the format
 FREE = (
     "train.workers", "train.log_every", "train.save_every", "train.cpu", "data.check", "data.root", "work_dir",
     "eval.pseudo_labels",
@@ -24,7 +24,7 @@ FREE = (
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch in this process."""
+    """The states of the random generators of Python, NumPy and torch in this process."""
     kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": random.getstate(),
@@ -35,7 +35,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
+    """Restores the states that `random_state` returned."""
     random.setstate(state["python"])
     kind, words, *rest = state["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -45,7 +45,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save(paths: list[Path], content: dict[str, Any], main: bool) -> None:
-    """Writes the same checkpoint to all paths, each at once or not at all. Every process takes part."""
+    """Writes the same checkpoint to all paths, each atomically. All processes have to call it."""
     states = gather_object([random_state()])
     if not main:
         return
@@ -56,14 +56,14 @@ def save(paths: list[Path], content: dict[str, Any], main: bool) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; runs no code from it."""
+    """Loads a checkpoint onto the CPU. No code from the file is executed."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as file:  # torch takes other files for its format of old, and checks no sums
-            rotten = file.testzip()
-        if rotten is not None:
-            raise RuntimeError(f"{rotten} is not what was written")
+        with zipfile.ZipFile(path) as file:  # torch accepts other formats, and verifies no checksums
+            damaged = file.testzip()
+        if damaged is not None:
+            raise RuntimeError(f"{damaged} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
         raise ConfigError(f"{path}: not a checkpoint, or a broken one") from error
@@ -75,19 +75,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def config_of(content: dict[str, Any], overrides: list[str] | None = None) -> Config:
-    """The configuration of the run that wrote a checkpoint."""
+    """The configuration of the run that wrote the checkpoint, with overrides."""
     return parse([OmegaConf.create(content["config"]), from_arguments(overrides or [])])
 
 
 def check_classes(trained: list[str], classes: list[str]) -> None:
-    """Refuses classes that are not those of the training, in their order."""
+    """Raises ConfigError unless the classes are those of the training, in the same order."""
     if trained != classes:
         then, now = (", ".join(names) for names in (trained, classes))
         raise ConfigError(f"data.classes: the checkpoint was trained with {then}, not with {now}")
 
 
 def check_same(config: Config, content: dict[str, Any], processes: int) -> None:
-    """Refuses to go on with other settings than those the checkpoint was written with."""
+    """Raises ConfigError where a setting differs from that of the checkpoint."""
     if content.get("version", 1) != VERSION:
         raise ConfigError("the run to be resumed was written by an earlier version of corrmatch; it can only be used")
     now, then = (OmegaConf.create(to_yaml(x)) for x in (config, config_of(content)))

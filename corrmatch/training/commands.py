@@ -1,4 +1,4 @@
-"""What the commands train, eval, predict, export, compare and sample do."""
+"""The commands train, eval, predict, export, compare and sample."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from corrmatch.training.trainer import BEST, LAST, Trainer
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs a command; what a user can mend is said in a line. Returns the exit code."""
+    """Runs a command and returns its exit code. An error that the user can fix is printed as one line."""
     try:
         COMMANDS[options.command](options)
     except (ConfigError, DataError, FloatingPointError, OSError) as error:
-        # A process of a loader puts its traceback before the message.
+        # An error in a process of a data loader has that process's traceback before its message.
         said = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         sys.stderr.write(f"corrmatch {options.command}: {said}\n")
         return 1

@@ -1,4 +1,4 @@
-"""What several runs came to: their logs read, and the runs of one setting put into one row."""
+"""Reads the logs of several runs, and groups the runs of the same setting into rows."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from corrmatch.training import snapshot
 from corrmatch.training.checkpoint import FREE
 from corrmatch.training.snapshot import Snapshot
 
-Line = dict[str, Any]  # of scalars.jsonl
-SAME = {*FREE, "train.seed"} - {"data.root"}  # keys in which the runs of a row may differ
-SPLIT = {"data.labeled", "data.unlabeled"}  # and so may these, where as many images are labelled
+Line = dict[str, Any]  # one line of scalars.jsonl
+SAME = {*FREE, "train.seed"} - {"data.root"}  # keys that may differ within a row
+SPLIT = {"data.labeled", "data.unlabeled"}  # these too, if the number of labelled images is the same
 
 
 class Spread(NamedTuple):
-    """Of a number over runs: mean and sample standard deviation, NaN where there are too few."""
+    """Mean and sample standard deviation over runs; NaN where there are too few runs."""
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """NaNs, of classes that do not occur, are left out."""
+        """Computes both without NaNs, which stand for classes that do not occur."""
         known = [value for value in values if not math.isnan(value)]
         deviation = statistics.stdev(known) if len(known) > 1 else math.nan
         return cls(statistics.fmean(known) if known else math.nan, deviation)
@@ -40,7 +40,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a work directory says."""
+    """The configuration and the log of one work directory."""
 
     folder: Path
     config: dict[str, Any]  # dotted keys
@@ -49,17 +49,17 @@ class Run:
 
     @property
     def last(self) -> Line:
-        """The last evaluation."""
+        """The line of the last evaluation."""
         return self.lines["val"][-1]
 
     @property
     def best(self) -> Line:
-        """The evaluation of the highest mean IoU, the first of them."""
+        """The line of the evaluation with the highest mean IoU; the first one in case of a tie."""
         return max(self.lines["val"], key=lambda line: -1 if math.isnan(line["miou"]) else line["miou"])
 
     @property
     def setting(self) -> dict[str, Any]:
-        """All that another run must share to be in one row with this one."""
+        """The settings that all runs of a row share."""
         free = SAME if self.snapshot is None else SAME | SPLIT
         counts = (
             {} if self.snapshot is None else {"labelled": self.snapshot.labeled, "unlabelled": self.snapshot.unlabeled}
@@ -69,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs of one setting."""
+    """The runs of one setting."""
 
     index: int
     runs: list[Run]
@@ -77,29 +77,29 @@ class Row:
 
     @property
     def letter(self) -> str:
-        """A, B, ...: short for the name."""
+        """A, B, ...: a short name for charts."""
         return string.ascii_uppercase[self.index] if self.index < 26 else str(self.index + 1)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What its runs share."""
+        """The settings that its runs share."""
         return self.runs[0].setting
 
     def spread(self, value: Callable[[Run], float]) -> Spread:
-        """Of a number of each run."""
+        """The spread of a number over the runs."""
         return Spread.of(value(run) for run in self.runs)
 
     def last(self, name: str, kind: str = "val") -> Spread:
-        """Of a scalar in the last line of a kind."""
+        """The spread of a scalar in the last line of a kind."""
         return self.spread(lambda run: run.lines[kind][-1].get(name, math.nan) if run.lines.get(kind) else math.nan)
 
     def names(self, kind: str) -> Iterator[str]:
-        """The scalars of a kind, in the order of the log."""
+        """The names of the scalars of a kind, in the order of the log."""
         lines = (line for run in self.runs for line in run.lines.get(kind, []))
         return iter(dict.fromkeys(name for line in lines for name in line if name not in ("step", "kind")))
 
     def over_steps(self, kind: str, name: str) -> dict[int, list[float]]:
-        """A scalar of all runs at each step that all of them have logged; what is not finite is left out."""
+        """The values of a scalar in all runs, by step: only steps that all runs have logged, and finite values."""
         logged = [
             {line["step"]: line[name] for line in run.lines.get(kind, []) if math.isfinite(line.get(name, math.nan))}
             for run in self.runs
@@ -115,7 +115,7 @@ class Row:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a work directory; ConfigError where it is none, or no evaluation has been made in it yet."""
+    """Reads a work directory. Raises ConfigError if it is not one, or has no evaluation yet."""
     for name in ("config.yaml", "scalars.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: expected the work directory of a run, there is no {name}")
@@ -140,7 +140,7 @@ def _lines(path: Path) -> Iterator[Line]:
         except ValueError as error:
             if i < len(rows):
                 raise ConfigError(f"{path}: line {i} is not JSON") from error
-            return  # a run that is stopped, or still running, may have written half of its last line
+            return  # the last line may be incomplete if the run was stopped or is still running
 
 
 def _leaves(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,7 +152,7 @@ def _leaves(part: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def group(runs: Sequence[Run]) -> list[Row]:
-    """The runs in rows, in the order in which they are given. What tells the rows apart is their name."""
+    """Groups runs into rows, in the given order. A row is named after the settings that distinguish it."""
     settings: list[dict[str, Any]] = []
     members: list[list[Run]] = []
     for run in runs:
@@ -164,13 +164,13 @@ def group(runs: Sequence[Run]) -> list[Row]:
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys that have several values among the settings that have them."""
+    """The keys whose values differ between settings."""
     found = dict.fromkeys(key for setting in settings for key in setting)
     return [key for key in found if any(s[key] != t[key] for s in settings for t in settings if key in s and key in t)]
 
 
 def _names(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The method, and the other keys that differ, where they are not null: `corrmatch, regions=false`."""
+    """The method and the differing keys that are not null: `corrmatch, regions=false`."""
     others = [key for key in differing(settings) if key != "method"]
     parts = [
         [f"{key.rpartition('.')[2]}={short(s[key])}" for key in others if s.get(key) is not None] for s in settings
@@ -179,12 +179,12 @@ def _names(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value in YAML."""
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
-    """Reads runs and puts them into rows."""
+    """Reads runs and groups them into rows."""
     places = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]
     if twice:

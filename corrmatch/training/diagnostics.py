@@ -1,4 +1,4 @@
-"""What pseudo-labels are worth (`eval.pseudo_labels`): they are held against masks of unlabelled images.
+"""Quality of pseudo-labels (`eval.pseudo_labels`): they are compared with masks of unlabelled images.
 
 No other part of a run opens these masks. The middle of each image, of the size of a training view, is labelled in
 evaluation mode by the network whose labels the method trains on, at the method's threshold. Where there is a
@@ -26,20 +26,20 @@ from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.models.network import evaluating
 
-IMAGES = 256  # that are looked at, at most: evenly spread over those whose masks are at hand
+IMAGES = 256  # the most that are compared: evenly spread over those that have a mask
 
-Sums = dict[str, Tensor]  # float64, of all images; those of several processes add up
+Sums = dict[str, Tensor]  # float64, over all images; the sums of several processes are added
 
 
 class Labels(NamedTuple):
-    """Labels (B, H, W) and where they count."""
+    """Labels (B, H, W), and where they are reliable."""
 
     labels: Tensor
     reliable: Tensor
 
 
 def choose(data: Data) -> list[Item]:
-    """The images to look at; ConfigError where no unlabelled image has a mask."""
+    """The images that are compared. Raises ConfigError if no unlabelled image has a mask."""
     if not data.withheld:
         raise ConfigError("eval.pseudo_labels: expected masks of unlabelled images, by data.masks or in the list")
     count = min(IMAGES, len(data.withheld))
@@ -51,7 +51,7 @@ def count(
     method: Method, items: list[Item], data: Data, config: Config, device: torch.device, process: int = 0,
     processes: int = 1,
 ) -> Sums:  # fmt: skip
-    """Counts over the images; each is looked at by one process."""
+    """Sums over the images. Each image is handled by one process."""
     crop, classes, network = config.train.crop, len(data.classes), method.labeller
     propagation = Propagation(dataclasses.replace(method.propagation.config, regions=method.propagation.head))
     mine = Labelled(items[process::processes], data.table, crop)
@@ -77,7 +77,7 @@ def count(
 
 
 def label_sums(before: Labels, after: Labels, truth: Tensor, classes: int) -> Sums:
-    """Counts of pixels whose class is known.
+    """Counts pixels whose class is known.
 
     Args:
         before: Labels at the threshold.
@@ -143,7 +143,7 @@ def row_sums(query: Tensor, key: Tensor, rows: int, generator: torch.Generator) 
 
 
 def rates(sums: Sums, classes: list[str]) -> dict[str, float]:
-    """Shares to be logged, NaN where there is nothing to divide by.
+    """The shares that are logged, NaN where the divisor is 0.
 
     Of all classes together and, with the class's name behind, of each: `coverage`, reliable pixels among those whose
     class is known; `precision`, right ones among the reliable (of a class: among those labelled so). Of each class
@@ -190,7 +190,7 @@ def _add(sums: Sums, *parts: Sums) -> None:
 
 
 def _padded(image: Tensor, mask: Tensor, crop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of one: image, truth, and where there is padding, to the right and below."""
+    """A batch of one image, padded to the right and below: image, truth, and where it is padded."""
     sides = (0, crop - mask.shape[1], 0, crop - mask.shape[0])
     padding = F.pad(torch.zeros_like(mask, dtype=torch.bool), sides, value=True)
     return F.pad(image, sides)[None], F.pad(mask, sides, value=IGNORE)[None], padding[None]

@@ -1,4 +1,4 @@
-"""Segmenting whole images, and how well it is done."""
+"""Segments whole images and scores the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scores:
 
     @classmethod
     def of(cls, confusion: Tensor, classes: list[str], images: int) -> Scores:
-        """From a confusion matrix, truth in rows."""
+        """The scores of a confusion matrix, truth in rows."""
         confusion = confusion.cpu()
         pixels = confusion.double()
         hits, union = pixels.diag(), pixels.sum(0) + pixels.sum(1) - pixels.diag()
@@ -37,12 +37,12 @@ class Scores:
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that occur."""
+        """Mean IoU of the classes that occur."""
         present = [value for value in self.iou if not math.isnan(value)]
         return sum(present) / len(present) if present else math.nan
 
     def table(self) -> str:
-        """A line a class."""
+        """A table with a line for each class."""
         width = max(map(len, [*self.classes, "mean IoU", "accuracy"]))
         rows = [*zip(self.classes, self.iou, strict=True), ("mean IoU", self.miou), ("accuracy", self.accuracy)]
         lines = [f"{name:<{width}}  {'n/a' if math.isnan(value) else f'{100 * value:.2f}':>6}" for name, value in rows]
@@ -53,7 +53,7 @@ class Scores:
 def evaluate(
     model: nn.Module, data: Data, config: Config, device: torch.device, process: int = 0, processes: int = 1
 ) -> Scores:
-    """Scores on the validation images. Every image is counted by one process; all processes get the same scores."""
+    """Scores on the validation images. Each image is evaluated by one process; all processes return the same scores."""
     confusion = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE, validate_args=False).to(device)
     crop = config.train.crop if config.eval.mode == "center_crop" else None
     mine = Labelled(data.val[process::processes], data.table, crop)
@@ -74,7 +74,7 @@ def segment(model: nn.Module, image: Tensor, config: EvalConfig) -> Tensor:
 
 
 def sliding_window(model: Network, image: Tensor, window: int, stride: int) -> Tensor:
-    """Mean class probabilities (C, H, W) of all windows that cover a pixel; the last ones end at the border."""
+    """Class probabilities (C, H, W), averaged over all windows of a pixel. The last windows end at the border."""
     height, width = image.shape[1:]
     windows = [
         (slice(top, top + window), slice(left, left + window))
@@ -92,6 +92,6 @@ def sliding_window(model: Network, image: Tensor, window: int, stride: int) -> T
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side."""
+    """The first pixel of each window along one side."""
     last = max(0, size - window)
     return [*range(0, last, stride), last]

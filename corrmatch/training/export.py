@@ -1,4 +1,4 @@
-"""The network that a run evaluated as a program of its own, which needs neither corrmatch nor timm."""
+"""Exports the evaluated network as a file that needs neither corrmatch nor timm to run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from corrmatch.data.views import DEVIATION, MEAN
 from corrmatch.models.network import Network
 from corrmatch.paths import make_folder
 
-SMALLEST = 48  # pixels of a side: what decoders shrink is never a single position, which programs treat apart
-METADATA = "corrmatch.json"  # of a .pt2
+SMALLEST = 48  # pixels of a side: feature maps then have more than one position, a case that exporters specialise
+METADATA = "corrmatch.json"  # the file inside a .pt2 that holds the class names
 
 
 class Whole(nn.Module):
-    """Logits (B, C, H, W) of normalised images (B, 3, H, W) of any size, as `corrmatch predict` has them."""
+    """Logits (B, C, H, W) of normalised images (B, 3, H, W) of any size, as in `corrmatch predict`."""
 
     def __init__(self, network: Network):
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """As `Network.whole`."""
+        """The logits of `Network.whole`."""
         return self.network.whole(images)
 
 
@@ -57,7 +57,7 @@ def export(network: Network, classes: list[str], out: Path) -> None:
 
 
 def program_of(network: Network) -> ExportedProgram:
-    """The network in evaluation mode, traced once for all sizes."""
+    """The network in evaluation mode, traced once for images of all sizes."""
     smallest = max(SMALLEST, 3 * getattr(network, "patch", 1))
     sides = {side: Dim(name, min=smallest) for side, name in ((2, "height"), (3, "width"))}
     example = torch.zeros(2, 3, 2 * smallest + 3, 2 * smallest + 6)
@@ -70,7 +70,7 @@ def program_of(network: Network) -> ExportedProgram:
 
 
 def _divide_whole_numbers(graph: Graph) -> None:
-    """Writes ceil(x / n) as -(-x // n): layers of timm that pad take the former, which no .pt2 holds."""
+    """Computes ceil(x / n) as -(-x // n). Padded layers of timm use the former, which a .pt2 cannot represent."""
     for node in graph.find_nodes(op="call_function", target=math.ceil):
         quotient = node.args[0]
         if quotient.target is not operator.truediv:
@@ -88,7 +88,7 @@ def _divide_whole_numbers(graph: Graph) -> None:
 
 
 def _save_onnx(program: ExportedProgram, metadata: dict[str, Any], out: Path) -> None:
-    for name in ("onnx", "onnxscript"):  # before torch's exporter asks, in its own words
+    for name in ("onnx", "onnxscript"):  # a clearer message than that of torch's exporter
         __import__(name)
     converted = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
     if converted is None:

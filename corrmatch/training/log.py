@@ -1,4 +1,4 @@
-"""What a run writes down: TensorBoard, the same scalars as JSON lines, and the last evaluation as files."""
+"""The log of a run: TensorBoard, the same scalars as JSON lines, and the last evaluation as files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from corrmatch.training.visualization import denormalize, palette, side_by_side,
 
 
 class Log:
-    """Sums scalars on the device; reading them, which waits for it, is left to `write`.
+    """Sums scalars on the device. Only `write` reads them, because reading waits for the device.
 
     Args:
         folder: Gets `scalars.jsonl`, `tensorboard/`, `evaluation/`. What lies there from steps after `step` is dropped.
@@ -46,13 +46,13 @@ class Log:
             snapshot.discard(folder)
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Counts one batch."""
+        """Adds the scalars of one batch."""
         for name, value in scalars.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
 
     def write(self, step: int, more: dict[str, float]) -> dict[str, float]:
-        """Writes the means of what was added since the last time, and `more`."""
+        """Writes the means of the scalars added since the last call, and `more`."""
         means = (torch.stack([value.float() for value in self.sums.values()]) / self.count).tolist()
         values = dict(zip(self.sums, means, strict=True)) | more
         self.sums, self.count = {}, 0
@@ -63,7 +63,7 @@ class Log:
         self, step: int, scores: dict[str, Scores], method: Method, model: nn.Module, data: Data, config: Config,
         device: torch.device,
     ) -> None:  # fmt: skip
-        """Writes an evaluation: all of the first network, the means of the others, and panels.
+        """Writes an evaluation: all scores of the first network, the means of the others, and panels.
 
         A panel is one of the first validation images, cropped, beside what the method makes of it and the truth.
         """
@@ -81,7 +81,7 @@ class Log:
         snapshot.write(self.folder, Snapshot(step, *counts, data.classes, first[1].confusion, panels))
 
     def pseudo_labels(self, step: int, values: dict[str, float]) -> None:
-        """Writes what pseudo-labels are worth."""
+        """Writes the quality of the pseudo-labels."""
         self._put(step, "pseudo", values)
 
     def _put(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -107,7 +107,7 @@ def _panels(
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; of one that a stop or a full disk has cut, infinity."""
+    """The step of a line; infinity if the line is incomplete, after a crash or on a full disk."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, LookupError):

@@ -1,4 +1,4 @@
-"""Pieces of HTML that the page is made of."""
+"""Elements of the page in HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corrmatch.training.compare import Row, Spread, short
 from corrmatch.training.snapshot import media_type
 from corrmatch.training.visualization import palette
 
-POINTS = 120  # of a curve; where the log has more, means of neighbours are drawn
+POINTS = 120  # the most that a curve has; longer logs are averaged over neighbouring steps
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -36,18 +36,18 @@ def table(first: str, rows: Sequence[tuple[str, dict[str, str]]], *, text: bool 
 
 
 def named(row: Row, *, short_name: bool = False) -> str:
-    """A row's line, letter and name."""
+    """The legend of one row: line, letter and name."""
     name = "" if short_name else escape(row.name)
     return f'<span class="row">{charts.swatch(row.index)}<b>{row.letter}</b>{name}</span>'
 
 
 def section(title: str, content: str) -> str:
-    """A part of the page."""
+    """A section of the page."""
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>"
 
 
 def chart_grid(figures: Sequence[str]) -> str:
-    """Figures of 360 units, as many side by side as fit."""
+    """Charts of 360 units, as many side by side as fit."""
     return '<div class="charts">\n' + "\n".join(figures) + "\n</div>"
 
 
@@ -57,7 +57,7 @@ def image_grid(figures: Sequence[str]) -> str:
 
 
 def figure(name: str, rows: Sequence[Row], kind: str, *, percent: bool = False, title: str = "") -> str:
-    """A scalar of the log over steps; nothing where no row has it."""
+    """The chart of a scalar over steps; empty if no row has it."""
     curves = [curve for row in rows if (curve := _curve(row, kind, name)) is not None]
     if not curves:
         return ""
@@ -90,7 +90,7 @@ def image(caption: str, encoded: bytes) -> str:
 
 
 def color_legend(names: list[str]) -> str:
-    """The classes and their colours in label maps."""
+    """The legend of label maps: classes and their colours."""
     colors = palette(names)
     chips = (
         f'<li><span class="chip" style="background:rgb({r} {g} {b})"></span>{escape(name)}</li>'
@@ -100,26 +100,26 @@ def color_legend(names: list[str]) -> str:
 
 
 def percent(spread: Spread) -> str:
-    """Mean and deviation in percent."""
+    """Mean and standard deviation in per cent."""
     more = "" if math.isnan(spread.deviation) else f' <span class="deviation">± {100 * spread.deviation:.2f}</span>'
     return number(spread.mean) + more
 
 
 def number(share: float) -> str:
-    """A share in percent."""
+    """A share in per cent."""
     return "n/a" if math.isnan(share) else f"{100 * share:.2f}"
 
 
 def difference(value: float) -> str:
-    """With its sign."""
+    """A number with its sign."""
     return "n/a" if math.isnan(value) else f"{value:+.2f}".replace("-", "&minus;")
 
 
 def setting(value: object) -> str:
-    """A value of a key."""
+    """The value of a key."""
     return escape(short(value))
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun."""
+    """A count with its noun, in singular or plural."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -13,7 +13,7 @@ from corrmatch.config import TrainConfig
 
 
 def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of a configuration for groups with `name`, `lr` and `params`."""
+    """The optimiser that the configuration asks for. Groups have a `name`, an `lr` and `params`."""
     if not train.decay_norms:
         groups = [part for group in groups for part in _without_decay(group)]
     decay = train.weight_decay
@@ -23,7 +23,7 @@ def make_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.op
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, steps: int) -> LambdaLR:
-    """The rates of `steps` steps: a linear rise over `warmup` steps, times the decay.
+    """The schedule of the learning rate over `steps` steps: a linear warm-up times the decay.
 
     A group with a `least_lr` does not fall below it.
     """
@@ -47,7 +47,7 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Weights of convolutions, and apart from them norms and biases: parameters of one dimension, undecayed."""
+    """Splits a group in two: norms and biases, which have one dimension, get no weight decay."""
     weights = [p for p in group["params"] if p.dim() > 1]
     others: list[nn.Parameter] = [p for p in group["params"] if p.dim() <= 1]
     return [group | {"params": weights}, group | {"params": others, "weight_decay": 0.0}]

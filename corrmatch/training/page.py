@@ -1,4 +1,4 @@
-"""The page of `corrmatch compare`: one HTML file that needs nothing beside it."""
+"""The page of `corrmatch compare`: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from corrmatch.training.markup import (
 from corrmatch.training.pseudo_labels import pseudo_labels
 from corrmatch.training.snapshot import Views
 
-LARGEST_MATRIX = 40  # classes; beyond it a cell is too small to see
-CONFUSIONS = 6  # listed below a matrix
-FIRST = ("image", "truth", "prediction")  # views that runs have in common
+LARGEST_MATRIX = 40  # classes; the cells of a larger matrix are too small to see
+CONFUSIONS = 6  # the number of pairs listed below a matrix
+FIRST = ("image", "truth", "prediction")  # the views that all runs have
 
 
 def compare(folders: Sequence[Path], out: Path) -> list[Row]:
-    """Reads runs and writes the page, at once or not at all; a file of that name is replaced."""
+    """Reads runs and writes the page atomically. An existing file is replaced."""
     rows = read_rows(folders)
     draft = out.with_name(f"{out.name}.partial")
     draft.write_text(page(rows), encoding="utf-8")
@@ -79,7 +79,7 @@ over the page.</p>
 
 
 def results(rows: Sequence[Row]) -> str:
-    """The table of means."""
+    """The table of means and deviations."""
     first = rows[0].last("miou").mean
     body = []
     for row in rows:
@@ -105,7 +105,7 @@ def results(rows: Sequence[Row]) -> str:
 
 
 def validation(rows: Sequence[Row]) -> str:
-    """Mean IoU and accuracy, and those of further networks, over steps."""
+    """Charts of mean IoU and accuracy over steps, also of further networks."""
     names = dict.fromkeys(name for row in rows for name in row.names("val") if not name.startswith("iou_"))
     figures = [figure(name, rows, "val", percent=True) for name in names]
     note = '<p class="note">In percent. Bands reach from the lowest to the highest run of a row.</p>'
@@ -113,7 +113,7 @@ def validation(rows: Sequence[Row]) -> str:
 
 
 def classes(rows: Sequence[Row]) -> str:
-    """Bars of each class, a bar a row."""
+    """A bar chart for each class, with a bar for each row."""
     names = dict.fromkeys(name for row in rows for name in row.names("val") if name.startswith("iou_"))
     share = _pixel_shares(rows)
     figures = []
@@ -129,7 +129,7 @@ def classes(rows: Sequence[Row]) -> str:
 
 
 def confusions(rows: Sequence[Row]) -> str:
-    """A matrix a row, and its largest entries beside the diagonal."""
+    """The confusion matrix of each row, and its largest entries off the diagonal."""
     figures = []
     for row in rows:
         counts, kept = row.confusion, [run.snapshot for run in row.runs if run.snapshot is not None]
@@ -154,7 +154,7 @@ def confusions(rows: Sequence[Row]) -> str:
 
 
 def images(rows: Sequence[Row]) -> str:
-    """The same validation images in all rows; of each row its first run that kept some."""
+    """The same validation images for all rows. Each row shows the first of its runs that kept images."""
     shown: dict[tuple[str, bytes], list[tuple[Row, Views]]] = {}  # by name and image
     lists: list[list[str]] = []
     for row in rows:
@@ -192,7 +192,7 @@ def training(rows: Sequence[Row]) -> str:
 
 
 def settings(rows: Sequence[Row]) -> str:
-    """The keys that tell the rows apart, and those that all share."""
+    """The keys that differ between rows, and those that all rows share."""
     found = [row.setting for row in rows]
     keys, parts = differing(found), []
     if keys:
@@ -211,7 +211,7 @@ def settings(rows: Sequence[Row]) -> str:
 
 
 def all_runs(rows: Sequence[Row]) -> str:
-    """Every run by itself."""
+    """A table of single runs."""
     body = []
     for row in rows:
         for run in row.runs:
@@ -230,7 +230,7 @@ def all_runs(rows: Sequence[Row]) -> str:
 
 
 def _pixel_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Of each class among the pixels of the truth, in the first row that kept them."""
+    """The share of each class among the labelled pixels, from the first row that kept them."""
     for row in rows:
         counts, kept = row.confusion, [run.snapshot for run in row.runs if run.snapshot is not None]
         if counts is not None and counts.sum() > 0:

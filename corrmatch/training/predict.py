@@ -1,4 +1,4 @@
-"""Segmenting a folder of images with a trained network."""
+"""Segments a folder of images with a trained network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = ("index", "color", "overlay")
 
 
 def load_model(path: Path, overrides: list[str] | None = None) -> tuple[nn.Module, Config, list[str]]:
-    """The network that a run evaluated, its configuration and the names of the classes."""
+    """Loads the evaluated network of a checkpoint, its configuration and the names of the classes."""
     content = checkpoint.load(path)
     config, classes = checkpoint.config_of(content, overrides), content["classes"]
     method = build_method(config, len(classes), pretrained=False)
@@ -69,7 +69,7 @@ def predict(model: nn.Module, config: Config, classes: list[str], source: Path, 
 
 
 def images_of(folder: Path) -> list[Path]:
-    """The images in a folder; of its other files a line is said."""
+    """The images in a folder. Other files are reported in one line."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder of images")
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
@@ -83,6 +83,6 @@ def images_of(folder: Path) -> list[Path]:
 
 
 def result_names(paths: list[Path]) -> dict[Path, str]:
-    """a.png for a.jpg, but a.jpg.png where another image would give that name, too. Case makes no difference."""
+    """a.png for a.jpg, or a.jpg.png if another image would have the same name. Upper and lower case count as equal."""
     count = Counter(name.lower() for path in paths for name in (path.stem, path.name))
     return {path: f"{path.stem if count[path.stem.lower()] == 1 else path.name}.png" for path in paths}

@@ -1,4 +1,4 @@
-"""The part of the page that shows what pseudo-labels are worth: see `diagnostics.rates` for what the scalars mean."""
+"""The section of the page about the quality of pseudo-labels. `diagnostics.rates` explains the scalars."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ OF_A_CLASS = {
     "after_recall": "rightly labelled after",
     "after_precision": "precision after",
 }
-RARE = 0.1  # of the pixels of a class: whoever labels fewer rightly does not teach it
+RARE = 0.1  # of the pixels of a class; with fewer correct labels the class is not learnt
 
 
 def pseudo_labels(rows: Sequence[Row]) -> str:
-    """What they are worth, where `eval.pseudo_labels` measured it: in words, in numbers, over steps, by class."""
+    """The section for runs with `eval.pseudo_labels`: sentences, a table, charts over steps, and a table of classes."""
     measured = [row for row in rows if all(run.lines.get("pseudo") for run in row.runs)]
     if not measured:
         return ""
@@ -61,7 +61,7 @@ def pseudo_labels(rows: Sequence[Row]) -> str:
 
 
 def reading(row: Row) -> Iterator[str]:
-    """What the numbers say, in sentences of HTML."""
+    """The meaning of the numbers as sentences in HTML."""
     coverage, precision = (number(row.last(name, "pseudo").mean) for name in ("coverage", "precision"))
     yield f"Reliable labels cover {coverage} % of the pixels; {precision} % of them are right."
     recalls = {name: row.last(f"recall_{name}", "pseudo").mean for name in _names(row)}
@@ -84,8 +84,8 @@ def reading(row: Row) -> Iterator[str]:
 
 
 def _rewritten(line: Line) -> tuple[float, float, float]:
-    """Shares of the pixels: added and changed ones, the right ones of them, and those that were right before."""
-    parts = [name for name in ("added", "changed") if line[name] > 0]  # without pixels there is no precision
+    """Pixels that propagation added and changed: how many, how many are right, and how many were right before."""
+    parts = [name for name in ("added", "changed") if line[name] > 0]  # the precision of no pixels is undefined
     right, before = (sum(line[name] * line[name + kind] for name in parts) for kind in ("_precision", "_precision_own"))
     return sum(line[name] for name in parts), right, before
 
@@ -100,5 +100,5 @@ def _classes(row: Row) -> str:
 
 
 def _names(row: Row) -> list[str]:
-    """Of the classes."""
+    """The table of classes."""
     return [name.removeprefix("iou_") for name in row.names("val") if name.startswith("iou_")]

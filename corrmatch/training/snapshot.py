@@ -1,4 +1,4 @@
-"""The last evaluation of a run as files: the folder `evaluation` of its work directory; the next one takes its place.
+"""The files of the last evaluation of a run, in the folder `evaluation` of its work directory.
 
 `evaluation.json` holds the step, the classes and the confusion matrix, and names the files of the panels: label maps
 are PNG, what shows the image itself is JPEG.
@@ -24,7 +24,7 @@ FOLDER, FILE = "evaluation", "evaluation.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """A validation image: what there is to see of it, by name, as encoded images. The first is the image itself."""
+    """The views of a validation image: encoded images by name. The first one is the image itself."""
 
     name: str
     views: Views
@@ -32,11 +32,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An evaluation."""
+    """One evaluation."""
 
     step: int
-    labeled: int  # images trained on with their masks
-    unlabeled: int  # and without
+    labeled: int  # number of labelled training images
+    unlabeled: int  # number of unlabelled training images
     classes: list[str]
     confusion: list[list[int]]  # pixels: truth in rows, prediction in columns
     panels: list[Panel]
@@ -53,12 +53,12 @@ def encode(pixels: np.ndarray) -> bytes:
 
 
 def media_type(encoded: bytes) -> str:
-    """Of what `encode` returns."""
+    """The media type of an image that `encode` returned."""
     return "image/png" if encoded.startswith(b"\x89PNG") else "image/jpeg"
 
 
 def write(run: Path, snapshot: Snapshot) -> None:
-    """Puts an evaluation in the place of the one before: at any moment the folder is whole or not there."""
+    """Replaces the previous evaluation. At any moment the folder is complete or absent."""
     draft = run / f"{FOLDER}.partial"
     discard(run, FOLDER, draft.name)
     draft.mkdir()
@@ -73,7 +73,7 @@ def write(run: Path, snapshot: Snapshot) -> None:
 
 
 def read(run: Path) -> Snapshot | None:
-    """The last evaluation of a run; None where it wrote none."""
+    """The last evaluation of a run; None if it wrote none."""
     folder = run / FOLDER
     if not (folder / FILE).is_file():
         return None
@@ -86,7 +86,7 @@ def read(run: Path) -> Snapshot | None:
 
 
 def discard(run: Path, *names: str) -> None:
-    """Removes folders of the run where they are."""
+    """Removes those of the folders that exist."""
     for name in names or (FOLDER,):
         if (run / name).exists():
             shutil.rmtree(run / name)

@@ -1,4 +1,4 @@
-"""The loop: batches, steps, logs, evaluations, checkpoints. It knows no method."""
+"""The training loop: batches, steps, logs, evaluations, checkpoints. It is the same for all methods."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAST, BEST = "last.pt", "best.pt"
 
 
 class Trainer:
-    """One run.
+    """One training run.
 
     Args:
         config: Everything about it.
@@ -53,7 +53,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._check_data()
         set_seed(train.seed)
-        fresh = saved is None  # else all weights come from the checkpoint
+        fresh = saved is None  # otherwise all weights are loaded from the checkpoint
         init = self._initial_weights() if fresh else None
         self.method = self._dress(build_method(config, len(self.data.classes), pretrained=fresh, init=init))
         self._check_streams()
@@ -105,7 +105,7 @@ class Trainer:
         return max(1, math.ceil(batches / (train.accumulate * self.processes)))
 
     def _open_folder(self, resume: bool) -> dict[str, Any] | None:
-        """What a run to be resumed has saved. Whatever is wrong with the folder shows before the files are read."""
+        """The checkpoint of a run that is resumed, else None. Errors of the folder are raised before any image is read."""
         saved = None
         if resume:
             saved = checkpoint.load(self.folder / LAST)
@@ -122,7 +122,7 @@ class Trainer:
         return saved
 
     def _check_data(self) -> None:
-        """Reads every file, and says what there is to learn from."""
+        """Reads every file, and prints how many pixels each class has."""
         for note in self.data.notes:
             tqdm.write(note, file=sys.stderr)
         if self.config.data.check:
@@ -134,9 +134,9 @@ class Trainer:
             check_files(replace(self.data, labeled=[], unlabeled=[], val=self.withheld))
 
     def start_phase(self, phase: int, *, begin: bool = True) -> None:
-        """Sets out on a phase: the work before it, then an optimiser and a schedule of its own.
+        """Starts a phase: the method's work before it, then a new optimiser and schedule.
 
-        Where the method `carries_on`, the optimiser knows of what it moved before what it knew.
+        If the method `carries_on`, the optimiser keeps its state of parameters that it has trained before.
         """
         self.phase = self.method.phase = phase
         if begin:
@@ -153,7 +153,7 @@ class Trainer:
         self.wrapped, self.stepper = self.accelerator.prepare(self.method, self.optimizer)
 
     def run(self) -> Scores | None:
-        """Trains to the end; returns the last scores."""
+        """Trains until the last step and returns the last scores."""
         train, scores, loader = self.config.train, None, None
         bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=None if self.log is not None else True)
         while self.step < self.steps:
@@ -173,13 +173,13 @@ class Trainer:
         return scores
 
     def loader(self) -> Iterator[Batch]:
-        """What is left of the batches of the phase. Each phase may draw other streams."""
+        """The remaining batches of the phase. Each phase may have other streams."""
         train, end = self.config.train, self.ends[self.phase]
         streams = Streams(self.data, self.method.streams(), train, self.process, self.processes)
         return iter(batches(streams, train, self.step * train.accumulate, end * train.accumulate))
 
     def advance(self, loader: Iterator[Batch]) -> None:
-        """One step of the optimiser. Nothing here waits for the device."""
+        """One step of the optimiser, without waiting for the device."""
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(self.config.train.seed * 1_000_003 + self.step)
         progress = Progress(self.step, self.steps, self.epoch_steps, self.phase, generator)
@@ -200,7 +200,7 @@ class Trainer:
         self.step += 1
 
     def write_log(self) -> dict[str, str]:
-        """Means since the last time, to the log; for the progress bar a few of them."""
+        """Logs the means since the last call; returns some of them for the progress bar."""
         if self.log is None:
             return {}
         means = self.log.write(self.step, self.rates)
@@ -209,7 +209,7 @@ class Trainer:
         return {name: f"{means[name]:.3f}" for name in ("loss", *self.method.bar) if name in means}
 
     def evaluate(self) -> Scores:
-        """Scores the networks that the method has scored, writes the scores and the checkpoints."""
+        """Scores the method's evaluated networks; writes scores and checkpoints."""
         networks = list(self.method.scored.items())
         config, device = self.config, self.accelerator.device
         with self.accelerator.autocast():
@@ -227,7 +227,7 @@ class Trainer:
         return first
 
     def _measure_pseudo_labels(self) -> None:
-        """Holds pseudo-labels against masks that training never sees, and writes what they are worth."""
+        """Compares pseudo-labels with masks that training does not use, and logs the result."""
         if not self.withheld:
             return
         device = self.accelerator.device
@@ -249,7 +249,7 @@ class Trainer:
         checkpoint.save([self.folder / name for name in names], content, self.accelerator.is_main_process)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Goes back to where a checkpoint was written."""
+        """Restores the state of a checkpoint."""
         self.method.load_state_dict(content["method"])
         self.start_phase(content["phase"], begin=False)
         self.optimizer.load_state_dict(content["optimizer"])

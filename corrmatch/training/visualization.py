@@ -1,4 +1,4 @@
-"""Colours of classes, and the images that people look at."""
+"""Colours of classes, and images for people to look at."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from corrmatch.data.datasets import IGNORE
 from corrmatch.data.views import DEVIATION, MEAN
 
-BACKGROUND = "background"  # a first class of this name stays unpainted in overlays
+BACKGROUND = "background"  # a first class of this name is not painted in overlays
 GOLDEN = 0.618034
 
 
 def palette(classes: list[str]) -> Tensor:
-    """(256, 3) uint8: hues far apart for neighbouring classes, black for a background, white for IGNORE."""
+    """Colours (256, 3) uint8: distant hues for neighbouring classes, black for a background, white for IGNORE."""
     colors = torch.zeros(256, 3, dtype=torch.uint8)
     for i in range(IGNORE):
         lightness, saturation = ((0.55, 0.75), (0.38, 0.65), (0.7, 0.6))[i // 7 % 3]
@@ -29,7 +29,7 @@ def palette(classes: list[str]) -> Tensor:
 
 
 def paint(labels: Tensor, colors: Tensor) -> Tensor:
-    """(H, W, 3) uint8."""
+    """A label map as colours (H, W, 3) uint8."""
     return colors[labels.long()]
 
 
@@ -70,6 +70,6 @@ def views(image: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor)
 
 
 def side_by_side(images: list[np.ndarray]) -> np.ndarray:
-    """(H, n W, 3), with gaps of 4 pixels."""
+    """Views side by side (H, n W, 3), with gaps of 4 pixels."""
     gap = np.full((images[0].shape[0], 4, 3), 255, np.uint8)
     return np.concatenate([part for image in images for part in (image, gap)][:-1], 1)
