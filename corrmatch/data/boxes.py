@@ -1,4 +1,4 @@
-"""Boxes of CutMix. A law draws a bool mask (H, W), True where the other image is pasted."""
+"""Boxes of CutMix. A law draws a bool mask (H, W), True where the other image is pasted in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 Box = Callable[[tuple[int, int]], Tensor]
 
-CHANCE, AREA, RATIO = 0.5, (0.02, 0.4), 0.3  # of UniMatch
-TOGGLED_AREA, TOGGLED = (0.25, 0.5), 3  # of cross pseudo supervision
+CHANCE, AREA, RATIO = 0.5, (0.02, 0.4), 0.3  # the constants of UniMatch
+TOGGLED_AREA, TOGGLED = (0.25, 0.5), 3  # the constants of cross pseudo supervision
 
 
 def cut_mix_box(size: tuple[int, int]) -> Tensor:
-    """UniMatch's law: every other time no box; else area a, ratio r and corner uniform, drawn until the box fits.
+    """The law of UniMatch: no box half of the time, else uniform area a, ratio r and corner until the box fits.
 
     Height sqrt(a r), width sqrt(a / r), r uniform in [0.3, 1 / 0.3]: boxes are taller than wide, as published.
     """
@@ -33,13 +33,13 @@ def cut_mix_box(size: tuple[int, int]) -> Tensor:
 
 
 def half_box(size: tuple[int, int]) -> Tensor:
-    """French's law: one box of half the area, its sides log-uniform, inside the image."""
+    """The law of French et al.: one box of half the area inside the image, with log-uniform sides."""
     aspect, y, x = torch.rand(3, dtype=torch.float64).tolist()
     return box_mask(size, log_uniform_box(size, 0.5, aspect, (y, x)))
 
 
 def toggled_boxes(size: tuple[int, int]) -> Tensor:
-    """Three boxes of log-uniform sides, each with an area of a twelfth to a sixth; where two overlap they cancel."""
+    """Three boxes with log-uniform sides and areas of 1/12 to 1/6. Two boxes cancel where they overlap."""
     mask = torch.zeros(size, dtype=torch.bool)
     for _ in range(TOGGLED):
         share = float(torch.empty((), dtype=torch.float64).uniform_(*TOGGLED_AREA))
@@ -62,7 +62,7 @@ def log_uniform_box(
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> Tensor:
-    """True inside (top, left, bottom, right)."""
+    """A mask (H, W), True inside (top, left, bottom, right)."""
     mask = torch.zeros(size, dtype=torch.bool)
     mask[box[0] : box[2], box[1] : box[3]] = True
     return mask

@@ -1,4 +1,4 @@
-"""How many labelled pixels there are of each class, and whether a run can do with them."""
+"""Counts the labelled pixels of each class and refuses data from which a class cannot be learnt."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from corrmatch.data.datasets import Data, Pixels
 from corrmatch.data.files import shorten
 from corrmatch.data.images import IGNORE, DataError
 
-MUCH = 0.5  # of the labelled pixels ignored: worth a warning
+MUCH = 0.5  # the share of ignored pixels above which there is a warning
 
 
 def table(data: Data, pixels: Pixels) -> str:
-    """Pixels of each class in the masks of labelled and of validation images, and a warning if many are ignored."""
+    """A table of the pixels of each class in labelled and validation masks, with a warning if many are ignored."""
     labeled, val = (_by_class(data, pixels[name]) for name in ("labeled", "val"))
     rows = [*enumerate(data.classes), (IGNORE, "ignored")]
     width = max(len(name) for _, name in rows)
@@ -26,7 +26,7 @@ def table(data: Data, pixels: Pixels) -> str:
 
 
 def require_labels(data: Data, pixels: Pixels) -> None:
-    """Refuses classes without a labelled pixel: nothing could teach them."""
+    """Raises DataError for classes without a labelled pixel: they cannot be learnt."""
     count = _by_class(data, pixels["labeled"])
     absent = [name for c, name in enumerate(data.classes) if count[c] == 0]
     if absent:
@@ -37,7 +37,7 @@ def require_labels(data: Data, pixels: Pixels) -> None:
 
 
 def require_truth(data: Data, pixels: Pixels) -> None:
-    """Refuses validation masks in which nothing counts."""
+    """Raises DataError if no pixel of the validation masks has a class."""
     if _by_class(data, pixels["val"])[: len(data.classes)].sum() == 0:
         raise DataError(f"data.val: no pixel of any class: {_ids(data, pixels['val'])}")
 
@@ -49,7 +49,7 @@ def _by_class(data: Data, pixels: np.ndarray) -> np.ndarray:
 
 
 def _ids(data: Data, pixels: np.ndarray) -> str:
-    """What the masks hold instead."""
+    """The ids that the masks contain."""
     present = np.flatnonzero(pixels).tolist()
     shares = [f"{i} ({pixels[i] / pixels.sum():.0%}{', ignored' if data.table[i] == IGNORE else ''})" for i in present]
     text = f"the masks hold the ids {shorten(shares)}"

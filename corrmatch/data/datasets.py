@@ -1,4 +1,4 @@
-"""Which images there are: ids, files and checks. One way for all data sets: the configuration names the files."""
+"""Finds and checks the files of a data set. The configuration names them; all data sets are handled alike."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from corrmatch.paths import expand
 
 __all__ = ["IGNORE", "Data", "DataError", "Item", "check_files", "find_data", "read_image", "read_mask"]
 
-Pixels = dict[str, np.ndarray]  # of the labelled and the validation images: pixels (256,) of each id in their masks
+Pixels = dict[str, np.ndarray]  # for "labeled" and "val": the pixels (256,) of each id in the masks
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Data:
     val: list[Item]
     classes: list[str]
     table: torch.Tensor  # (256,) uint8: the class of each id in a mask file, IGNORE, or UNKNOWN
-    notes: tuple[str, ...] = ()  # what the user should know, a line each
-    withheld: tuple[Item, ...] = ()  # unlabelled images whose masks are at hand, with them: `eval.pseudo_labels` alone
+    notes: tuple[str, ...] = ()  # messages for the user, one line each
+    withheld: tuple[Item, ...] = ()  # unlabelled images with their masks, which only `eval.pseudo_labels` uses
 
 
 def find_data(config: DataConfig) -> Data:
-    """Resolves lists and patterns to files; whatever is missing is named at once.
+    """Resolves lists and patterns to files. Raises one DataError that names everything that is missing.
 
     No image of `val` is in `labeled`. Images that `val_every` holds out are in neither of the other two.
     """
@@ -111,7 +111,7 @@ def _read_classes(config: DataConfig, root: Path) -> list[str]:
     if not isinstance(names, list):
         raise DataError(f"data.classes: expected a list of names or a file of them, got {names!r}")
     others = [name for name in names if not isinstance(name, str)]
-    if others:  # YAML takes no, on and 1 for other things than names
+    if others:  # YAML reads no, on and 1 as other types
         raise DataError(f"data.classes: expected names, got {others[0]!r}; put such a name in quotes")
     names = [name.strip() for name in names if name.strip()]
     if not 2 <= len(names) < UNKNOWN:
@@ -144,7 +144,7 @@ def _refuse_repeated(key: str, values: list[str] | list[int]) -> None:
 
 
 def check_files(data: Data) -> Pixels:
-    """Reads every image and every mask that a run will use, and names those that are broken.
+    """Reads every image and mask that a run will use. Raises DataError with the names of broken ones.
 
     Returns how many pixels of each id the masks of `labeled` and `val` have.
     """

@@ -1,4 +1,4 @@
-"""Which files there are: patterns with {} for the id, and lists."""
+"""Finds files by patterns, with {} for the id, and by lists."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from corrmatch.data.images import DataError, is_image
 from corrmatch.paths import expand, read_text
 
-SHOWN = 5  # names in a message
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # hold thumbnails and the like, not images of the user's
+SHOWN = 5  # the number of names in a message
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # contain thumbnails, not images of the user
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image and, where it has one, its mask."""
+    """An image, and its mask if it has one."""
 
     name: str
     image: Path
@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """Files that match a pattern: images by their id, and what was passed over."""
+    """The files that match a pattern, by id, and the names of files that are not images."""
 
     key: str
     pattern: str
@@ -35,16 +35,16 @@ class Found:
     passed: list[str]
 
     def note(self) -> list[str]:
-        """A line about what was passed over, if anything was."""
+        """A line about the files that are not images, or no line."""
         count = len(self.passed)
         return [f"{self.key}: {count} files are no images, passed over: {shorten(self.passed)}"] if count else []
 
 
 def scan(root: Path, key: str, pattern: str, apart: Collection[Path] = ()) -> Found:
-    """Images that match a pattern such as images/{}.*, but for those in `apart`.
+    """Images that match a pattern such as images/{}.*, without those in `apart`.
 
     {} stands for the id, which may name folders: in `masks/a/mask_b.png` it is `a/b` if `masks/mask_{}.png` is the
-    pattern. All else in a pattern means itself; a last `.*` is any extension.
+    pattern. Other characters are literal; a `.*` at the end is any extension.
     """
     if pattern.count("{}") != 1:
         raise DataError(f"{key}: expected a pattern with one {{}} for the id, got {pattern}")
@@ -86,10 +86,10 @@ def _id(file: str, start: str, end: str) -> str | None:
 
 
 def read_list(key: str, root: Path, name: str, images: Found, masks: Found, need_mask: bool) -> list[Item]:
-    """The images of a list, with their masks: all of them where they are needed, else those that are there.
+    """The images of a list, with their masks. Where masks are not needed, missing ones are allowed.
 
     A line is an id, an image where no mask is needed, or an image and a mask, with a tab or blanks between; quotes
-    hold together what contains blanks. What is missing, and what is there more than once, is named at once.
+    keep a name with blanks together. One DataError names everything that is missing or listed twice.
     """
     path = root / expand(name)
     if not os.path.isfile(path):
@@ -135,7 +135,7 @@ def read_lines(key: str, path: Path) -> list[str]:
 
 
 def _fields(line: str, root: Path, images: Found) -> list[str]:
-    """An id or a path, or an image and a mask. Names may hold blanks: what is there decides."""
+    """Splits a line into an id or a path, or an image and a mask. A name may contain blanks if such a file exists."""
     if line in images.files or os.path.isfile(_place(root, line)):
         return [line]
     if "\t" in line:
@@ -153,6 +153,6 @@ def _place(root: Path, path: str) -> Path:
 
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:
-    """The first names and how many more there are."""
+    """The first names and the number of the others."""
     more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
     return separator.join([*names[:SHOWN], *more])

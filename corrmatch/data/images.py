@@ -12,37 +12,37 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision import tv_tensors
 
 IGNORE = 255
-UNKNOWN = 254  # in the table of a data set: an id that should not occur
+UNKNOWN = 254  # the class of an id that is neither a class nor ignored
 
 EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # modes that convert to RGB as seen
-SPREAD = {"L;2": np.uint8(85), "L;4": np.uint8(17)}  # Pillow spreads 2 and 4 bits over 8: a factor by packing
-NOT_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow leaves these to other programs, if there are any
+SPREAD = {"L;2": np.uint8(85), "L;4": np.uint8(17)}  # the factors by which Pillow scales 2 and 4 bits to 8
+NOT_IMAGES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow needs other programs for these
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the files."""
+    """Data that cannot be used. The message names the files."""
 
 
 @functools.cache
 def formats() -> list[str]:
-    """What Pillow decodes by itself."""
+    """The formats that Pillow decodes without other programs."""
     Image.init()
     return [kind for kind in Image.ID if kind not in NOT_IMAGES]
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Of the formats."""
+    """The file suffixes of the formats."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats())
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image: one of a suffix that Pillow opens, and not hidden."""
+    """Whether a file of this name is an image: Pillow opens its suffix, and it is not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes()
 
 
 def decode_image(path: Path) -> Image.Image:
-    """An image in 8-bit RGB, upright. Of 16 bits of grey the upper eight are taken, as Pillow does with colours."""
+    """An image in 8-bit RGB, oriented as EXIF says. Of 16-bit grey values the upper eight bits are kept."""
     image, _ = _decode(path, "image")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -52,12 +52,12 @@ def decode_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path) -> tv_tensors.Image:
-    """(3, H, W) uint8."""
+    """An image as (3, H, W) uint8."""
     return tv_tensors.Image(decode_image(path))
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """(H, W) uint8: the ids in a mask file, upright."""
+    """The ids of a mask file as (H, W) uint8, oriented as EXIF says."""
     image, packing = _decode(path, "mask")
     if image.mode not in ("1", "L", "P"):
         raise DataError(f"{path}: expected 8-bit class ids, got an image of mode {image.mode}")
@@ -66,7 +66,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path, table: torch.Tensor) -> tv_tensors.Mask:
-    """(H, W) uint8, classes and IGNORE."""
+    """The classes of a mask file as (H, W) uint8, with IGNORE."""
     ids = read_ids(path)
     classes = table.numpy()[ids]
     unknown = ids[classes == UNKNOWN]
@@ -76,19 +76,19 @@ def read_mask(path: Path, table: torch.Tensor) -> tv_tensors.Mask:
 
 
 def unknown_ids(path: Path, ids: np.ndarray) -> DataError:
-    """What is said about ids that should not occur."""
+    """The error for ids that are neither classes nor ignored."""
     return DataError(f"{path}: ids {np.unique(ids).tolist()} are neither classes nor in data.ignore")
 
 
 def _decode(path: Path, kind: str) -> tuple[Image.Image, str]:
-    """The first image of a file, turned as EXIF says, and how its pixels are packed in the file."""
+    """The first image of a file, oriented as EXIF says, and the packing of its pixels in the file."""
     try:
         with Image.open(path, formats=formats()) as file:
             packing = file.tile[0][3] if file.tile else ""
             file.load()
             turned = _orientation(file) != 1
             image = ImageOps.exif_transpose(file) if turned else file
-    except Exception as error:  # Pillow's readers raise anything, if only the file is broken enough
+    except Exception as error:  # Pillow's readers raise many types of exceptions on broken files
         said = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: not a readable {kind}: {said}") from error
     return image, str(packing[0] if isinstance(packing, tuple) else packing)
@@ -97,5 +97,5 @@ def _decode(path: Path, kind: str) -> tuple[Image.Image, str]:
 def _orientation(file: Image.Image) -> int:
     try:
         return file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001  # a broken EXIF block turns nothing, in viewers neither
+    except Exception:  # noqa: BLE001  # viewers ignore a broken EXIF block, too
         return 1

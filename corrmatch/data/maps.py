@@ -1,6 +1,6 @@
-"""Maps that a run makes of its images for itself: a PNG for each image of a list, in a folder of the work directory.
+"""Maps that a run computes of its images and reads again: a PNG for each image, in a folder of the work directory.
 
-A map is there as a whole or not at all. `maps.json` says what the maps of a folder belong to.
+Maps are written atomically. `maps.json` records the images, classes and settings that they belong to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corrmatch.data.images import DataError, read_ids
 
 LABELS, SHARES = "labels", "shares"
 SUFFIX = {LABELS: ".png", SHARES: ".share.png"}
-STEPS = 65_535  # of 16 bits
+STEPS = 65_535  # the largest number of 16 bits
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Maps:
     """A folder of maps.
 
     Attributes:
-        folder: Where they are. Labels and shares of the same images may lie in one folder.
-        facts: What they were made with, beside images and classes; maps made with others are not used.
+        folder: Their folder. Labels and shares of the same images may be in one folder.
+        facts: Settings that they were made with. Maps made with other settings are not used.
         kind: "labels" in 8 bits, or "shares", numbers from 0 to 1 in steps of 1 / 65535.
     """
 
@@ -41,15 +41,15 @@ class Maps:
     kind: str = LABELS
 
     def path(self, index: int) -> Path:
-        """The map of an image, by its number in the list."""
+        """The path of the map of an image, by its number in the list."""
         return self.folder / f"{index:06}{SUFFIX[self.kind]}"
 
     def paths(self, items: Sequence[Item]) -> list[Path]:
-        """The maps of all images."""
+        """The paths of the maps of all images."""
         return [self.path(index) for index in range(len(items))]
 
     def claim(self, items: Sequence[Item], classes: Sequence[str]) -> None:
-        """Makes the folder ready: keeps maps that fit, of work that was interrupted, and removes all others."""
+        """Prepares the folder: keeps maps of an interrupted run that fit, and removes all others."""
         content = self._content(items, classes)
         if self._found() == content:
             return
@@ -59,7 +59,7 @@ class Maps:
         atomically(self.folder / "maps.json", lambda draft: draft.write_text(text, encoding="utf-8"))
 
     def check(self, items: Sequence[Item], classes: Sequence[str]) -> None:
-        """Refuses maps of other images, classes or facts, and a folder that lacks some."""
+        """Raises DataError for missing maps, and for maps of other images, classes or settings."""
         found, expected = self._found(), self._content(items, classes)
         if found is None:
             raise DataError(f"{self.folder}: maps that this run has made are lost; start it anew")
@@ -95,14 +95,14 @@ class Maps:
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets a file be written beside the path, and moves it there: whole, or not at all."""
+    """Writes a file atomically: to a draft beside the path, which is then renamed."""
     draft = path.with_name(f"{path.name}.partial")
     write(draft)
     os.replace(draft, path)
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder where there is one."""
+    """Removes a folder if it exists."""
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -119,6 +119,6 @@ def _read_shares(path: Path) -> np.ndarray:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """As NumPy's `save`, under just this name: to a draft's name of `atomically` NumPy would add its own ending."""
+    """NumPy's `save` to exactly this path: NumPy would append .npy to the name of a draft."""
     with path.open("wb") as file:
         np.save(file, array)

@@ -1,4 +1,4 @@
-"""A small data set in the format of Pascal VOC, drawn from a seed: everything can be tried without a download."""
+"""A small generated data set in the format of Pascal VOC, to try everything without a download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-CLASSES = {  # name and colour; each has a shape and a texture of its own
+CLASSES = {  # name and colour; each class has its own shape and texture
     "background": (96, 110, 88),
     "ball": (196, 78, 62),
     "crate": (172, 132, 72),
@@ -17,7 +17,7 @@ CLASSES = {  # name and colour; each has a shape and a texture of its own
 }
 SIZE = (160, 120)  # width, height
 IMAGES = {"labeled": 12, "unlabeled": 84, "val": 24}
-TONE = 26  # standard deviation of a colour from one object to the next
+TONE = 26  # standard deviation of the colour between objects of a class
 NOISE = 9
 
 
@@ -41,7 +41,7 @@ def draw_sample(folder: Path, seed: int = 0) -> None:
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """An image of three to six objects, the later ones in front, and its labels with unsure outlines (255)."""
+    """An image of three to six objects, later ones in front, and its labels with ignored outlines (255)."""
     labels = Image.new("L", SIZE, 0)
     color = np.empty((SIZE[1], SIZE[0], 3))
     color[:] = tone(rng, 0)
@@ -67,7 +67,7 @@ def tone(rng: np.random.Generator, kind: int) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, kind: int) -> np.ndarray:
-    """Brightness over the image: mottled, plain, planks, cloth, lattice, ripples."""
+    """The texture of a class as brightness: mottled, plain, planks, cloth, lattice, ripples."""
     y, x = np.mgrid[: SIZE[1], : SIZE[0]] + rng.uniform(0, 20, (2, 1, 1))
     if kind == 0:
         return 12 * np.sin(x / 5 + 3 * np.sin(y / 9)) * np.sin(y / 6)

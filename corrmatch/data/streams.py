@@ -1,4 +1,4 @@
-"""Endless shuffled streams of training samples, each a pure function of the seed and its position."""
+"""Endless shuffled streams of training samples. A sample is a pure function of the seed and its position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corrmatch.data.datasets import Data, Item, read_image, read_mask
 from corrmatch.data.maps import Maps
 from corrmatch.data.views import PLAIN, WEAK_STRONG, View, labeled_view, seeded, unlabeled_views
 
-ORDER, VIEW, PART = 0, 1, 2  # what a seed is for
+ORDER, VIEW, PART = 0, 1, 2  # purposes of a seed
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Stream:
 
     Attributes:
         items: The images: "labeled", "unlabeled", or "all", which is both without their labels.
-        view: What is drawn of each.
-        order: Streams of different orders are shuffled and drawn apart.
-        maps: Maps of these images that the run has made, by the name that a batch has them under.
-        size: Images of a batch; None: `train.batch_size` or `train.unlabeled_batch_size`.
-        part: From where to where in the list, as shares of it, once it is shuffled.
+        view: The views drawn of each image.
+        order: Streams with different orders are shuffled and drawn independently.
+        maps: Maps of these images that the run has computed, by their key in a batch.
+        size: Images in a batch; None: `train.batch_size` or `train.unlabeled_batch_size`.
+        part: The part of the shuffled list that is used, as shares of its length: from, to.
     """
 
     items: str = "unlabeled"
@@ -46,10 +46,10 @@ MIX = Stream("unlabeled", WEAK_STRONG, 2)  # unlabelled images in another order,
 
 
 class Streams(Dataset[dict[str, dict[str, Tensor]]]):
-    """Batches by number, for one process of a run.
+    """The batches of one process by their number.
 
-    Position p of a stream is the p-th image of an order that is shuffled anew for each pass, whatever the batch size
-    and the number of processes; no two processes share a position.
+    Each pass over a stream has a new shuffled order. Position p of a stream is the same image for every batch size and
+    number of processes; no two processes share a position.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
                 maps.check(self.items[stream.items], data.classes)
 
     def __getitem__(self, number: int) -> dict[str, dict[str, Tensor]]:
-        only_labels = number < self.labels_until  # nothing is read that is not used
+        only_labels = number < self.labels_until  # unlabelled images would not be used
         return {
             name: self.batch(name, number)
             for name, stream in self.streams.items()
@@ -101,13 +101,13 @@ class Streams(Dataset[dict[str, dict[str, Tensor]]]):
 
 @functools.lru_cache(maxsize=8)
 def shuffled(count: int, seed: int, stream: int, epoch: int) -> list[int]:
-    """The order of a pass."""
+    """The shuffled order of one pass."""
     with seeded(seed, ORDER, stream, epoch):
         return torch.randperm(count).tolist()
 
 
 def part_of(count: int, seed: int, part: tuple[float, float]) -> Sequence[int]:
-    """The numbers of the images that a stream draws from: at least one."""
+    """The indices of the images that a stream uses: at least one."""
     if part == (0.0, 1.0):
         return range(count)
     first, last = (round(count * end) for end in part)
@@ -117,7 +117,7 @@ def part_of(count: int, seed: int, part: tuple[float, float]) -> Sequence[int]:
 
 
 def batches(streams: Streams, train: TrainConfig, start: int, stop: int) -> Any:
-    """A loader of the batches `start` to `stop` of a run."""
+    """A loader of the batches `start` to `stop` - 1 of a run."""
     numbers: Sequence[int] = range(start, stop)
     return DataLoader(
         streams,
@@ -125,5 +125,5 @@ def batches(streams: Streams, train: TrainConfig, start: int, stop: int) -> Any:
         sampler=numbers,
         num_workers=train.workers,
         pin_memory=torch.cuda.is_available() and not train.cpu,
-        generator=torch.Generator().manual_seed(train.seed),  # else the loader draws a number from the global one
+        generator=torch.Generator().manual_seed(train.seed),  # otherwise the loader uses the global generator
     )

@@ -105,7 +105,7 @@ class Trainer:
         return max(1, math.ceil(batches / (train.accumulate * self.processes)))
 
     def _open_folder(self, resume: bool) -> dict[str, Any] | None:
-        """The checkpoint of a run that is resumed, else None. Errors of the folder are raised before any image is read."""
+        """The checkpoint of a run that is resumed, else None. Checks the folder before any image is read."""
         saved = None
         if resume:
             saved = checkpoint.load(self.folder / LAST)
