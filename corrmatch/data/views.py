@@ -1,7 +1,7 @@
 """Views of an image: geometry, colours, CutMix boxes.
 
-All randomness is torch's, so that `seeded` makes a view repeatable. The defaults are those of UniMatch and CorrMatch; a
-method that is published with others says so in its `View`.
+All random numbers come from torch, so that `seeded` makes a view repeatable. The defaults are those of UniMatch and
+CorrMatch; methods that are published with other values set them in their `View`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Geometry:
     """Random scale, crop and flip of an image and its labels.
 
     Attributes:
-        scales: Of the image. Two are the ends of a range, more are a choice.
-        flip: Chance of a horizontal flip.
-        pad: Where an image that is smaller than the crop gets padding: "right" and below, or "around"; "mirror" is as
-            "right", with the mirrored image in place of a colour.
+        scales: Scales of the image. Two are the ends of a range; of more, one is chosen.
+        flip: Probability of a horizontal flip.
+        pad: Where an image smaller than the crop is padded: "right" (and below), or "around". "mirror" pads like
+            "right", with the mirrored image instead of a colour.
         fill: Colour of the padding, whose label is IGNORE.
-        fit: Scales are those of the image at the largest size that fits the crop, instead of its own.
+        fit: Whether scales refer to the largest size of the image that fits the crop, instead of its own size.
     """
 
     scales: Sequence[float] = (0.5, 2.0)
@@ -55,7 +55,7 @@ class Geometry:
     def __call__(
         self, image: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, *maps: tv_tensors.Mask
     ) -> tuple[Any, ...]:
-        """Image, labels and further maps of the image: all (., crop, crop)."""
+        """The crop of the image, of its labels and of further maps: all (., crop, crop)."""
         scale, size = self._scale(), image.shape[1:]
         scale *= crop / max(size) if self.fit else 1
         scaled = [max(1, round(scale * side)) for side in size]
@@ -82,7 +82,7 @@ class Geometry:
 
 
 def mirrored(image: tv_tensors.Image, size: Sequence[int]) -> tv_tensors.Image:
-    """The image and its mirror images to the right and below, as many as it takes, cut to the size."""
+    """The image, continued to the right and below by its mirror images, cut to the size."""
     for axis, (old, new) in enumerate(zip(image.shape[1:], size, strict=True), start=1):
         period = max(1, 2 * (old - 1))
         back = torch.arange(new) % period
@@ -96,9 +96,9 @@ class Colour:
 
     Attributes:
         jitter: Brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
-        chance: Of the jitter.
-        gray: Chance of a gray image.
-        blur: Chance of a Gaussian blur.
+        chance: Probability of the jitter.
+        gray: Probability of a gray image.
+        blur: Probability of a Gaussian blur.
         sigma: Range of the blur's deviation, pixels.
     """
 
@@ -122,14 +122,14 @@ class Colour:
 
 @dataclass(frozen=True)
 class Distortion:
-    """Photometric distortion of SSD (ECCV 2016, arXiv 1512.02325): each change by itself, contrast before or after hue.
+    """Photometric distortion of SSD (ECCV 2016, arXiv 1512.02325): independent changes, contrast before or after hue.
 
     Attributes:
-        brightness: At most so much of white is added or taken.
+        brightness: The largest share of white that is added or subtracted.
         contrast: Colours times 1 - contrast to 1 + contrast.
         saturation: As contrast, of the distance from the lightest channel (saturation of HSV).
-        hue: At most this share of the circle.
-        chance: Of each of the four.
+        hue: The largest rotation, as a share of the circle.
+        chance: Probability of each of the four.
     """
 
     brightness: float = 32 / 255
@@ -164,14 +164,14 @@ def _uniform(centre: float, radius: float) -> float:
 
 @dataclass(frozen=True)
 class View:
-    """What is drawn of one image.
+    """The views of one image.
 
     Attributes:
-        geometry: One crop, of which all views are made.
-        weak: Colours of the plain view; None leaves them.
-        strong: So many strong views.
-        colour: Colours of the strong views, drawn for each.
-        box: Draws a CutMix box; one for each strong view, or one where there are none.
+        geometry: Draws the crop that all views share.
+        weak: Changes of colour of the weak view; None: no change.
+        strong: Number of strong views.
+        colour: Changes of colour of the strong views, drawn for each view.
+        box: Draws a CutMix box for each strong view, or a single box without strong views.
     """
 
     geometry: Geometry = Geometry()
@@ -183,7 +183,7 @@ class View:
     def __call__(
         self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, crop: int, maps: Further = NO_MAPS
     ) -> dict[str, Tensor]:
-        """Of a labelled image: `image`, `label`; of an unlabelled one: `weak`, `ignore` (padding).
+        """The views by name. Labelled: `image`, `label`. Unlabelled: `weak`, `ignore` (padding).
 
         With strong views: `strong` (n, 3, crop, crop); with boxes: `box` (n, crop, crop).
         Further maps keep their names and follow the geometry; labels among them are IGNORE in the padding.
@@ -211,7 +211,7 @@ WEAK_STRONG_STRONG = View(strong=2, box=cut_mix_box)
 
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from the key; afterwards it goes on as if nothing had been drawn."""
+    """A context in which torch's CPU generator is seeded with the key. Its state is restored afterwards."""
     generator = torch.default_generator
     before = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
@@ -224,12 +224,12 @@ def seeded(*key: int) -> Iterator[None]:
 def labeled_view(
     image: tv_tensors.Image, mask: tv_tensors.Mask, crop: int, view: View = PLAIN, maps: Further = NO_MAPS
 ) -> dict[str, Tensor]:
-    """Views of a labelled image."""
+    """The views of a labelled image."""
     return view(image, mask, crop, maps)
 
 
 def unlabeled_views(
     image: tv_tensors.Image, crop: int, view: View = WEAK_STRONG, maps: Further = NO_MAPS
 ) -> dict[str, Tensor]:
-    """Views of an image whose labels are not known or not to be used."""
+    """The views of an image without labels, or whose labels are not used."""
     return view(image, None, crop, maps)

@@ -1,6 +1,6 @@
-"""What a training method is: streams that it draws, networks and state that it holds, a loss from a batch.
+"""The base class of training methods: streams of images, networks and other state, and the loss of a batch.
 
-The loop knows three verbs: `before_step` and `finish_step` around each step of the optimiser, `forward` for each batch.
+The training loop calls `forward` for each batch, and `before_step` and `finish_step` around each step of the optimiser.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Batch = dict[str, dict[str, Tensor]]
 
 
 class Step(NamedTuple):
-    """The loss of one batch and what is to be logged: 0-d tensors, left on the device."""
+    """The loss of one batch and the scalars to be logged: 0-d tensors on the device."""
 
     loss: Tensor
     scalars: dict[str, Tensor]
 
     @classmethod
     def of(cls, loss: Tensor, scalars: dict[str, Tensor]) -> Step:
-        """The loss is logged beside the scalars, of which none keeps a graph."""
+        """A step whose scalars include the loss. The scalars are detached."""
         return cls(loss, {"loss": loss.detach()} | {name: value.detach() for name, value in scalars.items()})
 
 
 class Run(NamedTuple):
-    """What work between phases can use."""
+    """The run, as work between phases sees it."""
 
     data: Data
     config: Config
@@ -51,23 +51,23 @@ class Run(NamedTuple):
 
 @dataclass
 class NoOptions:
-    """A method without keys of its own."""
+    """Options of a method without own keys."""
 
 
 class Method(nn.Module):
-    """Base of all methods. Networks, teachers, banks and thresholds are attributes: all of them are saved and resumed.
+    """Base class of all methods. Modules and buffers, such as teachers and thresholds, are saved in checkpoints.
 
     Attributes:
         Options: A dataclass of `config.key`s: the section of a configuration that carries the method's name.
-        renamed: Keys of earlier versions, and what they are called now.
+        renamed: Old names of keys, and their current names.
         correlation: Whether the method is published with a correlation head and regions.
-        pseudo_labels: Whether it makes labels that regions could propagate.
-        score_all: Score all networks of `evaluated` in training, not only the first.
-        bar: Scalars that the progress bar shows beside the loss.
-        labels_first: Whether it begins with steps on labelled images where `train.labels_first` asks for them.
-        carries_on: Whether an optimiser keeps, over phases, what it knows of the parameters: momentum and the like.
-        phase: Where the loop stands.
-        model: A network that is trained. Further ones are further attributes, from the same factory.
+        pseudo_labels: Whether it makes pseudo-labels, which regions can propagate.
+        score_all: Whether all networks of `evaluated` are scored during training, or only the first.
+        bar: Scalars that the progress bar shows in addition to the loss.
+        labels_first: Whether it supports `train.labels_first`, steps on labelled images alone before it begins.
+        carries_on: Whether the optimiser keeps its state, such as momentum, from one phase to the next.
+        phase: The current phase.
+        model: The trained network. Further networks are further attributes, built by the same factory.
         average: The averaged network that `train.ema` asks for.
     """
 
@@ -90,27 +90,27 @@ class Method(nn.Module):
         self.model = build()
         self.average: Teacher | None = None
 
-    # What every method says.
+    # Every method implements these.
 
     def streams(self) -> Mapping[str, Stream]:
-        """What a batch consists of: name -> images and views."""
+        """The parts of a batch by name, each a stream of images and their views."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
         """The loss of a batch."""
         raise NotImplementedError
 
-    # What most methods leave as it is.
+    # Most methods keep these.
 
     def before_step(self, progress: Progress) -> None:
         """Called once before each step of the optimiser, before its first batch."""
 
     def after_step(self, progress: Progress) -> None:
-        """Called once after each step of the optimiser, `progress.step` being the number of steps before it."""
+        """Called once after each step of the optimiser. `progress.step` is the number of earlier steps."""
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """Networks by name; the first is scored, saved as the one to predict with, and shown."""
+        """Networks by name. The first one is scored, shown, and used by `corrmatch predict`."""
         return {"model": self.model}
 
     @property
@@ -120,21 +120,21 @@ class Method(nn.Module):
 
     @property
     def threshold(self) -> float | Tensor:
-        """Confidence from which a pseudo-label counts: the key of that name, 0 in methods without one."""
+        """The least confidence of a pseudo-label: the method's key of this name, or 0."""
         return getattr(self.options, "threshold", 0.0)
 
     def corrected(self, logits: Tensor) -> Tensor:
-        """The logits (B, C, h, w) of unlabelled images as they are turned into pseudo-labels."""
+        """The logits (B, C, h, w) of unlabelled images that pseudo-labels are made from."""
         return logits
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) to look at; the network is in evaluation mode."""
+        """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) for the log, from a network in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """Trained parameters with a `name` and an `lr`: those of backbones, and all others at `lr_multi` times it.
+        """Groups of trained parameters: backbones at the rate `lr`, all others at `lr_multi` times that rate.
 
-        A group may say a `least_lr`, which the schedule keeps to.
+        A group has a `name` and an `lr`. The schedule stays above its `least_lr`, if it has one.
         """
         groups = [{"name": "backbone", "lr": train.lr}, {"name": "head", "lr": train.lr * train.lr_multi}]
         for group in groups:
@@ -143,40 +143,40 @@ class Method(nn.Module):
         return groups
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are not frozen, by name: those that the optimiser moves."""
+        """The parameters that the optimiser updates, by name."""
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    # Methods in several phases, each with an optimiser and a schedule of its own.
+    # Methods with several phases override these. Each phase has its own optimiser and schedule.
 
     def phases(self, epochs: int) -> Sequence[int]:
         """Epochs of each phase."""
         return (epochs,)
 
     def trains(self, phase: int) -> list[nn.Parameter]:
-        """What a phase trains: all but teachers and frozen backbones. The loop freezes the rest, also on resume."""
+        """The parameters that a phase trains: all but those of teachers and frozen backbones. Others are frozen."""
         fixed: list[nn.Module] = [module for module in self.modules() if isinstance(module, Teacher)]
         fixed += [module.backbone for module in self.modules() if isinstance(module, Network) and module.frozen]
         without = {id(p) for module in fixed for p in module.parameters()}
         return [p for p in self.parameters() if id(p) not in without]
 
     def begin(self, phase: int, run: Run) -> None:
-        """Work before a phase, and before its optimiser exists; not done again when the phase is resumed."""
+        """Work before a phase and before its optimiser is made. It is not repeated when the phase is resumed."""
 
-    # What the loop calls.
+    # The loop calls these.
 
     def finish_step(self, progress: Progress) -> None:
-        """Everything that follows a step of the optimiser."""
+        """All updates after a step of the optimiser."""
         self.after_step(progress)
         if self.average is not None:
             self.average.follow(next(iter(self.evaluated.values())), progress.step)
 
     @property
     def scored(self) -> dict[str, nn.Module]:
-        """`evaluated`, behind the averaged network where there is one."""
+        """The networks to score: `evaluated`, after the averaged network of `train.ema` if there is one."""
         averaged = {} if self.average is None else {"average": self.average.network}
         return averaged | self.evaluated
 
-    # What methods share.
+    # Methods use these.
 
     def learn_labels(self, labeled: Mapping[str, Tensor]) -> Step:
         """The supervised terms alone, for the `train.labels_first` steps before a method begins."""
@@ -189,5 +189,5 @@ class Method(nn.Module):
         return Step.of(loss, scalars)
 
     def supervised(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy with labels (B, H, W); of hard pixels only where `train.ohem` says so."""
+        """Cross-entropy with labels (B, H, W), over hard pixels only if `train.ohem` is set."""
         return losses.supervised(logits, truth, hard_pixels=self.hard_pixels)

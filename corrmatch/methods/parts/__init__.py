@@ -1,1 +1,1 @@
-"""What two methods share."""
+"""Parts that at least two methods share."""

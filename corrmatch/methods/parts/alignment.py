@@ -1,4 +1,4 @@
-"""Pseudo-labels that name the classes about as often as labels do."""
+"""Alignment of the class frequencies of pseudo-labels with those of labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Alignment(nn.Module):
         \bar p \leftarrow m \bar p + (1 - m) \operatorname{mean} p
 
     with f the frequencies of the labels so far and p = softmax(z) at the positions of unlabelled images that are not
-    padding. A class that is rare among few labels is named too seldom, and pseudo-labels carry that on from step to
-    step. The correction ends by itself: it is 0 once the network names each class as often as q does. A class without
-    labels is never named.
+    padding. A network that has seen few labels predicts rare classes too seldom, and training on its pseudo-labels
+    keeps it so. The correction is 0 once the frequencies of the predictions equal q, so it does not build up from step
+    to step. A class without labels is never predicted.
 
     Args:
         num_classes: C.
@@ -28,7 +28,7 @@ class Alignment(nn.Module):
         momentum: m.
 
     Attributes:
-        mean: (C,) float32, p averaged; q before the first step, said as zeros.
+        mean: (C,) float32, the average of p. Zeros before the first step, when q takes its place.
         labels: (C,) int64, labelled pixels so far.
 
     Source: distribution alignment (ReMixMatch, arXiv 1911.09785), with the power of CReST (CVPR 2021, arXiv
@@ -37,7 +37,7 @@ class Alignment(nn.Module):
 
     mean: Tensor
     labels: Tensor
-    sums: Tensor  # of the step: probabilities, then positions
+    sums: Tensor  # (C + 1,), of the step: probabilities of the classes, then the number of positions
     step_labels: Tensor  # labelled pixels of the step
 
     def __init__(self, num_classes: int, power: float, momentum: float = 0.99):
@@ -49,20 +49,20 @@ class Alignment(nn.Module):
         self.register_buffer("step_labels", torch.zeros(num_classes, dtype=torch.int64))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """The aligned logits (B, C, h, w), without gradient, in their dtype; as they are before the first step."""
+        """The aligned logits (B, C, h, w), without gradient, in their dtype. Unchanged before the first step."""
         target = self.target()
         least = torch.finfo(torch.float32).tiny
         shift = target.log() - torch.where(self.mean.sum() > 0, self.mean, target).clamp(min=least).log()
         return logits.detach() + torch.where(target.sum() > 0, shift, 0.0).to(logits.dtype)[:, None, None]
 
     def target(self) -> Tensor:
-        """q; zeros before the first labels."""
+        """q (C,); zeros before the first labels."""
         flat = self.labels.float().pow(self.power) * (self.labels > 0)
         return flat / flat.sum().clamp(min=1)
 
     @torch.no_grad()
     def see_labels(self, truth: Tensor) -> None:
-        """Counts labels (B, H, W) of one more batch; numbers from C on are no classes."""
+        """Adds the labels (B, H, W) of a batch. Values from C on are not counted."""
         classes = len(self.step_labels)
         cells = truth.long().clamp(max=classes).flatten()
         counts = torch.zeros(classes + 1, dtype=torch.int64, device=truth.device)
@@ -70,14 +70,14 @@ class Alignment(nn.Module):
 
     @torch.no_grad()
     def see(self, logits: Tensor, ignore: Tensor) -> None:
-        """Counts the probabilities of one more batch: its logits (B, C, h, w), and its padding (B, H, W)."""
+        """Adds the probabilities of a batch, from its logits (B, C, h, w) and its padding (B, H, W)."""
         counted = nearest(~ignore, logits.shape[2:]).to(self.sums.dtype)
         probability = logits.float().softmax(1) * counted[:, None]
         self.sums += torch.cat([probability.sum((0, 2, 3)), counted.sum()[None]])
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Moves the frequencies by what the step has seen, in all processes."""
+        """Updates the frequencies with the sums of the step over all processes."""
         sums = total(self.sums)
         self.labels += total(self.step_labels)
         before = torch.where(self.mean.sum() > 0, self.mean, self.target())

@@ -1,7 +1,7 @@
 """Scale and crop of batches on the device, drawn from the generator of the step.
 
-For views that can only be made in the step, as of images together with what a teacher says of them. Sizes differ from
-image to image, so nothing is resized by its size: rows and columns are weighed, and nothing waits for the device.
+These views are made during the step, because they apply to images together with pseudo-labels. The scale differs from
+image to image, so resizing is a product with weights of rows and columns, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from torch import Tensor
 
 
 class Placed(NamedTuple):
-    """Where each position of a crop of side n comes from, along one axis of B images of side H."""
+    """The source of each position of a crop of side n, along one axis of B images of side H."""
 
-    place: Tensor  # (B, n), in the scaled image; beyond its end mirrored back
-    inside: Tensor  # bool (B, n), no padding
+    place: Tensor  # (B, n), in the scaled image; positions beyond its end are mirrored
+    inside: Tensor  # bool (B, n), False in padding
     scaled: Tensor  # (B, 1), side of the scaled image
     side: int  # H
 
     @property
     def nearest(self) -> Tensor:
-        """(B, n): the position that labels are taken from."""
+        """(B, n): the nearest position, for labels."""
         return self.place * self.side // self.scaled
 
     @property
     def weights(self) -> Tensor:
-        """(B, n, H): bilinear, over as many positions as one of the scaled image covers."""
+        """(B, n, H): bilinear weights, antialiased: as wide as a position of the scaled image."""
         step = self.side / self.scaled
         centre = ((self.place + 0.5) * step).unsqueeze(2)
         apart = torch.arange(self.side, device=self.place.device) + 0.5 - centre
@@ -38,9 +38,9 @@ class Placed(NamedTuple):
 def scale_and_crop(
     images: Tensor, scales: tuple[float, float], generator: torch.Generator
 ) -> tuple[Tensor, tuple[Placed, Placed]]:
-    """Each image (B, 3, H, W) scaled by a factor of its own, and a random crop of its old size.
+    """Scales each image (B, 3, H, W) by its own factor, and crops it at random to its old size.
 
-    Where a scaled image is smaller it is mirrored at its right and lower end. `follow` takes labels along.
+    A scaled image that is smaller is mirrored at its right and lower end. `follow` does the same with labels.
     """
     count, _, *size = images.shape
     low, high = scales
@@ -52,7 +52,7 @@ def scale_and_crop(
 
 
 def place(side: int, factor: Tensor, generator: torch.Generator) -> Placed:
-    """A random place for a crop of that side in images that are scaled by the factors (B,)."""
+    """A random crop of this side in images scaled by the factors (B,)."""
     scaled = (side * factor).long().clamp(min=1).unsqueeze(1)
     spare = (scaled - side).clamp(min=0)
     lot = torch.rand(scaled.shape, generator=generator, device=factor.device)
@@ -63,7 +63,7 @@ def place(side: int, factor: Tensor, generator: torch.Generator) -> Placed:
 
 
 def follow(placed: tuple[Placed, Placed], maps: Tensor, padding: float) -> Tensor:
-    """Labels or confidences (B, H, W) of the same crops; `padding` where there is none."""
+    """Labels or confidences (B, H, W) in the same crops, with the value `padding` in padding."""
     rows, columns = placed
     image = torch.arange(maps.shape[0], device=maps.device).view(-1, 1, 1)
     found = maps[image, rows.nearest.unsqueeze(2), columns.nearest.unsqueeze(1)]

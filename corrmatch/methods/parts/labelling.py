@@ -1,7 +1,7 @@
-"""Work between two phases that goes over images: it leaves a file for each, and goes on where it was interrupted.
+"""Work between two phases that processes images one by one, writes a file for each, and can be resumed.
 
-Several processes share the work and wait for one another by looking for the files: a barrier gives up after some
-minutes, and one process may be longer than that behind the others.
+Several processes share the work. They wait for each other's files, not at a barrier: a barrier times out after some
+minutes, and one process may need longer than that.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from corrmatch.data.maps import Maps
 from corrmatch.data.views import normalize
 from corrmatch.methods.base import Run
 
-PAUSE = 0.2  # seconds between two looks for the files of other processes
+PAUSE = 0.2  # seconds between two checks for the files of other processes
 
 
 def claim(maps: Sequence[Maps], items: Sequence[Item], run: Run) -> None:
-    """The first process makes the folders ready, see `Maps.claim`; no process goes on before that."""
+    """The first process prepares the folders, see `Maps.claim`. The others wait for it."""
     if run.process == 0:
         for kept in maps:
             kept.claim(items, run.data.classes)
@@ -36,19 +36,19 @@ def claim(maps: Sequence[Maps], items: Sequence[Item], run: Run) -> None:
 def over_images(
     items: Sequence[Item], files: Sequence[Path], work: Callable[[int, Tensor], None], run: Run, about: str
 ) -> None:
-    """Calls `work` for each image whose file is not there yet, each in one process, and waits for all files.
+    """Calls `work` for each image without a file, in one of the processes, and waits for all files.
 
     Args:
         items: The images.
-        files: What `work` leaves of each, whole or not at all.
+        files: The files that `work` writes, atomically.
         work: Takes the image's number and the image (3, H, W), normalised, on the device of the run.
-        run: Says which process this is of how many.
-        about: Stands beside the bar that shows the progress of the first process.
+        run: The run, with the number of processes and of this one.
+        about: The text of the progress bar, which the first process shows.
     """
     left = [i for i in range(run.process, len(items), run.processes) if not files[i].exists()]
     images = DataLoader(
         _Images(items, left), batch_size=None, num_workers=run.config.train.workers,
-        generator=torch.Generator(),  # else the loader draws a number from the global one
+        generator=torch.Generator(),  # otherwise the loader uses the global generator
     )  # fmt: skip
     done = len(range(run.process, len(items), run.processes)) - len(left)
     bar = tqdm(desc=about, total=done + len(left), initial=done, disable=None if run.process == 0 else True)
@@ -60,7 +60,7 @@ def over_images(
 
 
 def wait_for(files: Sequence[Path]) -> None:
-    """Returns when all files are there."""
+    """Waits until all files exist."""
     missing = [file for file in files if not file.exists()]
     while missing:
         time.sleep(PAUSE)
@@ -68,14 +68,14 @@ def wait_for(files: Sequence[Path]) -> None:
 
 
 def barrier() -> None:
-    """No process goes on before all are here."""
+    """Waits for all processes."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 
 @torch.no_grad()
 def alike(*modules: nn.Module) -> None:
-    """Gives all processes the state of the first one: without SyncBatchNorm each has statistics of its own images."""
+    """Copies the network of the first process to all: without SyncBatchNorm, batch-norm statistics differ."""
     if dist.is_available() and dist.is_initialized():
         for module in modules:
             for x in (*module.parameters(), *module.buffers()):
@@ -83,7 +83,7 @@ def alike(*modules: nn.Module) -> None:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """Of the weights and buffers: the same for the same networks, whichever run they are in."""
+    """A hash of the weights and buffers of a network."""
     digest = hashlib.sha256()
     for module in modules:
         for x in (*module.parameters(), *module.buffers()):
@@ -92,7 +92,7 @@ def fingerprint(*modules: nn.Module) -> str:
 
 
 class _Images(Dataset[Tensor]):
-    """Whole images of these numbers, normalised."""
+    """Whole images by their numbers, normalised."""
 
     def __init__(self, items: Sequence[Item], numbers: Sequence[int]):
         self.items, self.numbers = items, numbers

@@ -2,7 +2,7 @@
 
 Every function takes logits (B, C, h, w), integer labels (B, H, W) and bool masks (B, H, W), and returns a 0-d tensor.
 Logits are enlarged to the labels in the loss itself (`corrmatch.ops.cross_entropy`), bilinearly with aligned corners.
-Nothing here knows a network, and nothing waits for the device.
+No function waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HARD_PROBABILITY = 0.7
 
 
 def supervised(logits: Tensor, truth: Tensor, *, hard_pixels: int | None = None) -> Tensor:
-    """Mean cross-entropy over the pixels with a label; with `hard_pixels` over the hard ones among them."""
+    """Mean cross-entropy over the labelled pixels, or over the hard ones among them if `hard_pixels` is set."""
     counted = truth != IGNORE
     if hard_pixels is not None:
         counted &= hard(logits, truth, hard_pixels)
@@ -34,17 +34,17 @@ def hard(logits: Tensor, truth: Tensor, pixels: int) -> Tensor:
 
 
 def pseudo_supervised(logits: Tensor, labels: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
-    """Cross-entropy summed over the reliable pixels, over the number of pixels that count."""
+    """Cross-entropy summed over the reliable pixels, divided by the number of counted pixels."""
     return ops.cross_entropy(logits, labels, _share(reliable, counted))[0]
 
 
 def consistency(strong: Tensor, weak: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
-    """KL(softmax weak || softmax strong) summed over the reliable pixels, over the number of pixels that count."""
+    """KL(softmax weak || softmax strong) summed over the reliable pixels, divided by the number of counted pixels."""
     return ops.divergence(strong, weak, _share(reliable, counted))[0]
 
 
 def rate_weighted(logits: Tensor, labels: Tensor, confident: Tensor, counted: Tensor) -> Tensor:
-    """Cross-entropy averaged over the pixels that count, times the share of them that is confident."""
+    """Cross-entropy averaged over the counted pixels, times the share of confident pixels among them."""
     pixels = counted.count_nonzero().clamp(min=1)
     rate = (confident & counted).count_nonzero() / pixels
     return ops.cross_entropy(logits, labels, where(counted, rate / pixels, 0.0))[0]

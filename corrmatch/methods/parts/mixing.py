@@ -1,4 +1,4 @@
-"""Mixing on the device, from the generator of the step: the same in all processes, and nothing waits for the device."""
+"""Mixing of images on the device, with the generator of the step. Nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def class_mix(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """ClassMix: of the n classes that occur in an image, floor(n / 2) are drawn; True where its label is one of them.
+    """ClassMix: draws floor(n / 2) of the n classes that occur in an image. The mask is True at their pixels.
 
     Args:
         labels: (B, H, W) in 0..num_classes - 1.
-        num_classes: What counts as a class; a label of padding may be one of them.
+        num_classes: The number of classes, with a class for padding if there is one.
         generator: For the draw, on the device of the labels.
 
     Source: ClassMix (WACV 2021, arXiv 2007.07936).
@@ -25,5 +25,5 @@ def class_mix(labels: Tensor, num_classes: int, generator: torch.Generator) -> T
 
 
 def with_next(x: Tensor, mask: Tensor) -> Tensor:
-    """Inside the mask (B, H, W) each image (B, C, H, W) or map (B, H, W) itself, outside the next one of the batch."""
+    """Each image (B, C, H, W) or map (B, H, W) inside its mask (B, H, W), and the next one of the batch outside."""
     return torch.where(mask.unsqueeze(1) if x.dim() > mask.dim() else mask, x, x.roll(-1, 0))

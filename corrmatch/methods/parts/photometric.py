@@ -1,7 +1,8 @@
 """Colours, blur and flips of batches on the device, drawn from the generator of the step.
 
-For views that can only be made in the step, as of images that were mixed there. Images (B, 3, H, W) are normalised;
-they are changed as colours in [0, 1]. Nothing waits for the device: constants are numbers, not tensors copied to it.
+These views are made during the step, because they apply to images that were mixed in it. Images (B, 3, H, W) are
+normalised; the changes are applied to colours in [0, 1]. Nothing waits for the device: constants are Python numbers,
+because copying a tensor to the device would wait.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def recolour(images: Tensor, colour: Colour, generator: torch.Generator, *, once
 
     Args:
         images: (B, 3, H, W), normalised.
-        colour: What is drawn; a blur has a kernel as wide as its largest sigma asks.
+        colour: The law of the changes. The kernel of a blur is as wide as the largest sigma requires.
         generator: For the draws, on the device of the images.
-        once: What is one draw for the whole batch: "nothing", "chances" (whether something is done, not how much), or
-            "everything".
+        once: What is drawn once for the whole batch: "nothing", "chances" (whether a change is made, not its amount),
+            or "everything".
     """
     if once not in ONCE:
         raise ValueError(f"once: expected one of {', '.join(ONCE)}, got {once!r}")
@@ -52,20 +53,20 @@ def recolour(images: Tensor, colour: Colour, generator: torch.Generator, *, once
 
 
 def flip(generator: torch.Generator, *maps: Tensor, chance: float = 0.5) -> tuple[Tensor, ...]:
-    """Mirrors images (B, ..., W) left to right, each by itself, together with all that belongs to them."""
+    """Flips images (B, ..., W) left to right, each with its own draw, and further tensors along with them."""
     mirrored = _drawn(chance, maps[0].shape[0], generator)
     return tuple(torch.where(mirrored.view(-1, *[1] * (x.dim() - 1)), x.flip(-1), x) for x in maps)
 
 
 def normalized(x: Tensor) -> Tensor:
-    """From colours in [0, 1] to what networks take."""
+    """Colours in [0, 1] as normalised images, the input of networks."""
     return torch.stack(
         [(c - mean) / deviation for c, mean, deviation in zip(x.unbind(1), MEAN, DEVIATION, strict=True)], 1
     )
 
 
 def denormalized(images: Tensor) -> Tensor:
-    """The inverse of `normalized`; rounding stays within [0, 1]."""
+    """The inverse of `normalized`, clamped to [0, 1]."""
     channels = zip(images.float().unbind(1), MEAN, DEVIATION, strict=True)
     return torch.stack([c * deviation + mean for c, mean, deviation in channels], 1).clamp(0, 1)
 
@@ -73,8 +74,8 @@ def denormalized(images: Tensor) -> Tensor:
 def draw_jitter(strengths: Sequence[float], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Factors and orders (count, 4) for `jitter`, by the law of torchvision's ColorJitter.
 
-    Brightness, contrast and saturation are uniform in [max(0, 1 - s), 1 + s], the hue in [-s, s]. Every order is as
-    likely.
+    Brightness, contrast and saturation are uniform in [max(0, 1 - s), 1 + s], the hue in [-s, s]. All orders
+    are equally likely.
     """
     share = torch.rand(count, 4, generator=generator, device=generator.device)
     ends = [(max(0.0, 1 - s), 1 + s) for s in strengths[:HUE]] + [(-strengths[HUE], strengths[HUE])]
@@ -90,8 +91,8 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factors: (B, 4) or (1, 4), of the four in this order; hue in [-0.5, 0.5], a share of the circle.
         order: As factors: which of them comes first, second, third, last.
     """
-    # Three of them blend the image with another one. Hue, which is dear, is turned once, between the blends before it
-    # and those after it: a blend that is not due has the factor 1, which leaves the image as it is.
+    # Brightness, contrast and saturation blend the image with another one. The change of hue is expensive, so it is
+    # done once for the batch, after the blends that precede it and before the others. A factor of 1 skips a blend.
     turned = order == HUE
     place = turned.int().argmax(1)
     blends = order.gather(1, turned.int().argsort(dim=1, stable=True))[:, :HUE]
@@ -106,13 +107,13 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def luma(x: Tensor) -> Tensor:
-    """Gray (B, 1, H, W)."""
+    """The gray image (B, 1, H, W)."""
     red, green, blue = x.split(1, 1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue by shares (B,) or (1,) of the circle; lightest and darkest channel of a pixel keep their values."""
+    """Rotates the hue by shares (B,) or (1,) of the circle. Largest and smallest channel of a pixel are kept."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     spread = high - low
     red, green, blue = (x / torch.where(spread > 0, spread, 1)).split(1, 1)
@@ -123,7 +124,7 @@ def turn_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blurs images (B, 3, H, W) by deviations (B,) or (1,); the border is mirrored, the kernel 2 radius + 1 wide."""
+    """Blurs images (B, 3, H, W) with deviations (B,) or (1,), 2 radius + 1 taps and a mirrored border."""
     count, channels = x.shape[:2]
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = (-0.5 * (offsets / sigma.view(-1, 1)).square()).exp()

@@ -1,4 +1,4 @@
-"""What the processes of a run know together."""
+"""Sums over the processes of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def total(sums: Tensor) -> Tensor:
-    """The sum over all processes, the same in each of them; `sums` itself in a run of one."""
+    """The sum over all processes, equal in all of them. With a single process, `sums` itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return sums
     sums = sums.contiguous().clone()

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 class Progress(NamedTuple):
-    """Where a run stands; the same in all processes."""
+    """The progress of a run, equal in all processes."""
 
-    step: int  # steps of the optimiser made so far
-    steps: int  # of the whole run
-    epoch_steps: int  # of an epoch
+    step: int  # steps of the optimiser so far
+    steps: int  # steps of the whole run
+    epoch_steps: int  # steps of an epoch
     phase: int  # index into `Method.phases`
-    generator: torch.Generator  # on the device; a function of the run's seed and the step
+    generator: torch.Generator  # on the device, seeded with the run's seed and the step
 
     @property
     def epoch(self) -> int:
-        """Counted from 0."""
+        """The current epoch, counted from 0."""
         return self.step // self.epoch_steps

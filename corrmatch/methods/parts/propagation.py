@@ -1,4 +1,4 @@
-"""Correlation propagation as an option of every method: the keys `propagation.*` and what they switch on."""
+"""Correlation propagation as an option of every method: what the keys `propagation.*` switch on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Propagation:
     """The two parts of correlation propagation.
 
     Attributes:
-        head: Whether a correlation head is trained: `logits` propagates with it.
-        regions: Whether pseudo-labels go through region propagation: `masks` and `targets` do it.
-        weight: Of the terms of propagated logits, where the method does not publish one.
+        head: Whether a correlation head is trained. `logits` uses it.
+        regions: Whether pseudo-labels are propagated in regions. `masks` and `targets` do it.
+        weight: The weight of the terms of propagated logits, in methods that do not publish one.
     """
 
     def __init__(self, config: PropagationConfig):
@@ -29,16 +29,16 @@ class Propagation:
         self.head, self.regions, self.weight = bool(config.head), bool(config.regions), config.weight
 
     def logits(self, out: Prediction) -> Tensor:
-        """The logits spread along the correlation map, of the stride of the last features."""
+        """The logits propagated along the correlation map, at the stride of the last features."""
         query, key = _query_key(out)
         return nn.propagate_logits(query, key, out.logits)
 
     def from_start(self, corr: Tensor, progress: Progress) -> Tensor:
-        """The term of propagated logits under pseudo-labels; times 0 before the step `propagation.corr_from`."""
+        """The term of propagated logits with pseudo-labels, multiplied by 0 before step `propagation.corr_from`."""
         return corr * float(progress.step >= self.config.corr_from)
 
     def masks(self, out: Prediction, size: tuple[int, int], progress: Progress) -> RegionMasks | None:
-        """Region masks of the images; None without `regions`, and before `propagation.regions_from`."""
+        """Region masks of the images; None without `regions` and before step `propagation.regions_from`."""
         if not self.regions or progress.step < self.config.regions_from:
             return None
         return self.sample(out, size, progress.generator)
@@ -54,12 +54,12 @@ class Propagation:
     def targets(
         self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, valid: Tensor, classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Labels, and where they are reliable: at the threshold, then after region propagation where there are masks.
+        """Labels and where they are reliable, after region propagation if there are masks.
 
-        Only pixels that are `valid` take part in the propagation; see `ops.region_propagate`. A threshold for each
-        class, (C,), holds for pixels alone; regions have `propagation.region_threshold`. By the rule "rewrite" a region
-        gives its label to its pixels, as published. By the rule "confirm" no label changes: a pixel that a region
-        covers becomes reliable where the region's label is the pixel's own.
+        Only `valid` pixels take part; see `ops.region_propagate`. A threshold for each class, (C,), applies to pixels
+        only, and regions use `propagation.region_threshold`. With the rule "rewrite" a region gives its label to its
+        pixels, as published. With the rule "confirm" no label changes: a pixel in a region becomes reliable if its own
+        label is the label of the region.
         """
         labels, reliable = pseudo.labels, pseudo.reliable(threshold)
         if masks is None:
@@ -74,9 +74,9 @@ class Propagation:
     def rewritten(
         self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, classes: int
     ) -> PseudoLabels:
-        """Pseudo-labels after region propagation: where a region gave a label that is it, and its confidence is 1.
+        """Pseudo-labels after region propagation. A label that a region gave has the confidence 1.
 
-        For methods that look at the confidence again. Without masks the pseudo-labels as they are.
+        This is for methods that use the confidence again. Without masks the pseudo-labels are returned unchanged.
         """
         if masks is None:
             return pseudo
@@ -86,13 +86,13 @@ class Propagation:
     def given(
         self, pseudo: PseudoLabels, threshold: float | Tensor, masks: RegionMasks | None, valid: Tensor, classes: int
     ) -> tuple[Tensor, Tensor]:
-        """Labels after region propagation, and where a region gave them: to pixels unsure or of another class."""
+        """Labels after region propagation, and where a region gave them: to unreliable pixels or as another class."""
         labels, reliable = self.targets(pseudo, threshold, masks, valid, classes)
         return labels, reliable & ((labels != pseudo.labels) | ~pseudo.reliable(threshold))
 
 
 def resolve(config: PropagationConfig, published: bool, pseudo_labels: bool) -> PropagationConfig:
-    """The configuration with null replaced by what the method is published with; what cannot be is refused."""
+    """The configuration with null replaced by the method's published choice. Raises ConfigError for contradictions."""
     head = published if config.head is None else config.head
     regions = (published and head) if config.regions is None else config.regions
     if regions and not head:

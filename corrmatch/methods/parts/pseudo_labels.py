@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a network says of unlabelled images, and how they are cut and mixed. No gradient."""
+"""Pseudo-labels: the predictions of a network on unlabelled images, and their mixing. No gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corrmatch import ops
 
 
 class PseudoLabels(NamedTuple):
-    """Labels of unlabelled images (B, H, W), how sure they are, and where the images are padding."""
+    """Labels of unlabelled images (B, H, W), their confidence, and where the images are padded."""
 
     labels: Tensor
     confidence: Tensor
@@ -21,16 +21,16 @@ class PseudoLabels(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, ignore: Tensor) -> PseudoLabels:
-        """From logits (B, C, h, w), enlarged to the size of `ignore`."""
+        """Pseudo-labels from logits (B, C, h, w), enlarged to the size of `ignore`."""
         labels, confidence, _ = ops.pseudo_label(logits.detach(), size=(ignore.shape[1], ignore.shape[2]))
         return cls(labels, confidence, ignore)
 
     def paste(self, other: PseudoLabels, box: Tensor) -> PseudoLabels:
-        """CutMix: inside the box (B, H, W) the other's."""
+        """CutMix: inside the box (B, H, W) the labels of `other`."""
         return PseudoLabels(*(torch.where(box, theirs, mine) for theirs, mine in zip(other, self, strict=True)))
 
     def taken(self, images: Tensor) -> PseudoLabels:
-        """Those of the images of these numbers (B,)."""
+        """The pseudo-labels of the images with these indices (B,)."""
         return PseudoLabels(*(x[images] for x in self))
 
     def reversed(self) -> PseudoLabels:
@@ -39,23 +39,23 @@ class PseudoLabels(NamedTuple):
 
     @property
     def counted(self) -> Tensor:
-        """Where there is no padding."""
+        """True outside of padding."""
         return ~self.ignore
 
     def reliable(self, threshold: float | Tensor) -> Tensor:
-        """Where the confidence reaches the threshold, (C,) for one a class, and there is no padding."""
+        """True where the confidence reaches the threshold, a number or (C,), outside of padding."""
         if isinstance(threshold, Tensor) and threshold.dim() == 1:
             threshold = threshold[self.labels.long()]
         return (self.confidence >= threshold) & ~self.ignore
 
 
 def paste(base: Tensor, other: Tensor, box: Tensor) -> Tensor:
-    """CutMix of images (B, 3, H, W): inside the box (B, H, W) the other's."""
+    """CutMix of images (B, 3, H, W): inside the box (B, H, W) the pixels of `other`."""
     return torch.where(box.unsqueeze(1), other, base)
 
 
 def nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels or masks (B, H, W) on a grid (h, w): position i takes that of floor(i H / h), exactly."""
+    """Labels or masks (B, H, W) on a grid (h, w). Position i takes the value at floor(i H / h), exactly."""
     rows, columns = (
         torch.arange(new, device=maps.device) * old // new for old, new in zip(maps.shape[1:], size, strict=True)
     )
@@ -63,5 +63,5 @@ def nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def half(x: Tensor) -> Tensor:
-    """Half the size, bilinearly without aligned corners: means of two by two pixels; an odd last one is left out."""
+    """Half the size: means of 2 x 2 pixels, as bilinear without aligned corners. An odd last row is dropped."""
     return F.avg_pool2d(x.float(), 2)

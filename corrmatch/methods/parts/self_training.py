@@ -1,4 +1,4 @@
-"""What weak-to-strong methods share: who labels, how logits are corrected, and which labels count."""
+"""The common part of weak-to-strong methods: teacher, correction of logits, and thresholds of pseudo-labels."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from corrmatch.models.factory import NetworkFactory
 
 
 class SelfTraining(Method):
-    """Base of methods that train on pseudo-labels of weak views, made by the trained network or an average of it.
+    """Base of methods that train on pseudo-labels of weak views, from the trained network or its moving average.
 
     Attributes:
-        teacher: The averaged network that labels; None where the trained network does.
-        alignment: What `align` asks for.
-        class_thresholds: What `class_share` asks for.
+        teacher: The moving average that makes pseudo-labels; None if the trained network makes them.
+        alignment: The alignment of class frequencies; None without the key `align`.
+        class_thresholds: One threshold for each class; None without the key `class_share`.
     """
 
     @dataclass
     class Options:
-        """Who labels, how labels are corrected, and which of them count."""
+        """Teacher, correction and thresholds of pseudo-labels."""
 
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
@@ -59,23 +59,23 @@ class SelfTraining(Method):
 
     @property
     def threshold(self) -> float | Tensor:
-        """The key of that name, or where the thresholds of the classes stand."""
+        """The key of this name, or the current thresholds of the classes (C,)."""
         return self.options.threshold if self.class_thresholds is None else self.class_thresholds.threshold
 
     def corrected(self, logits: Tensor) -> Tensor:
-        """Aligned with the frequencies of the labels, where `align` is set; without gradient."""
+        """The logits without gradient, aligned if `align` is set."""
         return logits.detach() if self.alignment is None else self.alignment(logits)
 
     def learn_labels(self, labeled: Mapping[str, Tensor]) -> Step:
-        """As in all methods; the labels are counted."""
+        """As in all methods; the alignment also counts the labels."""
         if self.alignment is not None:
             self.alignment.see_labels(labeled["label"])
         return super().learn_labels(labeled)
 
     def label(self, logits: Tensor, ignore: Tensor, truth: Tensor) -> tuple[PseudoLabels, float | Tensor]:
-        """Pseudo-labels of weak views, and the threshold that they have to reach.
+        """Pseudo-labels of weak views, and their threshold.
 
-        The frequencies of classes and the thresholds of classes count this batch; they move at the end of the step.
+        The batch counts for the frequencies and thresholds of the classes, which are updated at the end of the step.
 
         Args:
             logits: (B, C, h, w), of the weak views.
@@ -87,7 +87,7 @@ class SelfTraining(Method):
         return pseudo, self.threshold
 
     def count(self, logits: Tensor, pseudo: PseudoLabels, truth: Tensor) -> None:
-        """Counts a batch for the frequencies and the thresholds of the classes."""
+        """Adds a batch to the counts for frequencies and thresholds of the classes."""
         if self.alignment is not None:
             self.alignment.see_labels(truth)
             self.alignment.see(logits, pseudo.ignore)
@@ -95,7 +95,7 @@ class SelfTraining(Method):
             self.class_thresholds.see(pseudo)
 
     def after_step(self, progress: Progress) -> None:
-        """Frequencies and thresholds of the classes move, and the averaged network follows."""
+        """Updates the frequencies and thresholds of the classes, and the teacher."""
         for part in (self.alignment, self.class_thresholds):
             if part is not None:
                 part.finish_step()
@@ -104,7 +104,7 @@ class SelfTraining(Method):
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """The averaged network before the trained one."""
+        """The teacher, if there is one, before the trained network."""
         if self.teacher is None:
             return {"model": self.model}
         return {"teacher": self.teacher.network, "student": self.model}

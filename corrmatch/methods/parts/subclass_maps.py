@@ -1,7 +1,7 @@
 """Subclasses of labelled images: a network's features, clustered class by class, and a label map for each image.
 
-This is work between two phases. Each image and each class leaves a file when it is done, so that a run that was
-killed goes on with the next one, and several processes share the work.
+This is work between two phases. Each image and each class has a file once it is done, so that an interrupted run
+continues with the next one, and several processes can share the work.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from corrmatch.methods.parts.labelling import alike, barrier, claim, fingerprint
 from corrmatch.methods.parts.pseudo_labels import nearest
 from corrmatch.models.network import Network, enlarge, evaluating
 
-WORK = "work"  # the folder of what is removed in the end
+WORK = "work"  # the folder of temporary files
 STRIDE = 8  # of the features that are clustered
-HALF_MAX = 65_504.0  # float16's
+HALF_MAX = 65_504.0  # the largest float16
 
 
 def subclass_maps(folder: Path, network: Network, counts: Sequence[int], seed: int, sample: int) -> Maps:
-    """The label maps of a run, for these numbers of subclasses, from the features of this network."""
+    """The label maps of a run, which depend on the numbers of subclasses and on the network."""
     facts = {"counts": list(counts), "baseline": fingerprint(network), "seed": seed, "sample": sample}
     return Maps(folder / "subclasses", facts)
 
@@ -40,9 +40,9 @@ def make_subclasses(network: Network, run: Run, counts: Sequence[int] | None, *,
     """Divides the classes of the labelled images, writes their label maps, and returns the number of subclasses.
 
     Args:
-        network: Makes the features. All processes get that of the first one.
-        run: Gets the maps into its folder; what they need on the way is removed in the end.
-        counts: Subclasses of each class; None: by `by_share`.
+        network: Computes the features. The network of the first process is copied to all.
+        run: The run; the maps are written into its folder. Temporary files are removed at the end.
+        counts: Subclasses of each class; None: those of `by_share`.
         most: See `by_share`.
         sample: See `balanced_kmeans`.
     """
@@ -84,12 +84,12 @@ def shrunk(item: Item, data: Data) -> np.ndarray:
 
 
 class Work:
-    """Features on disk, clusters, label maps.
+    """The steps of the work: features on disk, clusters, label maps.
 
     Attributes:
-        folder: Holds what is needed on the way: of each class that is divided a file of points, filled image by image.
+        folder: Temporary files: for each class that is divided a file of points, filled image by image.
         first: (I + 1, C), the first point of each image among those of its class.
-        divided: Classes of more than one subclass, those that take longest first.
+        divided: Classes with more than one subclass; the slowest to cluster come first.
     """
 
     def __init__(self, maps: Maps, counts: list[int], labels: list[np.ndarray], pixels: np.ndarray, run: Run):
@@ -100,7 +100,7 @@ class Work:
         self.divided.sort(key=lambda c: -counts[c] * int(self.first[-1, c]))
 
     def do(self, network: Network, sample: int) -> None:
-        """All of it, but for what is done."""
+        """Does all the work that is not done yet."""
         run, items = self.run, self.run.data.labeled
         points = {c: self.folder / f"points_{c}.npy" for c in self.divided}
         clusters = [self.folder / f"clusters_{c}.npy" for c in self.divided]
@@ -148,7 +148,7 @@ class Work:
 
 @torch.no_grad()
 def features(network: Network, image: Tensor, size: Sequence[int]) -> np.ndarray:
-    """(h, w, D) float16 of an image (3, H, W), of stride 8; right and below it is mirrored to a multiple of that."""
+    """Features (h, w, D) float16 of an image (3, H, W) at stride 8. The image is mirrored to a multiple of 8."""
     padded = mirrored(image, [-(-side // STRIDE) * STRIDE for side in image.shape[1:]])
     with evaluating(network):
         found = network(padded.unsqueeze(0), features=True).features
@@ -156,7 +156,7 @@ def features(network: Network, image: Tensor, size: Sequence[int]) -> np.ndarray
 
 
 def each(files: Sequence[Path], work: Callable[[int], None], run: Run, about: str) -> None:
-    """Calls `work` for each file that is not there yet, each in one process, and waits for all files."""
+    """Calls `work` for each missing file, in one of the processes, and waits for all files."""
     mine = range(run.process, len(files), run.processes)
     for i in tqdm(mine, about, disable=None if run.process == 0 else True):
         if not files[i].exists():

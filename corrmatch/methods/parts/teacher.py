@@ -15,19 +15,20 @@ BUFFERS = ("copy", "average", "own")
 
 
 class Teacher(nn.Module):
-    r"""A network that follows another one as its moving average; it takes no gradient.
+    r"""The moving average of a network, without gradient.
 
     .. math:: g \leftarrow a\,g + (1 - a)\,f, \qquad a = \min(1 - 1 / (t + 1),\ \mathrm{decay})
 
-    with `ramp`, else a = decay. t counts steps from 0, so that the first update of a ramp copies the student.
+    with `ramp`, else a = decay. g are the weights of the teacher, f those of the student. t counts steps from 0, so
+    that with a ramp the first update copies the student.
 
     Args:
-        student: The network; the teacher starts as its copy.
-        decay: Of the average.
-        ramp: Whether the average starts short.
-        mode: "eval" stays in evaluation mode whatever mode the method is in, "train" in training mode.
-        buffers: What becomes of batch norm's statistics: "copy" of the student's, "average" as parameters (counters
-            stay), or "own", which the teacher's forwards alone move.
+        student: The network. The teacher starts as its copy.
+        decay: The largest a.
+        ramp: Whether a starts small.
+        mode: "eval" or "train": the mode that the teacher keeps, also when the method changes its own.
+        buffers: The statistics of batch norm: "copy" copies the student's, "average" averages them like parameters
+            (but not counters), "own" leaves them to the teacher's forward passes.
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class Teacher(nn.Module):
             return self.network(*arguments, **options)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Keeps the teacher in its own mode: the loop asks for training mode in every step."""
+        """Keeps the teacher in its own mode, although the loop sets training mode in every step."""
         return super().train(self.mode == "train")
 
     @torch.no_grad()
     def follow(self, student: nn.Module, step: int) -> None:
-        """Moves towards the student; `step` is t."""
+        """Updates the average with the student; `step` is t."""
         decay = min(1 - 1 / (step + 1), self.decay) if self.ramp else self.decay
         _move(list(self.network.parameters()), list(student.parameters()), decay)
         if self.buffers_are == "own":
@@ -65,7 +66,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, student: nn.Module) -> None:
-        """Becomes the student, buffers included."""
+        """Copies the student, buffers included."""
         self.network.load_state_dict(student.state_dict())
 
 

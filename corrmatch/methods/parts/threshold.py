@@ -1,4 +1,4 @@
-"""Confidence thresholds of methods."""
+"""Confidence thresholds."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from corrmatch.methods.parts.processes import total
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.nn import DynamicThreshold
 
-BINS = 256  # of a histogram of confidences
+BINS = 256  # bins of a histogram of confidences
 
 
 class ClassThreshold(nn.Module):
-    r"""One threshold a class: the confidence that a share of the pixels labelled with the class reach.
+    r"""A threshold for each class: the confidence that a given share of the pixels with this pseudo-label reach.
 
     .. math:: \theta_c \leftarrow m \theta_c + (1 - m) q_c
 
-    with q_c the largest of 0, 1/256, 2/256, ... that at least `share` of the batch's pixels with label c reach. A class
-    without pixels keeps its threshold. Every class has labels, however unsure the network is of it, where one threshold
-    for all labels the easy classes only.
+    where q_c is the largest of 0, 1/256, 2/256, ... that at least `share` of the batch's pixels with label c reach. A
+    class without pixels keeps its threshold. With a single threshold for all classes, only easy classes would get
+    pseudo-labels; with these, every predicted class does.
 
     Args:
         num_classes: C.
-        initial: All thresholds before the first step.
-        share: Of the pixels labelled with a class, those that count.
+        initial: The thresholds before the first step.
+        share: The share of pixels of each class that reach the threshold.
         momentum: m.
 
     Attributes:
@@ -34,7 +34,7 @@ class ClassThreshold(nn.Module):
     """
 
     threshold: Tensor
-    counts: Tensor  # pixels of the step, by label and confidence
+    counts: Tensor  # (C, BINS), pixels of the step by label and confidence
 
     def __init__(self, num_classes: int, initial: float, share: float, momentum: float = 0.99):
         super().__init__()
@@ -44,7 +44,7 @@ class ClassThreshold(nn.Module):
 
     @torch.no_grad()
     def see(self, pseudo: PseudoLabels) -> None:
-        """Counts the pixels of one more batch."""
+        """Adds the pixels of a batch."""
         bins = (pseudo.confidence * BINS).long().clamp(0, BINS - 1)
         pixels = pseudo.counted.to(self.counts.dtype).flatten()
         cells = (pseudo.labels.long() * BINS + bins).flatten()
@@ -52,7 +52,7 @@ class ClassThreshold(nn.Module):
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Moves the thresholds by the pixels of the step, those of all processes."""
+        """Updates the thresholds with the pixels of the step in all processes."""
         counts = total(self.counts)
         pixels = counts.sum(1)
         reaching = counts.flip(1).cumsum(1).flip(1)  # pixels whose confidence is at least that of the bin
@@ -63,10 +63,10 @@ class ClassThreshold(nn.Module):
 
 
 class StepThreshold(DynamicThreshold):
-    """A dynamic threshold that moves once a step of the optimiser, of however many batches the step is made.
+    """A dynamic threshold with one update for each step of the optimiser, which may consist of several batches.
 
-    Each batch of a step moves the threshold from where it stood before the step, by the largest peaks of the batches so
-    far: after the last one it stands where one large batch would have put it.
+    Each batch of a step computes the threshold from its value before the step and the largest peaks of the batches so
+    far. After the last batch it has the value that one large batch would have given.
 
     Args:
         num_classes: C.
@@ -84,13 +84,13 @@ class StepThreshold(DynamicThreshold):
 
     @torch.no_grad()
     def update(self, class_peak: Tensor) -> Tensor:
-        """Moves the threshold by the (C,) peaks of one more batch."""
+        """Updates the threshold with the peaks (C,) of one more batch."""
         self.peaks.copy_(torch.maximum(self.peaks, class_peak))
         self.threshold.copy_(self.before)
         return super().update(self.peaks)
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """The next update belongs to another step."""
+        """Ends a step: the next update belongs to the next one."""
         self.before.copy_(self.threshold)
         self.peaks.zero_()
