@@ -1,4 +1,4 @@
-"""Training methods: one file each. The loop (`corrmatch.training.trainer`) knows none of them."""
+"""Training methods, one file each. The training loop (`corrmatch.training.trainer`) does not depend on them."""
 
 from __future__ import annotations
 

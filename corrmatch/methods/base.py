@@ -128,7 +128,7 @@ class Method(nn.Module):
         return logits
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Label maps (B, H, W), bool maps and bool masks (B, K, H, W) for the log, from a network in evaluation mode."""
+        """Label maps and bool maps (B, H, W) and bool masks (B, K, H, W) to log, with a network in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ TINY = 1e-6
 
 
 class ColorAugmentation(Method):
-    """CutMix mean teacher, colours changed for the student alone. The teacher is evaluated."""
+    """CutMix mean teacher that changes colours for the student only. The teacher is evaluated."""
 
     @dataclass
     class Options:
@@ -57,12 +57,12 @@ class ColorAugmentation(Method):
         self.teacher = Teacher(self.model, self.options.decay, mode="train", buffers="average")
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled images, and two streams of all images without their labels."""
+        """Labelled images, and two streams of all images without labels."""
         views = {"unlabeled": Stream("all", VIEW, 1), "mix": Stream("all", VIEW, 2)}
         return {"labeled": replace(LABELED, view=View(GEOMETRY))} | views
 
     def train(self, mode: bool = True) -> ColorAugmentation:
-        """Training mode, but for the backbones' norm layers and the teacher's dropout."""
+        """Sets training mode, except for the backbones' norm layers and the teacher's dropout."""
         super().train(mode)
         networks: tuple[Any, ...] = (self.model, self.teacher.network)
         for network in networks if self.options.frozen_norms else ():
@@ -74,7 +74,7 @@ class ColorAugmentation(Method):
         return self
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The two terms; with a correlation head those of the propagated logits besides."""
+        """The two terms, and those of the propagated logits if there is a correlation head."""
         labeled, base, other, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, box = labeled["label"], base["box"][:, 0]
         size = (truth.shape[1], truth.shape[2])
@@ -121,7 +121,7 @@ class ColorAugmentation(Method):
     def through_regions(
         self, q: Tensor, valid: Tensor, box: Tensor, images: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor]:
-        """q, one-hot where region propagation gave a label, and where that is."""
+        """q, one-hot where region propagation gave a label, and a mask of these pixels."""
         part, classes = self.propagation, q.shape[1]
         confidence, labels = q.max(1)
         masks = part.masks(self.model(images, correlate=True), (q.shape[2], q.shape[3]), progress)
@@ -131,12 +131,12 @@ class ColorAugmentation(Method):
         return torch.where(given.unsqueeze(1), one_hot, q), given
 
     def after_step(self, progress: Progress) -> None:
-        """The teacher follows."""
+        """Updates the teacher."""
         self.teacher.follow(self.model, progress.step)
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """The teacher before the student."""
+        """The teacher, then the student."""
         return {"teacher": self.teacher.network, "student": self.model}
 
 

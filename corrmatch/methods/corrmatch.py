@@ -35,7 +35,7 @@ SAMPLED_MASKS = 16  # whose area is logged: their positions are drawn at random,
 
 
 class Targets(NamedTuple):
-    """What the logits of a step are held against."""
+    """The targets of a step."""
 
     logits: Tensor  # (B, C, h, w) of the weak views
     weak: PseudoLabels  # what they say, and where it reaches the threshold:
@@ -51,7 +51,7 @@ class CorrMatch(SelfTraining):
 
     @dataclass
     class Options(SelfTraining.Options):
-        """Who labels, which labels count, and what the terms weigh."""
+        """Teacher, thresholds and weights of the terms."""
 
         threshold: float = key(0.85, "confidence from which a label is reliable, before the first step", low=0, high=1)
         momentum: float = key(0.999, "of the threshold; 1 keeps it where it is", low=0, high=1)
@@ -76,7 +76,7 @@ class CorrMatch(SelfTraining):
                         "fp": o.fp_weight, "corr": o.corr_weight if self.propagation.head else 0.0}  # fmt: skip
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled, unlabelled, and what CutMix pastes."""
+        """Labelled and unlabelled images, and images for CutMix."""
         return {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
@@ -119,17 +119,17 @@ class CorrMatch(SelfTraining):
         return Step.of(loss, scalars)
 
     def after_step(self, progress: Progress) -> None:
-        """The next batch moves the dynamic threshold on."""
+        """Ends the update of the dynamic threshold."""
         super().after_step(progress)
         self.theta.finish_step()
 
     @property
     def threshold(self) -> Tensor:
-        """Where the dynamic threshold stands, or those of the classes."""
+        """The dynamic threshold, or those of the classes."""
         return self.theta.threshold if self.class_thresholds is None else self.class_thresholds.threshold
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """What the images would be given as pseudo-labels."""
+        """The prediction and the pseudo-labels of the images."""
         out = model(images, correlate=self.propagation.head)
         size = (images.shape[2], images.shape[3])
         padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)

@@ -44,7 +44,7 @@ ROWS = 4096  # pixels that are compared with the banks at a time
 
 
 class Asked(NamedTuple):
-    """What one student is shown and held against, and what it makes of it."""
+    """The images, the targets and the predictions of one student."""
 
     target: PseudoLabels  # mixed
     known: Prediction
@@ -93,7 +93,7 @@ class CrossTeacher(Method):
 
     @property
     def students(self) -> tuple[nn.Module, nn.Module]:
-        """Left and right."""
+        """The left and the right side."""
         return self.model, self.peer
 
     def streams(self) -> Mapping[str, Stream]:
@@ -101,20 +101,20 @@ class CrossTeacher(Method):
         return {"labeled": replace(LABELED, view=VIEW), "unlabeled": replace(UNLABELED, view=VIEW)}
 
     def begin(self, phase: int, run: Run) -> None:
-        """How many features of a class a step may add to a bank: two banks' worth in a pass of the labelled images."""
+        """The most features of a class that a step adds to a bank: two banks in a pass over labelled images."""
         size = run.config.train.batch_size * run.processes
         self.admitted = max(2 * self.options.bank // len(run.data.labeled), size)
 
     def get_extra_state(self) -> dict[str, int]:
-        """How many features of a class a step may add."""
+        """The largest number of features of a class that a step adds to a bank."""
         return {"admitted": self.admitted}
 
     def set_extra_state(self, state: Any) -> None:
-        """How many features of a class a step may add."""
+        """The largest number of features of a class that a step adds to a bank."""
         self.admitted = state["admitted"]
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The terms of both students; with correlation heads those of their propagated logits besides."""
+        """The terms of both students, and those of their propagated logits if they have correlation heads."""
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, weak, ignore = labeled["label"], unlabeled["weak"], unlabeled["ignore"]
         contrast = self.options.contrast > 0
@@ -153,7 +153,7 @@ class CrossTeacher(Method):
     def target(
         self, logits: Tensor, student: nn.Module, weak: Tensor, ignore: Tensor, progress: Progress
     ) -> PseudoLabels:
-        """Labels of the other side's teacher, through regions of the student's correlation map where they are on."""
+        """Labels of the other side's teacher, propagated in regions of the student's map if regions are on."""
         pseudo, part, masks = PseudoLabels.of(logits, ignore), self.propagation, None
         if part.regions:
             with torch.no_grad():
@@ -168,7 +168,7 @@ class CrossTeacher(Method):
         return losses.rate_weighted(logits, target.labels, confident, counted)
 
     def contrast(self, asked: list[Asked], truth: Tensor) -> dict[str, Tensor]:
-        """Both contrastive terms, of both students; 0 until every class of both banks is full."""
+        """Both contrastive terms of both students; 0 until both banks are full for every class."""
         sizes = [cast(Tensor, side.out.features).shape[2:] for side in asked]
         large = [(nearest(side.target.confidence, size), nearest(side.target.labels, size))
                  for side, size in zip(asked, sizes, strict=True)]  # fmt: skip
@@ -190,7 +190,7 @@ class CrossTeacher(Method):
         return {name: torch.where(ready, losses.summed(terms), 0.0) for name, terms in (("high", high), ("low", low))}
 
     def after_step(self, progress: Progress) -> None:
-        """The teachers follow; then they give the banks what they make of the labelled images."""
+        """Updates the teachers, and then the banks with their features of the labelled images."""
         for teacher, student in zip(self.teachers, self.students, strict=True):
             cast(Teacher, teacher).follow(student, progress.step)
         for images, truth in self.seen:
@@ -203,7 +203,7 @@ class CrossTeacher(Method):
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """Both students; statistics of the teachers' norm layers are not those they label with."""
+        """Both students. The teachers are not evaluated: they predict with batch statistics."""
         return {"left": self.model, "right": self.peer}
 
 
@@ -230,7 +230,7 @@ class Bank(nn.Module):
 
     @property
     def full(self) -> Tensor:
-        """Whether every class is full, 0-d."""
+        """Whether the bank is full for every class, 0-d."""
         return (self.count == self.entries.shape[1]).all()
 
     @torch.no_grad()
@@ -279,14 +279,14 @@ def high_level(features: Tensor, labels: Tensor, counted: Tensor, bank: Tensor) 
 
 
 def low_level(features: Tensor, peer: Tensor, labels: Tensor, counted: Tensor, bank: Tensor) -> Tensor:
-    """Pixels are to be near the peer's features of the same pixel, and far from the bank's entries of other classes."""
+    """Contrast of pixels with the peer's features of the same pixel and with the bank's entries of other classes."""
     return _by_rows(features, peer, labels, counted, bank, LOW_TEMPERATURE)
 
 
 def _by_rows(
     features: Tensor, peer: Tensor | None, labels: Tensor, counted: Tensor, bank: Tensor, temperature: float
 ) -> Tensor:
-    """The mean over classes of means over pixels; similarities with the bank are made a block of pixels at a time."""
+    """The mean over classes of means over pixels. Similarities are computed for a block of pixels at a time."""
     with torch.autocast(features.device.type, enabled=False):
         x, other = (None if v is None else F.normalize(v.float().movedim(1, -1).flatten(0, 2), dim=1, eps=TINY)
                     for v in (features, peer))  # fmt: skip
@@ -320,18 +320,18 @@ def _pixels(x: Tensor, near: Tensor | None, y: Tensor, entries: Tensor, classes:
 
 
 def mix(images: Tensor, target: PseudoLabels, own: Tensor) -> tuple[Tensor, PseudoLabels]:
-    """Image b where `own` (B, H, W), the next image of the batch elsewhere; labels and confidence along."""
+    """Image b where `own` (B, H, W), the next image of the batch elsewhere, with labels and confidence."""
     other = torch.arange(images.shape[0], device=images.device).roll(-1)
     return paste(images[other], images, own), target.taken(other).paste(target, own)
 
 
 def nearest(x: Tensor, size: Any) -> Tensor:
-    """Maps (B, H, W) at another size, by nearest neighbour."""
+    """Resizes maps (B, H, W) by nearest neighbour."""
     return F.interpolate(x.unsqueeze(1).double(), size=tuple(size), mode="nearest")[:, 0].to(x.dtype)
 
 
 def everywhere(x: Tensor) -> Tensor:
-    """(C, n, ...) of all processes side by side (C, processes n, ...), the same in all of them."""
+    """Concatenates (C, n, ...) of all processes to (C, processes n, ...)."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     parts = x.new_zeros(dist.get_world_size(), *x.shape)

@@ -39,7 +39,7 @@ BETA = 4  # both parameters of the law of the boxes' share
 
 
 class Mixed(NamedTuple):
-    """What the student is shown, and what it is held against."""
+    """Images for the student, and their targets."""
 
     images: Tensor  # (B, 3, H, W)
     labels: Tensor  # (B, H, W)
@@ -81,21 +81,21 @@ class DualTeacher(Method):
         return {"labeled": replace(LABELED, view=VIEW), "unlabeled": replace(UNLABELED, view=VIEW)}
 
     def begin(self, phase: int, run: Run) -> None:
-        """A turn is a pass of the labelled images."""
+        """A turn is one pass over the labelled images."""
         train = run.config.train
         batch = train.batch_size * train.accumulate * run.processes
         self.turn_steps = math.ceil(len(run.data.labeled) / batch)
 
     def get_extra_state(self) -> dict[str, int]:
-        """The length of a turn."""
+        """The number of steps of a turn."""
         return {"turn_steps": self.turn_steps}
 
     def set_extra_state(self, state: Any) -> None:
-        """The length of a turn."""
+        """The number of steps of a turn."""
         self.turn_steps = state["turn_steps"]
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The three terms; with a correlation head those of the propagated logits besides."""
+        """The three terms, and those of the propagated logits if there is a correlation head."""
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, weak, ignore = labeled["label"], unlabeled["weak"], unlabeled["ignore"]
         duty, _ = self.turn(progress.step)
@@ -124,12 +124,12 @@ class DualTeacher(Method):
         return Step.of(loss, scalars)
 
     def turn(self, step: int) -> tuple[int, int]:
-        """Which teacher is on duty in this step of the run, and the number of the step within its turn."""
+        """The teacher of this step, and the number of the step within its turn."""
         turn, within = divmod(step, self.turn_steps)
         return turn % 2, within
 
     def targets(self, logits: Tensor, weak: Tensor, ignore: Tensor, progress: Progress) -> PseudoLabels:
-        """The teacher's labels, through regions of the student's correlation map where they are on."""
+        """The teacher's labels, propagated in regions of the student's map if regions are on."""
         pseudo, part = PseudoLabels.of(self.at_size(logits, ignore), ignore), self.propagation
         masks = None
         if part.regions:
@@ -139,7 +139,7 @@ class DualTeacher(Method):
         return part.rewritten(pseudo, self.options.threshold, masks, logits.shape[1])
 
     def box_mixed(self, images: Tensor, target: PseudoLabels, generator: torch.Generator) -> Mixed:
-        """CutMix within the batch; then each image gets colours and a flip of its own, its labels along."""
+        """CutMix within the batch, followed by changes of colour and a flip of each image with its labels."""
         count, _, *size = images.shape
         device = images.device
         share = torch.rand(2 * BETA - 1, generator=generator, device=device, dtype=torch.float64).median()  # Beta(4, 4)
@@ -152,7 +152,7 @@ class DualTeacher(Method):
         return Mixed(*flip(generator, coloured, *mixed[1:]))
 
     def class_mixed(self, images: Tensor, target: PseudoLabels, generator: torch.Generator) -> Mixed:
-        """ClassMix within the batch: half of the classes of each image on another one."""
+        """ClassMix within the batch: half of the classes of each image are pasted on another one."""
         count = images.shape[0]
         own = class_mix(target.labels, self.classes, generator)
         other = torch.arange(count, device=images.device).flip(0)
@@ -178,28 +178,28 @@ class DualTeacher(Method):
         return losses.rate_weighted(self.at_size(logits, mixed.labels), mixed.labels, confident, mixed.counted)
 
     def consistency(self, logits: Tensor, target: PseudoLabels) -> Tensor:
-        """Cross-entropy of the strong view over confident pixels, over the number of those that are no padding."""
+        """Cross-entropy of the strong view, summed over confident pixels and divided by the number of unpadded ones."""
         reliable = target.reliable(self.options.threshold)
         return losses.pseudo_supervised(self.at_size(logits, reliable), target.labels, reliable, target.counted)
 
     def at_size(self, logits: Tensor, like: Tensor) -> Tensor:
-        """Logits that ops and losses may take: they enlarge with aligned corners themselves."""
+        """Logits on their grid, for ops and losses that enlarge them."""
         return logits if self.options.align_corners else enlarge(logits, like.shape[1:], align_corners=False)
 
     def after_step(self, progress: Progress) -> None:
-        """The teacher whose turn it is follows; at the first step of its turn it becomes the student."""
+        """Updates the teacher whose turn it is. In the first step of its turn it copies the student."""
         duty, step = self.turn(progress.step)
         teacher = cast(Teacher, self.teachers[duty])
         teacher.follow(self.model, step if self.options.restart else progress.step)
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """The student; statistics of the teachers' norm layers are not those they label with."""
+        """The student. The teachers are not evaluated: they predict with batch statistics."""
         return {"student": self.model}
 
 
 def mix(images: Tensor, target: PseudoLabels, foreign: Tensor, other: Tensor, padding: bool) -> Mixed:
-    """Pastes image `other[b]` of the batch into image b where `foreign` (B, H, W), labels and confidence along."""
+    """Pastes image `other[b]` of the batch into image b where `foreign` (B, H, W), with labels and confidence."""
     mixed = target.paste(target.taken(other), foreign)
     counted = torch.ones_like(mixed.ignore) if padding else mixed.counted
     return Mixed(paste(images, images[other], foreign), mixed.labels, mixed.confidence, counted)

@@ -40,7 +40,7 @@ REGION = 0.85  # share of a region that has to be called right, and of these of 
 
 
 class ErrorLocalization(Method):
-    """ELN. The student is evaluated; in the third stage its teacher is scored beside it."""
+    """ELN. The student is evaluated; in the third stage its teacher is scored, too."""
 
     @dataclass
     class Options:
@@ -76,7 +76,7 @@ class ErrorLocalization(Method):
                 module.p = 0.0
 
     def _error_network(self, build: NetworkFactory) -> Network:
-        """Takes image, entropy and logits; says one logit a pixel."""
+        """A network from image, entropy and logits to one logit for each pixel."""
         weights = self.options.network_pretrained
         model = dataclasses.replace(
             build.model, backbone=self.options.network, decoder="deeplabv3plus", output_stride=16, multi_grid=[],
@@ -89,7 +89,7 @@ class ErrorLocalization(Method):
         )()
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled images; in the third stage unlabelled ones, as they are and in other colours."""
+        """Labelled images; in the third stage also unlabelled ones, unchanged and in other colours."""
         unlabeled = {"unlabeled": replace(UNLABELED, view=JITTERED)} if self.phase == 2 else {}
         return {"labeled": LABELED} | unlabeled
 
@@ -98,7 +98,7 @@ class ErrorLocalization(Method):
         return (self.options.pretraining, self.options.localization, epochs)
 
     def trains(self, phase: int) -> list[nn.Parameter]:
-        """The student; then the error network and the auxiliary decoders; then the embeddings, too."""
+        """The student; then the error network and the auxiliary decoders; then also the embeddings."""
         stages = (self.model, nn.ModuleList([self.decoders, self.localizer]), self.projection)
         due = {id(p) for module in stages[: phase + 1] for p in module.parameters()}
         return [p for p in super().trains(phase) if id(p) in due]
@@ -110,29 +110,29 @@ class ErrorLocalization(Method):
             self.teacher_projection.copy_from(self.projection)
 
     def before_step(self, progress: Progress) -> None:
-        """The student becomes its teacher, norm layers' statistics included, at the start of an epoch."""
+        """Copies the teacher into the student, with batch-norm statistics, at the start of an epoch."""
         if self.phase == 2 and self.options.overwrite and progress.step % progress.epoch_steps == 0:
             self.model.load_state_dict(self.teacher.network.state_dict())
             self.projection.load_state_dict(self.teacher_projection.network.state_dict())
 
     def after_step(self, progress: Progress) -> None:
-        """The teacher follows."""
+        """Updates the teacher."""
         if self.phase == 2:
             self.teacher.follow(self.model, progress.step)
             self.teacher_projection.follow(self.projection, progress.step)
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """The student before the teacher, which there is in the third stage."""
+        """The student, then in the third stage the teacher."""
         return {"student": self.model} | ({"teacher": self.teacher.network} if self.phase == 2 else {})
 
     @property
     def labeller(self) -> nn.Module:
-        """The teacher, once there is one."""
+        """The teacher; before the third stage the student."""
         return self.teacher.network if self.phase == 2 else self.model
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """The prediction and, once there is an error network, where it calls it right."""
+        """The prediction and, from the second stage on, the pixels that the error network finds right."""
         logits = model(images).logits
         shown = {"prediction": enlarge(logits, images.shape[2:]).argmax(1)}
         if self.phase > 0:
@@ -142,7 +142,7 @@ class ErrorLocalization(Method):
         return shown
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The terms of the stage; with a correlation head those of the propagated logits besides."""
+        """The terms of the stage, and those of the propagated logits if there is a correlation head."""
         images, truth = batch["labeled"]["image"], batch["labeled"]["label"]
         features = self.model.features(images)
         known = self.decoded(features)
@@ -158,13 +158,13 @@ class ErrorLocalization(Method):
         return Step.of(torch.stack(list(scalars.values())).sum(), scalars | shown)
 
     def decoded(self, found: Sequence[Tensor]) -> Prediction:
-        """What the student says of features of its backbone."""
+        """The logits of the student for features of its backbone."""
         features, head = self.model.decode[:-1](self.model.fused(*found)), self.model.correlation
         query, key = (None, None) if head is None else head.query_key(found[-1])
         return Prediction(self.model.classifier(features), query=query, key=key, features=features)
 
     def localize(self, images: Tensor, truth: Tensor, features: Sequence[Tensor], main: Tensor) -> dict[str, Tensor]:
-        """The auxiliary decoders' term, and the error network's. Neither reaches the features."""
+        """The terms of the auxiliary decoders and of the error network. Neither has a gradient for the features."""
         own = [self.supervised(decoder.segment(*features), truth) for decoder in self.decoders]
         with torch.no_grad():  # anew, with other features dropped
             said = [decoder.segment(*features) for decoder in (*self.decoders, self.model)]
@@ -179,7 +179,7 @@ class ErrorLocalization(Method):
     def unlabeled(
         self, unlabeled: Mapping[str, Tensor], progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The terms of both views, and what is logged besides."""
+        """The terms of both views, and further scalars."""
         part, weak, strong = self.propagation, unlabeled["weak"], unlabeled["strong"][:, 0]
         views = [self.decoded(self.model.features(images)) for images in (weak, strong)]
         taught = self.teacher(weak, features=True, correlate=part.regions)
@@ -201,7 +201,7 @@ class ErrorLocalization(Method):
         return scalars, {"valid": valid.float().mean()}
 
     def targets(self, taught: Prediction, right: Tensor, ignore: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-        """The teacher's labels (B, h, w) of stride 4, and where they count: called right, or given by a region."""
+        """The teacher's labels (B, h, w) at stride 4, and where the error network or a region confirms them."""
         size = (taught.logits.shape[2], taught.logits.shape[3])
         small = nearest(ignore, size)
         called = (right[:, 0] > 0) & ~small
@@ -212,7 +212,7 @@ class ErrorLocalization(Method):
     def contrast(
         self, anchors: Tensor, view: Prediction, labels: Tensor, valid: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The contrast of windows at random places."""
+        """The contrast within windows at random places."""
         height, width = (min(SIDE, side) for side in labels.shape[1:])
         ends = (labels.shape[1] - height, labels.shape[2] - width)
         offsets = torch.stack(
@@ -223,7 +223,7 @@ class ErrorLocalization(Method):
 
 
 def question(images: Tensor, logits: Tensor) -> Tensor:
-    """What the error network is asked: image, entropy and logits (B, 3 + 1 + C, H, W), without gradient."""
+    """The input of the error network: image, entropy and logits (B, 3 + 1 + C, H, W), without gradient."""
     z = enlarge(logits.detach(), images.shape[2:])
     entropy = torch.special.entr(z.softmax(1)).sum(1, keepdim=True)
     return torch.cat([images.float(), entropy, z], 1)
@@ -241,7 +241,7 @@ def localization(logits: Tensor, right: Tensor, counted: Tensor) -> Tensor:
 
 
 def kept_bad(own: Sequence[Tensor], main: Tensor, levels: Sequence[float]) -> Tensor:
-    """Losses of auxiliary decoders that are at least so many times the main one; those of the others count 0."""
+    """Losses of the auxiliary decoders, 0 for those below the given multiple of the main loss."""
     learns = [loss.detach() >= level * main.detach() for loss, level in zip(own, levels, strict=True)]
     return losses.summed(loss * learning for loss, learning in zip(own, learns, strict=True))
 
@@ -303,7 +303,7 @@ class ClassPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, target: Tensor, own: Tensor) -> Tensor:
-        """Without graph."""
+        """The sums (K, K). The backward recomputes what it needs."""
         ctx.save_for_backward(anchors, target, own)
         pairs = own.new_zeros(own.shape[1], own.shape[1])
         for rows, near in _blocks(anchors, target):
@@ -323,7 +323,7 @@ class ClassPairs(torch.autograd.Function):
 
 
 def _blocks(anchors: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and exp of their similarities with all of the target, valid until the next ones are made."""
+    """Blocks of rows, and exp of their similarities with the target, valid until the next block."""
     buffer = anchors.new_empty(min(ROWS, len(anchors)), len(target))
     for start in range(0, len(anchors), ROWS):
         rows = slice(start, min(start + ROWS, len(anchors)))

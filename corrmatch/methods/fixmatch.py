@@ -31,18 +31,18 @@ class FixMatch(SelfTraining):
 
     @dataclass
     class Options(SelfTraining.Options):
-        """Who labels, which labels count, and what is pasted."""
+        """Teacher, thresholds and images for CutMix."""
 
         partner: str = key("stream", "what CutMix pastes: another stream, or the reversed batch",
                            choices=("stream", "batch"))  # fmt: skip
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled, unlabelled, and where it is another stream what CutMix pastes."""
+        """Labelled and unlabelled images, and images for CutMix if they are another stream."""
         mix = {"mix": MIX} if self.options.partner == "stream" else {}
         return {"labeled": LABELED, "unlabeled": UNLABELED} | mix
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The two terms; with a correlation head those of the propagated logits besides."""
+        """The two terms, and those of the propagated logits if there is a correlation head."""
         if progress.step < self.first_steps:
             return self.learn_labels(batch["labeled"])
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation

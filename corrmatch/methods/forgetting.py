@@ -40,7 +40,7 @@ SUFFIXES = ("", "_peer")  # of the streams of both networks
 
 
 class Side(NamedTuple):
-    """What one network learns from: labelled images before pseudo-labelled ones."""
+    """The batch of one network: labelled images, then pseudo-labelled ones."""
 
     images: Tensor
     labels: Tensor  # (B, H, W), IGNORE where there is none
@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 
 class Forgetting(Method):
-    """Two networks that label for one another, in phases. Both are evaluated."""
+    """Two networks that make pseudo-labels for one another, in phases. Both are evaluated."""
 
     @dataclass
     class Options:
@@ -85,12 +85,12 @@ class Forgetting(Method):
 
     @property
     def networks(self) -> tuple[Network, Network]:
-        """Both that are trained."""
+        """The two trained networks."""
         return self.model, self.peer
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """Both."""
+        """The two trained networks."""
         return dict(zip(NAMES, self.networks, strict=True))
 
     def phases(self, epochs: int) -> Sequence[int]:
@@ -117,12 +117,12 @@ class Forgetting(Method):
         }
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """At first with a rate of its own."""
+        """The first phase has its own learning rate."""
         first = self.options.first_lr
         return super().parameter_groups(replace(train, lr=first) if self.phase == 0 and first is not None else train)
 
     def begin(self, phase: int, run: Run) -> None:
-        """Before a phase both networks label the unlabelled images; then they are the previous ones."""
+        """Before a phase both networks label the unlabelled images. Copies of them become the previous networks."""
         if phase == 0:
             if not run.data.unlabeled:
                 raise ConfigError("data.unlabeled: method forgetting needs unlabelled images, there are none")
@@ -148,15 +148,15 @@ class Forgetting(Method):
         return Rehearsal(folder, self.prints[network], phase)
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        """Which networks made the labels of this phase."""
+        """Hashes of the networks that made the labels of this phase."""
         return {"prints": self.prints}
 
     def set_extra_state(self, state: Any) -> None:
-        """Which networks made the labels of this phase."""
+        """Hashes of the networks that made the labels of this phase."""
         self.prints = list(state["prints"])
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The loss of both networks; with correlation heads that of the propagated logits besides."""
+        """The loss of both networks, and that of the propagated logits if they have correlation heads."""
         sides = [side_of(batch, suffix) for suffix in SUFFIXES]
         steps = [self.learn(*pair, progress) for pair in zip(self.networks, sides, strict=True)]
         scalars = {name: torch.stack([found[name] for _, found in steps]).mean() for name in steps[0][1]}
@@ -192,7 +192,7 @@ class Forgetting(Method):
 
 
 def side_of(batch: Batch, suffix: str) -> Side:
-    """What the batch has for one network."""
+    """The part of the batch for one network."""
     known, unlabeled = batch[f"labeled{suffix}"], batch.get(f"unlabeled{suffix}")
     images, labels = [known["image"]], [known["label"]]
     confidence = [torch.ones_like(known["label"], dtype=torch.float32)]
@@ -204,5 +204,5 @@ def side_of(batch: Batch, suffix: str) -> Side:
 
 
 def weighted(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy over the number of pixels with a label, and its pixels (B, H, W)."""
+    """Weighted cross-entropy divided by the number of labelled pixels, and its value at each pixel (B, H, W)."""
     return ops.cross_entropy(logits, labels, weight / (labels != IGNORE).sum().clamp(min=1))

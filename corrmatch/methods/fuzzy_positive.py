@@ -36,7 +36,7 @@ SHARPNESS = 50  # of the concave weight
 
 
 class Fuzzy(NamedTuple):
-    """What one network asks of the other, pixel by pixel."""
+    """The target that one network gives the other at each pixel."""
 
     positive: Tensor  # bool (B, C, H, W)
     weight: Tensor  # (B, H, W)
@@ -44,11 +44,11 @@ class Fuzzy(NamedTuple):
 
 
 class FuzzyPositive(Method):
-    """Two networks, each the other's teacher. The first is evaluated."""
+    """Two networks that teach one another. The first one is evaluated."""
 
     @dataclass
     class Options:
-        """Positives, their weight, and how much the networks count for each other."""
+        """Positive classes, their weight, and the weight of the other network's targets."""
 
         confidence: float = key(0.9, "T: what the positives' probabilities are to add up to", low=0, high=1)
         positives: int = key(3, "at most so many classes are positive", low=1)
@@ -64,13 +64,13 @@ class FuzzyPositive(Method):
         self.theta = StepThreshold(build.num_classes, 0.85, 0.999) if self.propagation.regions else None
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled images and two unlabelled ones; no colours are changed."""
+        """Labelled images and two streams of unlabelled ones, without changes of colour."""
         streams = {"unlabeled": replace(UNLABELED, view=View(GEOMETRY, box=toggled_boxes)),
                    "mix": replace(MIX, view=View(GEOMETRY))}  # fmt: skip
         return {"labeled": replace(LABELED, view=View(GEOMETRY))} | streams
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The terms of both networks; with correlation heads those of their propagated logits besides."""
+        """The terms of both networks, and those of their propagated logits if they have correlation heads."""
         labeled, base, other, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, box, networks = labeled["label"], base["box"][:, 0], (self.model, self.peer)
         ignore = torch.where(box, other["ignore"], base["ignore"])
@@ -101,7 +101,7 @@ class FuzzyPositive(Method):
         self, network: nn.Module, base: dict[str, Tensor], other: dict[str, Tensor], box: Tensor, ignore: Tensor,
         progress: Progress,
     ) -> Fuzzy:  # fmt: skip
-        """What a network makes of the mixed images: of each image by itself, then mixed."""
+        """The logits of a network for the mixed images: computed for each image, then mixed."""
         size, part = (box.shape[1], box.shape[2]), self.propagation
         below, above = network(base["weak"], correlate=part.regions), network(other["weak"])
         logits = paste(enlarge(below.logits, size), enlarge(above.logits, size), box)
@@ -111,18 +111,18 @@ class FuzzyPositive(Method):
         return through_regions(fuzzy, logits, below, part, self.theta, ~box & ~ignore, ignore, progress)
 
     def after_step(self, progress: Progress) -> None:
-        """The threshold of the regions moves on."""
+        """Updates the threshold of the regions."""
         if self.theta is not None:
             self.theta.finish_step()
 
     @property
     def threshold(self) -> float | Tensor:
-        """That of the regions; without them all pixels count."""
+        """The threshold of the regions; 0 without regions."""
         return 0.0 if self.theta is None else self.theta.threshold
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """Both networks."""
+        """Both networks, for evaluation."""
         return {"first": self.model, "second": self.peer}
 
 
@@ -153,14 +153,14 @@ def fuzzy_positives(logits: Tensor, confidence: float, positives: int, weight: s
 
 
 def fuzzy_pixels(logits: Tensor, positive: Tensor) -> Tensor:
-    """F at each pixel (B, H, W) of logits (B, C, H, W): cross-entropy where one class is positive."""
+    """F at each pixel (B, H, W) of logits (B, C, H, W). With one positive class it is cross-entropy."""
     lowest = logits.masked_fill(~positive, torch.inf).neg().logsumexp(1)
     highest = logits.masked_fill(positive, -torch.inf).logsumexp(1)
     return F.softplus(lowest + highest)
 
 
 def fuzzy_losses(logits: Tensor, wanted: Fuzzy, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the pixels that count: of the weighted F, and of plain cross-entropy, which takes no gradient."""
+    """Means over the counted pixels of the weighted F, and of plain cross-entropy without gradient."""
     large = enlarge(logits, (counted.shape[1], counted.shape[2]))
     share = counted / counted.sum().clamp(min=1)
     fuzzy = (share * wanted.weight * fuzzy_pixels(large, wanted.positive)).sum()
@@ -177,7 +177,7 @@ def through_regions(
     fuzzy: Fuzzy, logits: Tensor, out: Prediction, propagation: Propagation, theta: StepThreshold, valid: Tensor,
     ignore: Tensor, progress: Progress,
 ) -> Fuzzy:  # fmt: skip
-    """One positive, the region's label, where region propagation finds a pixel reliable."""
+    """Targets in which a pixel that region propagation finds reliable has one positive class, the region's label."""
     classes, size = logits.shape[1], (ignore.shape[1], ignore.shape[2])
     labels, confidence, class_peak = ops.pseudo_label(logits, ignore=ignore)
     threshold = theta.update(class_peak)

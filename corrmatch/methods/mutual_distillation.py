@@ -54,11 +54,11 @@ STRONG = View(GEOMETRY, weak=Distortion(), strong=1, colour=ONE_OF_FIVE, box=tog
 
 
 class MutualDistillation(Method):
-    """Two students and their teachers, each student learning from the other pair. The first student is evaluated."""
+    """Two students and their teachers. Each student learns from the other pair. The first student is evaluated."""
 
     @dataclass
     class Options:
-        """Teachers, targets, and how far features are augmented."""
+        """Teachers, targets and the strength of the augmentation of features."""
 
         decay: float = key(0.6, "of the teachers", low=0, high=1)
         threshold: float = key(0.0, "confidence that a teacher's label needs; 0.95 in the paper", low=0, high=1)
@@ -87,12 +87,12 @@ class MutualDistillation(Method):
                 module.momentum = self.options.norm_momentum
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled images, and unlabelled ones, which are mixed with one another."""
+        """Labelled images, and unlabelled ones, which are mixed."""
         return {"labeled": replace(LABELED, view=WEAK), "unlabeled": replace(UNLABELED, view=STRONG)}
 
     @property
     def networks(self) -> dict[str, Any]:
-        """Students, then teachers."""
+        """The students, then the teachers."""
         return {
             "first": self.model,
             "second": self.peer,
@@ -106,7 +106,7 @@ class MutualDistillation(Method):
         return self.networks
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The three terms; with correlation heads those of the propagated logits besides."""
+        """The three terms, and those of the propagated logits if there are correlation heads."""
         labeled, base, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, mask = labeled["label"], base["box"][:, 0]
         strong = with_next(base["strong"][:, 0], mask)
@@ -146,7 +146,7 @@ class MutualDistillation(Method):
         return x + self.options.teacher_weight * teachers + self.options.student_weight * students
 
     def augment(self, network: int, known: Prediction, mixed: Prediction, truth: Tensor, ratio: float) -> Augmented:
-        """Logits of both parts at half size; the network's statistics are those of each part before it is augmented."""
+        """Logits of both parts at half size. Statistics are those of each part before augmentation."""
         plain, augmented = [], []
         for out, given in ((known, truth), (mixed, None)):
             logits, features = half(out.logits), half(_features(out).detach())
@@ -157,12 +157,12 @@ class MutualDistillation(Method):
         return Augmented(torch.cat(plain), torch.cat(augmented))
 
     def shift(self, network: int, labels: Tensor, ratio: float) -> Tensor:
-        """What augmentation adds to a network's logits (B, C, h, w) at pixels of labels (B, h, w)."""
+        """The change of a network's logits (B, C, h, w) by augmentation, at pixels with labels (B, h, w)."""
         weight = list(self.networks.values())[network].classifier.weight
         return self.statistics[network].shift(weight.flatten(1), labels, ratio)
 
     def targets(self, view: Augmented, threshold: float = 0.0) -> Tensor:
-        """Labels; IGNORE where the plain logits are less sure than the threshold."""
+        """Labels; IGNORE where the confidence of the plain logits is below the threshold."""
         labels = (view.augmented.detach() if self.options.augmented_targets else view.plain).argmax(1)
         if threshold == 0:
             return labels
@@ -190,7 +190,7 @@ class MutualDistillation(Method):
         return torch.cat([known, torch.where(reliable, after, kept)])
 
     def after_step(self, progress: Progress) -> None:
-        """The teachers follow: as before the next step, whose number, counted from 1, is two more."""
+        """Updates the teachers as before the next step, whose number from 1 is `progress.step` + 2."""
         self.teacher.follow(self.model, progress.step + 1)
         self.peer_teacher.follow(self.peer, progress.step + 1)
         if self.theta is not None:
@@ -252,7 +252,7 @@ class ClassVariances(nn.Module):
 
 
 def mutual(students: list[Tensor], taught: list[Tensor], peers: list[Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy of both students' logits with the labels of the other's teacher, and of the other student."""
+    """Cross-entropy of each student with the labels of the other's teacher and of the other student."""
     return {
         name: torch.stack([losses.supervised(*pair) for pair in zip(students, reversed(labels), strict=True)]).sum()
         for name, labels in (("teachers", taught), ("students", peers))
@@ -260,7 +260,7 @@ def mutual(students: list[Tensor], taught: list[Tensor], peers: list[Tensor]) ->
 
 
 def mix(out: Prediction, mask: Tensor) -> Prediction:
-    """Logits and features of weak views, mixed as the strong ones are."""
+    """Logits and features of weak views, mixed like the strong views."""
     inside = nearest(mask, out.logits.shape[2:])
     return Prediction(with_next(out.logits, inside), features=with_next(_features(out), inside))
 

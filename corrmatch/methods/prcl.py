@@ -79,7 +79,7 @@ class PRCL(Method):
         return {"labeled": replace(LABELED, view=KNOWN), "unlabeled": replace(UNLABELED, view=WEAK)}
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """The probability head has a rate of its own; no rate falls below 1e-6."""
+        """The probability head has its own learning rate. No rate falls below 1e-6."""
         own = {id(p) for p in self.probability.parameters()}
         groups = super().parameter_groups(train)
         apart = [p for group in groups for p in group["params"] if id(p) in own]
@@ -89,7 +89,7 @@ class PRCL(Method):
         return [group | {"least_lr": LEAST_LR} for group in groups]
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The three terms; with a correlation head those of the propagated logits besides."""
+        """The three terms, and those of the propagated logits if there is a correlation head."""
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, size = labeled["label"], (unlabeled["ignore"].shape[1], unlabeled["ignore"].shape[2])
         taught = self.teacher(unlabeled["weak"], correlate=part.regions)
@@ -116,7 +116,7 @@ class PRCL(Method):
         return Step.of(loss, scalars)
 
     def strong(self, images: Tensor, pseudo: PseudoLabels, generator: torch.Generator) -> Strong:
-        """Scaled, cropped, mixed with the next image, coloured, mirrored; labels and confidence along."""
+        """Strong views: scaled, cropped, mixed with the next image, coloured, flipped, with labels and confidence."""
         x, placed = scale_and_crop(images, (0.5, self.options.scale), generator)
         labels = follow(placed, pseudo.labels.masked_fill(pseudo.ignore, IGNORE), IGNORE)
         confidence = follow(placed, pseudo.confidence.masked_fill(pseudo.ignore, 0), 0)
@@ -130,7 +130,7 @@ class PRCL(Method):
         return (strong.confidence >= self.options.threshold).flatten(1).sum(1) / counted.clamp(min=1)
 
     def contrast_weight(self, progress: Progress) -> float:
-        """lambda: from its first value down to exp(-5) of it, by epochs."""
+        """lambda, which falls from its first value to exp(-5) times that over the epochs."""
         passed = progress.epoch * progress.epoch_steps / progress.steps
         return self.options.weight * math.exp(-5 * passed**2)
 
@@ -150,7 +150,7 @@ class PRCL(Method):
         return Pixels(mu, variance, labels.flatten(), hard.flatten())
 
     def contrast(self, pixels: Pixels, generator: torch.Generator) -> Tensor:
-        """L_c of one process; the prototypes are of the pixels of all."""
+        """L_c of one process. The prototypes include the pixels of all processes."""
         options, classes = self.options, self.classes
         means = prototypes(total(prototype_sums(pixels, classes)))
         groups, hard = by_class(pixels.labels, classes), by_class(pixels.hard, classes)
@@ -162,12 +162,12 @@ class PRCL(Method):
         return torch.where(counted, terms, 0).sum() / present.sum().clamp(min=1)
 
     def after_step(self, progress: Progress) -> None:
-        """The teacher follows."""
+        """Updates the teacher."""
         self.teacher.follow(self.model, progress.step)
 
     @property
     def evaluated(self) -> dict[str, nn.Module]:
-        """The teacher before the student."""
+        """The teacher, then the student."""
         return {"teacher": self.teacher.network, "student": self.model}
 
 
@@ -180,7 +180,7 @@ class Strong(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """Representations of pixels; a label of C is none."""
+    """Representations of pixels. The label C means no label."""
 
     mu: Tensor  # (N, D)
     variance: Tensor  # (N, D)
@@ -189,14 +189,14 @@ class Pixels(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """Of each class (C, D); mean 0 and variance 1 of a class without pixels."""
+    """The prototypes of the classes (C, D): mean 0 and variance 1 for a class without pixels."""
 
     mu: Tensor
     variance: Tensor
 
 
 class Groups(NamedTuple):
-    """Numbers of pixels in the order of their classes: those of class c are `size[c]` from `first[c]` on."""
+    """Indices of pixels sorted by class: those of class c are `size[c]` entries from `first[c]` on."""
 
     order: Tensor
     first: Tensor
@@ -236,7 +236,7 @@ def unsupervised(logits: Tensor, labels: Tensor, rate: Tensor) -> Tensor:
 
 
 def score(mu: Tensor, variance: Tensor, other_mu: Tensor, other_variance: Tensor) -> Tensor:
-    """s: how likely two Gaussians (..., D) are one; the means are of norm 1."""
+    """s, the likelihood that two Gaussians (..., D) are the same. The means have norm 1."""
     both = variance + other_variance
     return -0.5 * ((mu - other_mu).square() / both + both.log()).mean(-1)
 
@@ -265,7 +265,7 @@ def class_chances(means: Gaussians, present: Tensor, temperature: float) -> Tens
 
 
 def by_class(labels: Tensor, classes: int) -> Groups:
-    """Groups the pixels of labels (N,); labels of `classes` and more are in none."""
+    """Groups pixels by their labels (N,). Labels from `classes` on are left out."""
     ordered, order = labels.sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(classes + 1, device=labels.device))
     return Groups(order, ends[:-1], ends.diff())
@@ -274,7 +274,7 @@ def by_class(labels: Tensor, classes: int) -> Groups:
 def draw(
     groups: Groups, hard: Groups, chance: Tensor, anchors: int, negatives: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Numbers of anchors (C, Q) and of their negatives (C, Q, N), with replacement; any pixel where there is none."""
+    """Indices of anchors (C, Q) and of their negatives (C, Q, N), with replacement; arbitrary where there is none."""
     classes, device = chance.shape[0], chance.device
 
     def pick(of: Groups, which: Tensor) -> Tensor:

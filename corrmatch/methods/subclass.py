@@ -44,7 +44,7 @@ COLOUR = v2.Compose([
 
 
 class Subclass(Method):
-    """A baseline, and after it a network with a second branch for subclasses. Each is evaluated in its own phase."""
+    """A baseline, then a network with a second branch for subclasses. Each is evaluated in its own phase."""
 
     @dataclass
     class Options:
@@ -86,7 +86,7 @@ class Subclass(Method):
             raise ConfigError(f"subclass.most: expected one for each of the {self.classes} classes, got {most}")
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled images, with subclasses once there are some; unlabelled ones with a strong view besides."""
+        """Labelled images, in the second phase with subclasses, and unlabelled ones with a strong view."""
         unit = self.options.base / self.crop
         known = Geometry((0.5 * unit, 2 * unit), fill=GRAY, fit=True)
         weak = Geometry((0.8 * unit, 2 * unit), fill=GRAY, fit=True)
@@ -105,7 +105,7 @@ class Subclass(Method):
         return (self.options.baseline_epochs or epochs, epochs)
 
     def trains(self, phase: int) -> list[nn.Parameter]:
-        """The baseline first; then it stays as it is."""
+        """The baseline in the first phase; all others in the second."""
         networks = (self.baseline,) if phase == 0 else (self.model, self.branch)
         own = {id(p) for network in networks for p in network.parameters()}
         return [p for p in super().trains(phase) if id(p) in own]
@@ -122,22 +122,22 @@ class Subclass(Method):
             self.average.copy_from(self.model)
 
     def divide(self, counts: list[int]) -> None:
-        """Gives the branch a classifier of so many subclasses of each class."""
+        """Builds the classifier of the branch for these numbers of subclasses of each class."""
         old, self.counts = self.branch.classifier, counts
         self.branch.decode[-1] = nn.Conv2d(old.in_channels, sum(counts), 1).to(old.weight.device)
         self.parents = parents_of(counts).to(old.weight.device)
 
     def get_extra_state(self) -> Tensor:
-        """The number of subclasses of each class: what a checkpoint needs before its weights fit."""
+        """The numbers of subclasses, which a checkpoint needs to build the classifier before its weights are loaded."""
         return torch.tensor(self.counts, dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The inverse of `get_extra_state`."""
+        """Restores the numbers of subclasses."""
         if len(state) > 0:
             self.divide(state.tolist())
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The loss of the baseline, or the four terms; with a correlation head those of propagated logits besides."""
+        """The loss of the baseline or the four terms, and those of propagated logits if there is a correlation head."""
         labeled, part = batch["labeled"], self.propagation
         if progress.phase == 0:
             out = self.baseline(labeled["image"], features=True)
@@ -169,7 +169,7 @@ class Subclass(Method):
         return Step.of(loss, scalars)
 
     def judge(self, weak: Answer) -> Judgement:
-        """What both branches say of weak views, at stride 8; none of it takes a gradient."""
+        """The predictions of both branches for weak views, at stride 8, without gradient."""
         p, own = (self.classify(*pair).float().softmax(1) for pair in (
             (self.model, half(weak.features)), (self.branch, half(weak.subfeatures))
         ))  # fmt: skip
@@ -179,7 +179,7 @@ class Subclass(Method):
     def targets(
         self, said: Judgement, weak: Answer, ignore: Tensor, progress: Progress
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Classes (B, h, w) of weak views, where they are used, and where there are pixels that count."""
+        """Pseudo-labels (B, h, w) of weak views, where they are used, and which pixels are not padding."""
         labels, confidence = gated(said, self.parents)
         size = (labels.shape[1], labels.shape[2])
         counted = ~nearest(ignore, size) if self.options.mask_padding else torch.ones_like(labels, dtype=torch.bool)
@@ -191,7 +191,7 @@ class Subclass(Method):
         return labels, used, counted
 
     def ask(self, images: Tensor, correlate: bool) -> Answer:
-        """What both branches make of images. The first stages are shared."""
+        """The features of both branches. The first stages of the backbone are shared."""
         first = self.model(images, features=True, low=True, correlate=correlate)
         return Answer(first, self.branch(first.low, features=True))
 
@@ -211,24 +211,24 @@ class Subclass(Method):
 
 
 class Answer(NamedTuple):
-    """What both branches make of images."""
+    """The features of both branches."""
 
     first: Prediction
     second: Prediction
 
     @property
     def features(self) -> Tensor:
-        """(B, channels, h, w) of the main branch, of stride 4."""
+        """Features (B, channels, h, w) of the main branch at stride 4."""
         return self.first.features  # type: ignore[return-value]
 
     @property
     def subfeatures(self) -> Tensor:
-        """As features, of the subclass branch."""
+        """Features of the subclass branch."""
         return self.second.features  # type: ignore[return-value]
 
 
 class Judgement(NamedTuple):
-    """What both branches say of pixels (B, h, w)."""
+    """The predictions of both branches at pixels (B, h, w)."""
 
     p: Tensor  # (B, C, h, w), probabilities of the classes
     subclass: Tensor  # the most probable one
@@ -238,16 +238,16 @@ class Judgement(NamedTuple):
 
 
 def gated(said: Judgement, parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and confidence of the classes; where the subclasses are no less sure, of their class alone."""
+    """Labels and confidence of the classes. Where subclasses have no larger entropy, only their parent remains."""
     labels = torch.where(said.sub_entropy <= said.entropy, parents[said.subclass], said.p.argmax(1))
     return labels, said.p.gather(1, labels.unsqueeze(1))[:, 0]
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Of probabilities (B, C, h, w), from 0 to 1."""
+    """The normalised entropy of probabilities (B, C, h, w), from 0 to 1."""
     return -(p * (p + 1e-30).log()).sum(1) / math.log(p.shape[1])
 
 
 def parents_of(counts: Sequence[int]) -> Tensor:
-    """(K,): the class of each subclass; those of a class follow one another."""
+    """The class of each subclass (K,). Subclasses of a class have consecutive numbers."""
     return torch.repeat_interleave(torch.tensor(counts))

@@ -1,4 +1,4 @@
-"""Training on the labelled images alone: what every other method is compared with."""
+"""Training on the labelled images alone, the baseline of all methods."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class Supervised(Method):
         return {"labeled": LABELED}
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """Cross-entropy; with a correlation head that of the propagated logits beside it."""
+        """Cross-entropy, and that of the propagated logits if there is a correlation head."""
         return self.learn_labels(batch["labeled"])

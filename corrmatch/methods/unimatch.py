@@ -24,15 +24,15 @@ from corrmatch.methods.parts.teacher import answer
 
 
 class UniMatch(SelfTraining):
-    """UniMatch. As published the network labels its own weak views; with `teacher` an averaged network does."""
+    """UniMatch. As published the network labels its own weak views; with `teacher` its moving average does."""
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled, unlabelled with two strong views, and what CutMix pastes."""
+        """Labelled images, unlabelled ones with two strong views, and images for CutMix."""
         views = {"unlabeled": UNLABELED, "mix": MIX}
         return {"labeled": LABELED} | {name: replace(s, view=WEAK_STRONG_STRONG) for name, s in views.items()}
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The four terms; with a correlation head those of the propagated logits besides."""
+        """The four terms, and those of the propagated logits if there is a correlation head."""
         if progress.step < self.first_steps:
             return self.learn_labels(batch["labeled"])
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation

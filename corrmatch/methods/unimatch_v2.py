@@ -25,22 +25,22 @@ from corrmatch.methods.parts.teacher import MODES, answer
 
 
 class UniMatchV2(SelfTraining):
-    """UniMatch V2. What it needs of a network are the `widths` of its features, for the dropout between its parts."""
+    """UniMatch V2. It needs the `widths` of the network's features, for dropout between backbone and decoder."""
 
     @dataclass
     class Options(SelfTraining.Options):
-        """An averaged network labels."""
+        """A teacher makes the pseudo-labels."""
 
         teacher: str = key("eval", "mode of the averaged network, which labels and is evaluated", choices=MODES)
 
     score_all = True
 
     def streams(self) -> Mapping[str, Stream]:
-        """Labelled, and unlabelled with two strong views."""
+        """Labelled images, and unlabelled ones with two strong views."""
         return {"labeled": LABELED, "unlabeled": replace(UNLABELED, view=WEAK_STRONG_STRONG)}
 
     def forward(self, batch: Batch, progress: Progress) -> Step:
-        """The three terms; with a correlation head those of the propagated logits besides."""
+        """The three terms, and those of the propagated logits if there is a correlation head."""
         if progress.step < self.first_steps:
             return self.learn_labels(batch["labeled"])
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
@@ -84,7 +84,7 @@ def complementary_dropout(images: int, widths: Sequence[int], device: torch.devi
 
 
 def complementary(first: Tensor, order: Tensor) -> Tensor:
-    """Factors of both views from those of the first (n, width), 0 or 2; the first floor(n / 2) of the order are 1."""
+    """Factors of both views from those of the first (n, width), 0 or 2. The first floor(n / 2) of the order get 1."""
     spared = torch.zeros(len(order), 1, dtype=torch.bool, device=order.device)
     spared[order[: len(order) // 2]] = True
     return torch.cat([first, 2 - first]).where(~spared.repeat(2, 1), 1.0)

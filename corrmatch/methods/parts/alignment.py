@@ -56,7 +56,7 @@ class Alignment(nn.Module):
         return logits.detach() + torch.where(target.sum() > 0, shift, 0.0).to(logits.dtype)[:, None, None]
 
     def target(self) -> Tensor:
-        """q (C,); zeros before the first labels."""
+        """The frequencies q (C,); zeros before the first labels."""
         flat = self.labels.float().pow(self.power) * (self.labels > 0)
         return flat / flat.sum().clamp(min=1)
 
