@@ -303,7 +303,7 @@ class ClassPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, target: Tensor, own: Tensor) -> Tensor:
-        """The sums (K, K). The backward recomputes what it needs."""
+        """The sums (C, C). The backward recomputes what it needs."""
         ctx.save_for_backward(anchors, target, own)
         pairs = own.new_zeros(own.shape[1], own.shape[1])
         for rows, near in _blocks(anchors, target):
