@@ -17,12 +17,21 @@ from corrmatch.kernels.language import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """Tile of a block: query positions and key positions, warps of the block and stages of its software pipeline."""
+    """Tile of a block, and how blocks run.
+
+    Attributes:
+        rows: Query positions.
+        columns: Key positions.
+        warps: Of a block.
+        stages: Of its software pipeline.
+        blocks: How many a multiprocessor holds, at least: registers and shared memory allow so many.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    blocks: int = 2
 
 
 class Tiles(NamedTuple):
@@ -50,7 +59,7 @@ def by_rows(rows: int, columns: int, warps: int, stages: int = 1) -> Tiles:
 # Chosen by the instructions an element that `inspect` counts, without a spill up to 32 channels; not yet timed. Wider
 # ones by the shared memory that a block may have: 227 KiB on 90 and 100, 163 KiB on 80, 99 KiB on 86, 89 and 120.
 AMPERE_HALF = Tiles(Tile(64, 128, 4, 2), Tile(32, 128, 4, 1), Tile(128, 32, 4, 2), Tile(32, 128, 4, 2))
-HOPPER_HALF = Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+HOPPER_HALF = Tiles(Tile(64, 128, 4, 3, 3), Tile(64, 64, 4, 3, 4), Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 3, 4))
 BLACKWELL_HALF = Tiles(Tile(128, 128, 4, 1), Tile(128, 128, 4, 1), Tile(128, 128, 8, 1), Tile(64, 128, 4, 1))
 WIDE_HALF = {64: by_rows(64, 64, 4, 2), 512: by_rows(64, 32, 8)}
 SMALL_HALF = {64: by_rows(64, 64, 4, 2), 256: by_rows(32, 32, 8), 512: by_rows(32, 16, 8)}
@@ -66,6 +75,7 @@ SMALL = Table({32: AMPERE_HALF, **SMALL_HALF}, {32: AMPERE_SINGLE, **SMALL_SINGL
 HOPPER = Table({32: HOPPER_HALF, **WIDE_HALF}, {32: HOPPER_SINGLE, **WIDE_SINGLE})
 BLACKWELL = Table({32: BLACKWELL_HALF, **WIDE_HALF}, {32: BLACKWELL_SINGLE, **WIDE_SINGLE})
 FAMILIES = {80: AMPERE, 86: SMALL, 90: HOPPER, 100: BLACKWELL, 120: SMALL}  # from this compute capability on
+SMALLEST = 16  # positions that a tile has at least, along either axis
 INTERPRETER = Tiles(*[Tile(128, 128, 1, 1)] * 4)  # it takes its time by the block
 CANDIDATES = [
     Tile(rows, columns, warps, stages)
@@ -73,18 +83,29 @@ CANDIDATES = [
     for warps in (4, 8)
     for stages in (1, 2, 3)
 ]
+CANDIDATE_SPLITS = (1, 2, 4, 8)  # those up to what `plan.splits_for` says
 
 
-def architecture(tensor: Tensor) -> int:
-    """Compute capability of the tensor's device, 90 for 9.0; 0 under the interpreter."""
-    return 0 if INTERPRETED.value else compute_capability(tensor.device)
+class Processor(NamedTuple):
+    """What tiles and grids depend on: compute capability of a GPU, 90 for 9.0, and how many multiprocessors it has."""
+
+    arch: int
+    multiprocessors: int
+
+
+def processor(tensor: Tensor) -> Processor:
+    """That of the tensor's device; of the interpreter all is 0."""
+    return INTERPRETING if INTERPRETED.value else gpu(tensor.device)
+
+
+INTERPRETING = Processor(0, 0)
 
 
 @functools.cache
-def compute_capability(device: torch.device) -> int:
-    """90 for 9.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def gpu(device: torch.device) -> Processor:
+    """That of a device."""
+    properties = torch.cuda.get_device_properties(device)
+    return Processor(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def tiles_for(arch: int, single: bool, channels: int) -> Tiles:

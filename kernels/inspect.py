@@ -77,7 +77,7 @@ class Compiled:
 
     def __str__(self) -> str:
         line = (
-            f"{self.kernel:16} sm_{self.arch:<4} {self.dtype:9} {f'{self.tile}, {self.warps} warps':15} "
+            f"{self.kernel:22} sm_{self.arch:<4} {self.dtype:9} {f'{self.tile}, {self.warps} warps':15} "
             f"{self.registers:9} {self.spilled:8} {self.shared / 1024:8.1f}"
         )
         if self.loop is not None:
@@ -88,7 +88,7 @@ class Compiled:
 
 
 HEADER = (
-    f"{'kernel':16} {'arch':7} {'dtype':9} {'tile':15} {'registers':>9} {'spilled':>8} {'shared K':>8}  "
+    f"{'kernel':22} {'arch':7} {'dtype':9} {'tile':15} {'registers':>9} {'spilled':>8} {'shared K':>8}  "
     f"{'matrix':15} {'slots':>5} {'exp/element':>11} {'div, log':>10} {'copies':>6} {'loads':>5} {'fences':>6} "
     f"{'blocks':>6}"
 )

@@ -15,13 +15,16 @@ import torch
 import triton
 from torch import Tensor
 
-from corrmatch.kernels.configs import CANDIDATES, Tile
+from corrmatch.kernels.configs import CANDIDATE_SPLITS, CANDIDATES, Tile
 from corrmatch.kernels.language import INTERPRETED
+from corrmatch.kernels.plan import Pass
 
 AUTOTUNE = os.environ.get("CORRMATCH_AUTOTUNE") == "1"  # when this package is first imported
 
 Tensors = Sequence[Tensor | None]
 Numbers = Sequence[int | float]
+
+CHOSEN = ("splits", "SPLIT", "ROWS", "COLUMNS")  # arguments that `launch_pass` adds
 
 _compiled: dict[tuple[object, ...], Any] = {}
 
@@ -94,30 +97,35 @@ def launch(
         compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
 
 
-def launch_tiles(
-    kernel: Any, tile: Tile, blocks: str, positions: int, batch: int, tensors: Tensors, numbers: Numbers,
-    constants: Sequence[Any],
-) -> None:  # fmt: skip
-    """Runs `kernel` with one block for each tile of `positions` along `blocks` ("ROWS" or "COLUMNS") and image.
+def launch_pass(kernel: Any, over: Pass, tensors: Tensors, numbers: Numbers, constants: Sequence[Any]) -> None:
+    """Runs `kernel` with one block for each tile of the pass and each of its splits.
 
-    The kernel takes ROWS and COLUMNS behind its other constants.
+    The kernel takes `splits` behind its other numbers and SPLIT, ROWS and COLUMNS behind its other constants.
     """
+    tile = over.tile
     if AUTOTUNE:
-        grid = lambda chosen: (-(-positions // chosen[blocks]) * batch,)  # noqa: E731
-        tuned(kernel)[grid](*tensors, *numbers, *constants)
+        names = [name for name in kernel.arg_names if name not in CHOSEN]
+        arguments = dict(zip(names, (*tensors, *numbers, *constants), strict=True))
+        grid = lambda chosen: (-(-over.owned // chosen[over.axis]) * over.batch * chosen["splits"],)  # noqa: E731
+        tuned(kernel, over.splits)[grid](**arguments)
         return
-    size = tile.rows if blocks == "ROWS" else tile.columns
-    programs = (positions + size - 1) // size * batch  # triton.cdiv takes ten times as long
-    launch(kernel, programs, tensors, numbers, (*constants, tile.rows, tile.columns), tile.warps, tile.stages)
+    constants = (*constants, over.splits > 1, tile.rows, tile.columns)
+    launch(kernel, over.blocks, tensors, (*numbers, over.splits), constants, tile.warps, tile.stages)
 
 
 @functools.cache
-def tuned(kernel: Any) -> Any:
-    """The kernel with the fastest of CANDIDATES for each problem size, dtype and set of flags."""
+def tuned(kernel: Any, splits: int) -> Any:
+    """The kernel with the fastest of CANDIDATES for each problem size, dtype and set of flags, in at most `splits`."""
     candidates = [
-        triton.Config({"ROWS": c.rows, "COLUMNS": c.columns}, num_warps=c.warps, num_stages=c.stages)
+        triton.Config(
+            {"ROWS": c.rows, "COLUMNS": c.columns, "splits": count, "SPLIT": count > 1},
+            num_warps=c.warps,
+            num_stages=c.stages,
+        )
         for c in CANDIDATES
+        for count in CANDIDATE_SPLITS
+        if count <= splits
     ]
-    flags = [name for name in kernel.arg_names if name.isupper() and name not in ("ROWS", "COLUMNS")]
+    flags = [name for name in kernel.arg_names if name.isupper() and name not in CHOSEN]
     written = [name for name in ("packed",) if name in kernel.arg_names]  # in place: a second run would find other maps
     return triton.autotune(candidates, key=["n_q", "n_k", *flags], restore_value=written)(kernel)

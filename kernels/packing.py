@@ -18,6 +18,7 @@ from torch import Tensor
 from corrmatch.kernels.language import INTERPRETED, block_of, rounded, store
 from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.plan import ALIGNMENT, Plan, padded
+from corrmatch.kernels.split import Scratch, clear
 
 FOLDS = tl.constexpr(3)  # channels of ones in the key, for the shift in three pieces
 ELEMENTS = 65536 if INTERPRETED.value else 4096  # of a block; the interpreter takes its time by the block
@@ -29,9 +30,13 @@ def block_size(channels: int) -> int:
 
 
 def pack(
-    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mass: bool, open_rows: Tensor | None, packed: Tensor
-) -> None:
-    """Fills `packed`, as `Layout` says: query times its factor, key, value and, with the mass, a channel of ones."""
+    plan: Plan, query: Tensor, key: Tensor, value: Tensor, mass: bool, open_rows: Tensor | None, packed: Tensor,
+    scratch: Scratch,
+) -> None:  # fmt: skip
+    """Fills `packed`, as `Layout` says: query times its factor, key, value and, with the mass, a channel of ones.
+
+    It makes the scratch ready for the passes.
+    """
     n_q, n_k = query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
     packed_q, packed_k = padded(n_q), padded(n_k)
     block_d, block_c = block_size(plan.depth), block_size(plan.channels)
@@ -39,24 +44,24 @@ def pack(
     launch(
         pack_kernel,
         programs,
-        (query, key, value, packed, open_rows),
+        (query, key, value, packed, open_rows, scratch.arrived),
         (
             n_q, n_k, packed_q, packed_k, query.shape[1], value.shape[1], query.shape[3], key.shape[3],
-            plan.query_factor, *query.stride(), *key.stride(), *value.stride(),
+            scratch.tiles, plan.query_factor, *query.stride(), *key.stride(), *value.stride(),
         ),
         (open_rows is not None, plan.folded, mass, plan.kept, plan.depth, plan.channels, block_d, block_c),
     )  # fmt: skip
 
 
-def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor) -> None:
-    """Fills `packed` (B, pieces, channels, padded positions) with grad (B, C, Hk, Wk)."""
+def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor, scratch: Scratch) -> None:
+    """Fills `packed` (B, pieces, channels, padded positions) with grad (B, C, Hk, Wk), and makes the scratch ready."""
     n_k = grad.shape[2] * grad.shape[3]
     packed_k, block = packed.shape[3], block_size(plan.channels)
     launch(
         pack_gradient_kernel,
         packed_k // block * grad.shape[0],
-        (grad, packed),
-        (n_k, packed_k, grad.shape[1], grad.shape[3], *grad.stride()),
+        (grad, packed, scratch.arrived),
+        (n_k, packed_k, grad.shape[1], grad.shape[3], scratch.tiles, *grad.stride()),
         (plan.kept, plan.channels, block),
     )
 
@@ -102,7 +107,7 @@ def maps_of(packed, b, packed_q, packed_k, PIECES: tl.constexpr, DEPTH: tl.const
 
 @kernel(
     unaligned={"query": "data", "key": "data", "value": "data"},
-    aligned={"packed": "packed", "open_rows": "i32"},
+    aligned={"packed": "packed", "open_rows": "i32", "arrived": "i32"},
     floats=("factor",),
     padded=("packed_q", "packed_k"),
 )
@@ -110,10 +115,12 @@ def pack_kernel(
     query, key, value,  # in: (B, depth, n_q), (B, depth, n_k), (B, values, n_q)
     packed,  # out: (B, numbers), as `Layout` says
     open_rows,  # in: (B, packed_q + 1), as `gate` makes it; read with GATED only
+    arrived,  # out: (tiles), zeros; None where no pass is split
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     depth, values,  # channels of query and key, and of value
     width_q, width_k,  # of the images
+    tiles,  # length of `arrived`
     factor,  # of the query
     query_b: tl.int64, query_c: tl.int64, query_y: tl.int64, query_x: tl.int64,  # strides of the query
     key_b: tl.int64, key_c: tl.int64, key_y: tl.int64, key_x: tl.int64,  # strides of the key
@@ -126,6 +133,7 @@ def pack_kernel(
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,  # positions of a block of query or key, and of value
 ):  # fmt: skip
     """Owner of a block of one of the three maps."""
+    clear(arrived, tiles, BLOCK_D)
     blocks_q, blocks_k, blocks_v = packed_q // BLOCK_D, packed_k // BLOCK_D, packed_q // BLOCK_C
     b = (tl.program_id(0) // (blocks_q + blocks_k + blocks_v)).to(tl.int64)
     block = tl.program_id(0) % (blocks_q + blocks_k + blocks_v)
@@ -149,18 +157,21 @@ def pack_kernel(
         )  # fmt: skip
 
 
-@kernel(unaligned={"source": "data"}, aligned={"packed": "packed"}, padded=("packed_k",))
+@kernel(unaligned={"source": "data"}, aligned={"packed": "packed", "arrived": "i32"}, padded=("packed_k",))
 def pack_gradient_kernel(
     source,  # in: (B, channels, n_k), the gradient of the result
     packed,  # out: (B, PIECES, CHANNELS, packed_k)
+    arrived,  # out: (tiles), zeros; None where no pass is split
     n_k, packed_k,  # key positions, and padded
     channels, width,  # of the gradient
+    tiles,  # length of `arrived`
     stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the gradient
     PIECES: tl.constexpr,  # of a packed number
     CHANNELS: tl.constexpr,  # padded channels
     BLOCK: tl.constexpr,  # positions of a block
 ):  # fmt: skip
     """Owner of BLOCK positions."""
+    clear(arrived, tiles, BLOCK)
     b, start = block_of(packed_k, BLOCK)
     pack_map(
         source + b * stride_b, packed + b * PIECES * CHANNELS * packed_k, None, start, channels, n_k, packed_k, width,

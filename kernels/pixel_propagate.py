@@ -23,7 +23,6 @@ from torch import Tensor
 
 from corrmatch.kernels.gate import confidence_gate, end_of_rows, fill_open_rows
 from corrmatch.kernels.language import (
-    block_of,
     dot,
     joined,
     load,
@@ -37,9 +36,10 @@ from corrmatch.kernels.language import (
     transposed,
     transposed_product,
 )  # fmt: skip
-from corrmatch.kernels.launch import Variant, kernel, launch_tiles
+from corrmatch.kernels.launch import Variant, kernel, launch_pass
 from corrmatch.kernels.packing import FOLDS, maps_of, pack
-from corrmatch.kernels.plan import Plan, padded
+from corrmatch.kernels.plan import Pass, Plan, padded
+from corrmatch.kernels.split import Scratch, is_last, share, sum_of_parts, tile_of
 
 CHUNK = tl.constexpr(16)  # channels of the value that the row pass divides at once
 
@@ -60,18 +60,23 @@ def forward(
             gate = confidence_gate(value, threshold)
         if gate is not None and open_rows is not None:
             fill_open_rows(gate.flatten(1), open_rows)
-        pack(plan, query, key, value, mass, open_rows, packed)
         batch, n_q, n_k = query.shape[0], query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
         packed_q, packed_k = rows.shape[2], padded(n_k)
-        shape, gated = (n_q, n_k, packed_q, packed_k), open_rows is not None
-        launch_tiles(
-            row_kernel, plan.tiles.row, "ROWS", packed_q, batch,
-            (packed, rows, open_rows), (*shape, query.shape[1], plan.factor, plan.bias),
-            (gated, plan.exact, plan.folded, rows.shape[1] > 2, plan.kept, plan.pieces, plan.depth, plan.channels),
+        shape, gated, mean = (n_q, n_k, packed_q, packed_k), open_rows is not None, rows.shape[1] > 2
+        of_row = 2 + plan.depth if mean else 2
+        by_rows = Pass.of(plan.multiprocessors, plan.tiles.row, "ROWS", packed_q, n_k, batch, of_row)
+        by_columns = Pass.of(plan.multiprocessors, plan.tiles.column, "COLUMNS", n_k, n_q, batch, plan.channels)
+        scratch = Scratch.of(query.device, by_rows, by_columns)
+        pack(plan, query, key, value, mass, open_rows, packed, scratch)
+        launch_pass(
+            row_kernel, by_rows,
+            (packed, rows, open_rows, *scratch), (*shape, query.shape[1], plan.factor, plan.bias),
+            (gated, plan.exact, plan.folded, mean, plan.kept, plan.pieces, plan.depth, plan.channels),
         )  # fmt: skip
-        launch_tiles(
-            column_kernel, plan.tiles.column, "COLUMNS", n_k, batch,
-            (packed, rows, open_rows, out), (*shape, rows.shape[1], out.shape[1], plan.factor, 2.0**-plan.bias),
+        launch_pass(
+            column_kernel, by_columns,
+            (packed, rows, open_rows, out, *scratch),
+            (*shape, rows.shape[1], out.shape[1], plan.factor, 2.0**-plan.bias),
             (gated, plan.folded, plan.kept, plan.pieces, plan.depth, plan.channels),
         )  # fmt: skip
 
@@ -103,8 +108,36 @@ def row_step(
     return larger, total, mean
 
 
+@triton.jit
+def rows_of_parts(
+    parts,  # of this tile: of every part the (packed_q, 2 + DEPTH) numbers of its rows, with MEAN the mean last
+    size,  # how far the parts lie apart
+    i, packed_q,  # the rows, and padded query positions
+    splits,  # how many parts there are
+    MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,  # as of the kernel
+):  # fmt: skip
+    """Largest score, sum and mean of rows over all parts, in order."""
+    at = 2 * packed_q + i[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+    largest = tl.load(parts + i, cache_modifier=".cg")  # the first part is never empty
+    total = tl.load(parts + packed_q + i, cache_modifier=".cg")
+    mean = tl.zeros((ROWS, DEPTH), tl.float32)
+    if MEAN:
+        mean = tl.load(parts + at, cache_modifier=".cg")
+    for _ in range(1, splits):
+        parts += size
+        its_largest = tl.load(parts + i, cache_modifier=".cg")
+        larger = tl.maximum(largest, its_largest)
+        shrink, its_shrink = tl.exp2(largest - larger), tl.exp2(its_largest - larger)
+        total = total * shrink + tl.load(parts + packed_q + i, cache_modifier=".cg") * its_shrink
+        if MEAN:
+            its_mean = tl.load(parts + at, cache_modifier=".cg")
+            mean = mean * shrink[:, None] + its_mean * its_shrink[:, None]
+        largest = larger
+    return largest, total, mean
+
+
 @kernel(
-    aligned={"packed": "packed", "rows": "fp32", "open_rows": "i32"},
+    aligned={"packed": "packed", "rows": "fp32", "open_rows": "i32", "parts": "fp32", "arrived": "i32"},
     floats=("factor", "bias"),
     padded=("packed_q", "packed_k"),
 )
@@ -112,21 +145,24 @@ def row_kernel(
     packed,  # in and out: the packed maps; shifts go into the query, sums into the value
     rows,  # out: (B, 2, packed_q), shift and sum; with MEAN (B, 2 + depth, packed_q), the mean key behind them
     open_rows,  # in: (B, packed_q + 1), the number of rows in its last place; read with GATED only
+    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     depth,  # channels of query and key
     factor,  # of the exponent of P
     bias,  # P is stored multiplied by 2^bias
+    splits,  # how many blocks share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
     EXACT: tl.constexpr,  # whether the shift is the largest score and the value is divided; else it is the log-sum-exp
     FOLDED: tl.constexpr,  # whether the shift goes into the query
     MEAN: tl.constexpr,  # whether the mean key is wanted
     KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    SPLIT: tl.constexpr,  # whether there are several splits
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of ROWS query positions: shift, sum and mean key; what lies behind the last row is finite."""
-    b, i0 = block_of(packed_q, ROWS)
+    b, i0, part = tile_of(packed_q, splits, ROWS, SPLIT)
     query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * (2 + depth if MEAN else 2) * packed_q
     stop = end_of_rows(open_rows, b, n_q, packed_q, GATED)
@@ -136,61 +172,82 @@ def row_kernel(
         largest = tl.full((ROWS,), -float("inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         mean = tl.zeros((ROWS, DEPTH), tl.float32)
-        whole = n_k // COLUMNS * COLUMNS
-        for j0 in range(0, whole, COLUMNS):
+        first, end = share(n_k, part, splits, COLUMNS, SPLIT)
+        whole = end // COLUMNS * COLUMNS
+        for j0 in range(first, whole, COLUMNS):
             largest, total, mean = row_step(
                 q, key, j0, n_k, packed_k, factor, largest, total, mean, False, MEAN, PIECES, DEPTH, ROWS, COLUMNS
             )
-        if whole < n_k:
+        if whole < end:
             largest, total, mean = row_step(
                 q, key, whole, n_k, packed_k, factor, largest, total, mean, True, MEAN, PIECES, DEPTH, ROWS, COLUMNS
             )
-        inside = i < stop
-        shift = largest if EXACT else largest + tl.log2(total) - bias
-        shift = tl.where(inside, shift, 0.0)
-        tl.store(rows + i, shift)
-        tl.store(rows + packed_q + i, tl.where(inside, total, 1.0))
-        if MEAN:
-            tl.store(rows + (2 + d[None, :]) * packed_q + i[:, None], mean / total[:, None], mask=(d < depth)[None, :])
-        if FOLDED:  # each channel holds the next eight bits, so that the sum has those of float32
-            rest = -shift / factor
-            for piece in tl.static_range(FOLDS):
-                part = narrow(rest, query.dtype.element_ty)
-                tl.store(query + (depth + piece) * packed_q + i, part)
-                rest -= part.to(tl.float32)
-        if EXACT:
-            for c0 in range(0, CHANNELS, CHUNK):
-                at = (c0 + tl.arange(0, CHUNK))[:, None] * packed_q + i[None, :]
-                v = joined(load(value, at, CHANNELS * packed_q, KEPT), KEPT)
-                v = tl.where(inside[None, :], v / total[None, :], 0.0)
-                store(value, at, CHANNELS * packed_q, rounded(v, value.dtype.element_ty, KEPT), KEPT)
+        last = True
+        if SPLIT:
+            size = (2 + DEPTH if MEAN else 2) * packed_q
+            parts += b * splits * size
+            mine = parts + part * size
+            tl.store(mine + i, largest)
+            tl.store(mine + packed_q + i, total)
+            if MEAN:
+                tl.store(mine + 2 * packed_q + i[:, None] * DEPTH + d[None, :], mean)
+            last = is_last(arrived, splits)
+            if last:
+                largest, total, mean = rows_of_parts(parts, size, i, packed_q, splits, MEAN, DEPTH, ROWS)
+        if last:
+            inside = i < stop
+            shift = largest if EXACT else largest + tl.log2(total) - bias
+            shift = tl.where(inside, shift, 0.0)
+            tl.store(rows + i, shift)
+            tl.store(rows + packed_q + i, tl.where(inside, total, 1.0))
+            if MEAN:
+                tl.store(
+                    rows + (2 + d[None, :]) * packed_q + i[:, None], mean / total[:, None], mask=(d < depth)[None, :]
+                )
+            if FOLDED:  # each channel holds the next eight bits, so that the sum has those of float32
+                rest = -shift / factor
+                for piece in tl.static_range(FOLDS):
+                    digits = narrow(rest, query.dtype.element_ty)
+                    tl.store(query + (depth + piece) * packed_q + i, digits)
+                    rest -= digits.to(tl.float32)
+            if EXACT:
+                for c0 in range(0, CHANNELS, CHUNK):
+                    at = (c0 + tl.arange(0, CHUNK))[:, None] * packed_q + i[None, :]
+                    v = joined(load(value, at, CHANNELS * packed_q, KEPT), KEPT)
+                    v = tl.where(inside[None, :], v / total[None, :], 0.0)
+                    store(value, at, CHANNELS * packed_q, rounded(v, value.dtype.element_ty, KEPT), KEPT)
     else:
         for number in range(2 + depth if MEAN else 2):
             tl.store(rows + number * packed_q + i, tl.zeros((ROWS,), tl.float32))
 
 
 @kernel(
-    aligned={"packed": "packed", "rows": "fp32", "open_rows": "i32", "out": "data"},
+    aligned={
+        "packed": "packed", "rows": "fp32", "open_rows": "i32", "out": "data", "parts": "fp32", "arrived": "i32",
+    },
     floats=("factor", "unbias"),
     padded=("packed_q", "packed_k"),
-)
+)  # fmt: skip
 def column_kernel(
     packed, rows, open_rows,  # in: as the row kernel leaves them
     out,  # out: (B, channels, n_k)
+    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     kept,  # numbers that `rows` has for each query position
     channels,  # of the result
     factor,  # of the exponent of P
     unbias,  # of the result: 2^-bias
+    splits,  # how many blocks share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
     KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    SPLIT: tl.constexpr,  # whether there are several splits
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of COLUMNS key positions: Z. Tiles are transposed, so that P is the operand that stays in registers."""
-    b, j0 = block_of(n_k, COLUMNS)
+    b, j0, part = tile_of(n_k, splits, COLUMNS, SPLIT)
     query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * kept * packed_q
     out += b * channels * n_k
@@ -200,7 +257,8 @@ def column_kernel(
     k = load(key, d[None, :] * packed_k + j[:, None], DEPTH * packed_k, PIECES)
     z = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     small = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-    for i0 in range(0, stop, ROWS):
+    first, end = share(stop, part, splits, ROWS, SPLIT)
+    for i0 in range(first, end, ROWS):
         i = i0 + tl.arange(0, ROWS)
         q = load(query, d[:, None] * packed_q + i[None, :], DEPTH * packed_q, PIECES)
         v = load(value, c[None, :] * packed_q + i[:, None], CHANNELS * packed_q, PIECES)
@@ -213,13 +271,25 @@ def column_kernel(
             small = small_products(p, v, small, PIECES)
     if PIECES > 1:  # of an infinite value the small products may be NaN, the large one is what it should be
         z += tl.where(small - small == 0, small, 0.0)
-    at = out + c[None, :] * n_k + j[:, None]
-    tl.store(at, narrow(z * unbias, out.dtype.element_ty), mask=(j < n_k)[:, None] & (c < channels)[None, :])
+    last = True
+    if SPLIT:
+        size = CHANNELS * packed_k
+        parts += b * splits * size
+        at_sum = j[:, None] * CHANNELS + c[None, :]
+        tl.store(parts + part * size + at_sum, z)
+        last = is_last(arrived, splits)
+        if last:
+            z = sum_of_parts(z, parts, at_sum, size, splits)
+    if last:
+        at = out + c[None, :] * n_k + j[:, None]
+        tl.store(at, narrow(z * unbias, out.dtype.element_ty), mask=(j < n_k)[:, None] & (c < channels)[None, :])
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
     """What `inspect` compiles."""
     constants = plan.constants | {"GATED": False}
-    yield Variant("row", row_kernel, constants | {"MEAN": False}, plan.tiles.row)
-    yield Variant("row, mean key", row_kernel, constants | {"MEAN": True}, plan.tiles.row)
-    yield Variant("column", column_kernel, constants, plan.tiles.column)
+    for name, several in (("", False), (", split", True)):
+        form = constants | {"SPLIT": several}
+        yield Variant(f"row{name}", row_kernel, form | {"MEAN": False}, plan.tiles.row)
+        yield Variant(f"row, mean key{name}", row_kernel, form | {"MEAN": True}, plan.tiles.row)
+        yield Variant(f"column{name}", column_kernel, form, plan.tiles.column)

@@ -21,7 +21,6 @@ from torch import Tensor
 from corrmatch.kernels.gate import end_of_rows
 from corrmatch.kernels.language import (
     LOG2E,
-    block_of,
     dot,
     joined,
     load,
@@ -32,9 +31,10 @@ from corrmatch.kernels.language import (
     transposed,
     transposed_product,
 )  # fmt: skip
-from corrmatch.kernels.launch import Variant, kernel, launch_tiles
+from corrmatch.kernels.launch import Variant, kernel, launch_pass
 from corrmatch.kernels.packing import maps_of, pack_gradient
-from corrmatch.kernels.plan import Plan, padded
+from corrmatch.kernels.plan import Pass, Plan, padded
+from corrmatch.kernels.split import Scratch, is_last, share, sum_of_parts, tile_of
 
 
 def backward(
@@ -50,7 +50,12 @@ def backward(
         batch, n_q, n_k = query.shape[0], query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
         packed_q, packed_k = rows.shape[2], padded(n_k)
         grad = torch.empty(batch, plan.kept, plan.channels, packed_k, dtype=plan.dtype, device=query.device)
-        pack_gradient(plan, grad_out, grad)
+        of_row = plan.channels + plan.depth
+        by_rows = Pass.of(plan.multiprocessors, plan.tiles.backward_row, "ROWS", packed_q, n_k, batch, of_row)
+        tile = plan.tiles.backward_column
+        by_columns = Pass.of(plan.multiprocessors, tile, "COLUMNS", n_k, n_q, batch, plan.depth)
+        scratch = Scratch.of(query.device, by_rows, by_columns)
+        pack_gradient(plan, grad_out, grad, scratch)
         delta = torch.empty(batch, packed_q, dtype=torch.float32, device=query.device)
         gated = open_rows is not None
         if gated:
@@ -60,17 +65,17 @@ def backward(
         shape = (n_q, n_k, packed_q, packed_k, rows.shape[1], query.shape[1])
         unbias = 2.0**-plan.bias
         form = (gated, plan.folded, plan.kept, plan.pieces, plan.depth, plan.channels)
-        launch_tiles(
-            backward_row_kernel, plan.tiles.backward_row, "ROWS", packed_q, batch,
-            (packed, grad, rows, open_rows, delta, dquery, dvalue),
+        launch_pass(
+            backward_row_kernel, by_rows,
+            (packed, grad, rows, open_rows, delta, dquery, dvalue, *scratch),
             (*shape, value.shape[1], plan.factor, unbias, scale),
             (dquery is not None, dvalue is not None, plan.exact, *form),
         )  # fmt: skip
         if dkey is None:
             return
-        launch_tiles(
-            backward_column_kernel, plan.tiles.backward_column, "COLUMNS", n_k, batch,
-            (packed, grad, rows, open_rows, delta, dkey),
+        launch_pass(
+            backward_column_kernel, by_columns,
+            (packed, grad, rows, open_rows, delta, dkey, *scratch),
             (*shape, plan.factor, unbias * (1 / LOG2E if plan.exact else scale)),
             form,
         )  # fmt: skip
@@ -122,7 +127,7 @@ def backward_row_step(
 @kernel(
     aligned={
         "packed": "packed", "grad": "packed", "rows": "fp32", "open_rows": "i32", "delta": "fp32", "dquery": "data",
-        "dvalue": "data",
+        "dvalue": "data", "parts": "fp32", "arrived": "i32",
     },
     floats=("factor", "unbias", "scale"),
     padded=("packed_q", "packed_k"),
@@ -134,6 +139,7 @@ def backward_row_kernel(
     delta,  # out: (B, packed_q), 0 behind the last row
     dquery,  # out: (B, depth, n_q); written with DQUERY only
     dvalue,  # out: (B, values, n_q); written with DVALUE only
+    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     kept,  # numbers that `rows` has for each query position
@@ -141,16 +147,18 @@ def backward_row_kernel(
     factor,  # of the exponent of P
     unbias,  # of sums of P: 2^-bias
     scale,  # of the scores
+    splits,  # how many blocks share a loop
     DQUERY: tl.constexpr, DVALUE: tl.constexpr,  # whether these gradients are wanted
     EXACT: tl.constexpr,  # whether P is to be divided by the sum of its row
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
     KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    SPLIT: tl.constexpr,  # whether there are several splits
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of ROWS query positions: delta, dquery and dvalue."""
-    b, i0 = block_of(packed_q, ROWS)
+    b, i0, part = tile_of(packed_q, splits, ROWS, SPLIT)
     query, key, value, grad, rows, delta, stop = maps_and_rows(
         packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
     )
@@ -161,40 +169,56 @@ def backward_row_kernel(
         u = tl.zeros((ROWS, CHANNELS), tl.float32)
         a = tl.zeros((ROWS, DEPTH), tl.float32)
         shift = tl.load(rows + i)
-        whole = n_k // COLUMNS * COLUMNS
-        for j0 in range(0, whole, COLUMNS):
+        first, end = share(n_k, part, splits, COLUMNS, SPLIT)
+        whole = end // COLUMNS * COLUMNS
+        for j0 in range(first, whole, COLUMNS):
             u, a = backward_row_step(
                 q, v, shift, key, grad, j0, n_k, packed_k, factor, u, a,
                 False, DQUERY, FOLDED, PIECES, DEPTH, CHANNELS, ROWS, COLUMNS,
             )  # fmt: skip
-        if whole < n_k:
+        if whole < end:
             u, a = backward_row_step(
                 q, v, shift, key, grad, whole, n_k, packed_k, factor, u, a,
                 True, DQUERY, FOLDED, PIECES, DEPTH, CHANNELS, ROWS, COLUMNS,
             )  # fmt: skip
-        inside = i < stop
-        row = i
-        if GATED:
-            row = tl.load(open_rows + b * (packed_q + 1) + i)
-        u *= unbias
-        row_delta = tl.sum(u * joined(v, PIECES), 1)
-        if EXACT:
-            total = tl.load(rows + packed_q + i)
-            u /= total[:, None]
-            tl.store(delta + i, tl.where(inside, row_delta / total, 0.0))
-        else:
-            tl.store(delta + i, tl.where(inside, row_delta, 0.0))
-        if DVALUE:
-            at = dvalue + b * values * n_q + c[None, :] * n_q + row[:, None]
-            tl.store(at, narrow(u, dvalue.dtype.element_ty), mask=inside[:, None] & (c < values)[None, :])
-        if DQUERY:
-            wanted = inside[:, None] & (d < depth)[None, :]
-            mean = tl.load(rows + (2 + d[None, :]) * packed_q + i[:, None], mask=wanted, other=0.0)
-            constant = row_delta[:, None] * mean
-            # With a single key P is 1 whatever the query, and nothing but rounding is left.
-            dq = scale * (tl.where(n_k > 1, a * unbias, constant) - constant)
-            at = dquery + b * depth * n_q + d[None, :] * n_q + row[:, None]
-            tl.store(at, narrow(dq, dquery.dtype.element_ty), mask=wanted)
+        last = True
+        if SPLIT:
+            size = (CHANNELS + DEPTH) * packed_q
+            parts += b * splits * size
+            at_u = i[:, None] * CHANNELS + c[None, :]
+            at_a = CHANNELS * packed_q + i[:, None] * DEPTH + d[None, :]
+            tl.store(parts + part * size + at_u, u)
+            if DQUERY:
+                tl.store(parts + part * size + at_a, a)
+            last = is_last(arrived, splits)
+            if last:
+                u = sum_of_parts(u, parts, at_u, size, splits)
+                if DQUERY:
+                    a = sum_of_parts(a, parts, at_a, size, splits)
+        if last:
+            inside = i < stop
+            row = i
+            if GATED:
+                row = tl.load(open_rows + b * (packed_q + 1) + i)
+            u *= unbias
+            row_delta = tl.sum(u * joined(v, PIECES), 1)
+            if EXACT:
+                total = tl.load(rows + packed_q + i)
+                u /= total[:, None]
+                tl.store(delta + i, tl.where(inside, row_delta / total, 0.0))
+            else:
+                tl.store(delta + i, tl.where(inside, row_delta, 0.0))
+            if DVALUE:
+                at = dvalue + b * values * n_q + c[None, :] * n_q + row[:, None]
+                tl.store(at, narrow(u, dvalue.dtype.element_ty), mask=inside[:, None] & (c < values)[None, :])
+            if DQUERY:
+                wanted = inside[:, None] & (d < depth)[None, :]
+                mean = tl.load(rows + (2 + d[None, :]) * packed_q + i[:, None], mask=wanted, other=0.0)
+                constant = row_delta[:, None] * mean
+                # With a single key P is 1 whatever the query, and nothing but rounding is left.
+                dq = scale * (tl.where(n_k > 1, a * unbias, constant) - constant)
+                at = dquery + b * depth * n_q + d[None, :] * n_q + row[:, None]
+                tl.store(at, narrow(dq, dquery.dtype.element_ty), mask=wanted)
     else:
         tl.store(delta + i, tl.zeros((ROWS,), tl.float32))
 
@@ -202,6 +226,7 @@ def backward_row_kernel(
 @kernel(
     aligned={
         "packed": "packed", "grad": "packed", "rows": "fp32", "open_rows": "i32", "delta": "fp32", "dkey": "data",
+        "parts": "fp32", "arrived": "i32",
     },
     floats=("factor", "unbias"),
     padded=("packed_q", "packed_k"),
@@ -209,20 +234,23 @@ def backward_row_kernel(
 def backward_column_kernel(
     packed, grad, rows, open_rows, delta,  # in: as the other kernels leave them
     dkey,  # out: (B, depth, n_k)
+    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     kept,  # numbers that `rows` has for each query position
     depth,  # channels of query and key
     factor,  # of the exponent of P
     unbias,  # of the result: 2^-bias, and what the scores were scaled by
+    splits,  # how many blocks share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
     KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
+    SPLIT: tl.constexpr,  # whether there are several splits
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
     """Owner of COLUMNS key positions: dkey."""
-    b, j0 = block_of(n_k, COLUMNS)
+    b, j0, part = tile_of(n_k, splits, COLUMNS, SPLIT)
     query, key, value, grad, rows, delta, stop = maps_and_rows(
         packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
     )
@@ -232,7 +260,8 @@ def backward_column_kernel(
     k = load(key, d[None, :] * packed_k + j[:, None], DEPTH * packed_k, PIECES)
     g = load(grad, c[None, :] * packed_k + j[:, None], CHANNELS * packed_k, PIECES)
     dk = tl.zeros((COLUMNS, DEPTH), tl.float32)
-    for i0 in range(0, stop, ROWS):
+    first, end = share(stop, part, splits, ROWS, SPLIT)
+    for i0 in range(first, end, ROWS):
         i = i0 + tl.arange(0, ROWS)
         q = load(query, d[:, None] * packed_q + i[None, :], DEPTH * packed_q, PIECES)
         v = load(value, c[:, None] * packed_q + i[None, :], CHANNELS * packed_q, PIECES)
@@ -247,12 +276,24 @@ def backward_column_kernel(
             dk = dot(weights[0], tl.trans(q[0]), dk)
         else:  # a product that is under way while the loop turns would make the compiler wait for each one
             dk += product(weights, transposed(q, PIECES), tl.zeros((COLUMNS, DEPTH), tl.float32), PIECES)
-    at = dkey + d[None, :] * n_k + j[:, None]
-    tl.store(at, narrow(dk * unbias, dkey.dtype.element_ty), mask=(j < n_k)[:, None] & (d < depth)[None, :])
+    last = True
+    if SPLIT:
+        size = DEPTH * packed_k
+        parts += b * splits * size
+        at_sum = j[:, None] * DEPTH + d[None, :]
+        tl.store(parts + part * size + at_sum, dk)
+        last = is_last(arrived, splits)
+        if last:
+            dk = sum_of_parts(dk, parts, at_sum, size, splits)
+    if last:
+        at = dkey + d[None, :] * n_k + j[:, None]
+        tl.store(at, narrow(dk * unbias, dkey.dtype.element_ty), mask=(j < n_k)[:, None] & (d < depth)[None, :])
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
     """What `inspect` compiles."""
     constants = plan.constants | {"GATED": False, "DQUERY": True, "DVALUE": True}
-    yield Variant("backward row", backward_row_kernel, constants, plan.tiles.backward_row)
-    yield Variant("backward column", backward_column_kernel, constants, plan.tiles.backward_column)
+    for name, several in (("", False), (", split", True)):
+        form = constants | {"SPLIT": several}
+        yield Variant(f"backward row{name}", backward_row_kernel, form, plan.tiles.backward_row)
+        yield Variant(f"backward column{name}", backward_column_kernel, form, plan.tiles.backward_column)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from corrmatch.kernels.configs import Tiles, architecture, tiles_for
+from corrmatch.kernels.configs import Processor, Tile, Tiles, processor, tiles_for
 from corrmatch.kernels.language import LOG2E
 
 ALIGNMENT = 128  # positions; a multiple of every block size
 MOST_NUMBERS = 2**31  # of a packed map of one picture: kernels count within it in 32 bits
+MOST_SPLITS = 8  # adding up more parts takes as long as the turns that they save
+LEAST_TURNS = 3  # of the loop of a part: writing and adding up parts takes as long as two to three turns
 SPARE = 3  # channels that hold one number in three pieces
 
 
@@ -59,6 +61,7 @@ class Plan:
         folded: Whether the shift fits behind the channels of the query; otherwise the kernels subtract it.
         bias: P is stored multiplied by 2^bias, which keeps small entries out of float16's subnormal range.
         tiles: Tile shapes.
+        multiprocessors: Of the device.
     """
 
     dtype: torch.dtype
@@ -72,6 +75,7 @@ class Plan:
     folded: bool
     bias: float
     tiles: Tiles
+    multiprocessors: int
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, scale: float, mass: bool) -> Plan:
@@ -79,12 +83,12 @@ class Plan:
         # Not allow_tf32, which raises once a program has set fp32_precision; this one can be read after either.
         rough = torch.backends.cuda.matmul.fp32_precision == "tf32"
         dtypes = (query.dtype, key.dtype, value.dtype)
-        return _plan(dtypes, query.shape[1], value.shape[1], scale, mass, rough, architecture(query))
+        return _plan(dtypes, query.shape[1], value.shape[1], scale, mass, rough, processor(query))
 
     @classmethod
     def on(cls, arch: int, dtype: torch.dtype, channels: int) -> Plan:
         """For so many channels of query and of value, of one dtype, on an architecture that need not be there."""
-        return _plan((dtype,) * 3, channels, channels, channels**-0.5, False, False, arch)
+        return _plan((dtype,) * 3, channels, channels, channels**-0.5, False, False, Processor(arch, 0))
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -95,10 +99,58 @@ class Plan:
         }  # fmt: skip
 
 
+def splits_for(blocks: int, turns: int, resident: int) -> int:
+    """How many blocks share the loop of each of `blocks` blocks; it takes so many turns.
+
+    The device holds `resident` blocks at once, and the splits are as many as it has room for: where it holds 528, 2 for
+    216 blocks and 7 for 27, with 27 turns each. More would wait for others to end, which takes longer than no split.
+    """
+    splits = max(1, min(MOST_SPLITS, turns // LEAST_TURNS, resident // blocks))
+    longest = -(-turns // splits)
+    return -(-turns // longest)  # no more than are needed for a loop of that length
+
+
+class Pass(NamedTuple):
+    """One pass over the scores of a batch.
+
+    Attributes:
+        tile: The tile of a block.
+        axis: What a block owns: "ROWS" or "COLUMNS".
+        owned: Positions of an image along that axis.
+        summed: Positions of an image along the other one, over which the block loops.
+        batch: Images.
+        numbers: What a block keeps for each position that it owns.
+        splits: How many blocks share the loop of one.
+    """
+
+    tile: Tile
+    axis: str
+    owned: int
+    summed: int
+    batch: int
+    numbers: int
+    splits: int
+
+    @classmethod
+    def of(
+        cls, multiprocessors: int, tile: Tile, axis: str, owned: int, summed: int, batch: int, numbers: int
+    ) -> Pass:  # fmt: skip
+        """With as many splits as the device has room for."""
+        size, step = tile[:2] if axis == "ROWS" else (tile.columns, tile.rows)
+        splits = splits_for(-(-owned // size) * batch, -(-summed // step), tile.blocks * multiprocessors)
+        return cls(tile, axis, owned, summed, batch, numbers, splits)
+
+    @property
+    def blocks(self) -> int:
+        """All blocks, those of the splits too."""
+        size = self.tile.rows if self.axis == "ROWS" else self.tile.columns
+        return -(-self.owned // size) * self.batch * self.splits
+
+
 @functools.lru_cache(maxsize=256)
 def _plan(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], depth: int, values: int, scale: float, mass: bool,
-    rough: bool, arch: int,
+    rough: bool, processor: Processor,
 ) -> Plan:  # fmt: skip
     dtype, kept = packed_form(*dtypes, mass)
     padded_depth, channels = padded_channels(depth), padded_channels(values + mass)
@@ -119,7 +171,8 @@ def _plan(
         exact,
         folded,
         8.0 if dtype == torch.float16 else 0.0,
-        tiles_for(arch, exact, max(padded_depth, channels)),
+        tiles_for(processor.arch, exact, max(padded_depth, channels)),
+        processor.multiprocessors,
     )
 
 

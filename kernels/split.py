@@ -1,0 +1,100 @@
+"""Loops that several blocks share.
+
+Where an image has few tiles, most multiprocessors of a GPU would have no block. There the loop of a pass is cut into
+parts, each a block of its own. Every part writes what it has summed up into a buffer. The part that ends last adds up
+the parts of its tile, always in the order of the loop: which part that is changes from run to run, the sum does not.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from corrmatch.kernels.configs import SMALLEST
+from corrmatch.kernels.plan import Pass, padded
+
+
+class Scratch(NamedTuple):
+    """What blocks that share a loop exchange; None where no pass is split.
+
+    Attributes:
+        parts: Float32, the sums of every part, of one pass after another.
+        arrived: Int32, for each tile how many of its parts have ended. The kernel that packs sets it to 0, and so does
+            the last part.
+    """
+
+    parts: Tensor | None
+    arrived: Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device, *passes: Pass) -> Scratch:
+        """For passes that run one after another."""
+        split = [p for p in passes if p.splits > 1]
+        if not split:
+            return cls(None, None)
+        parts = max(p.batch * p.splits * p.numbers * padded(p.owned) for p in split)
+        tiles = max(p.batch * padded(p.owned) // SMALLEST for p in split)
+        return cls(
+            torch.empty(parts, dtype=torch.float32, device=device),
+            torch.empty(tiles, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Length of `arrived`."""
+        return 0 if self.arrived is None else self.arrived.shape[0]
+
+
+@triton.jit
+def clear(arrived, tiles, BLOCK: tl.constexpr):
+    """Sets `arrived` to 0. All programs of a kernel share the work; nothing where there is no such buffer."""
+    if arrived is not None:
+        for start in range(tl.program_id(0) * BLOCK, tiles, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(arrived + at, tl.zeros((BLOCK,), tl.int32), mask=at < tiles)
+
+
+@triton.jit
+def tile_of(positions, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """The image of this program, the first position of its tile of SIZE, and which part of the loop it runs."""
+    tile, part = tl.program_id(0), 0
+    if SPLIT:
+        tile, part = tl.program_id(0) // splits, tl.program_id(0) % splits
+    tiles = tl.cdiv(positions, SIZE)
+    return (tile // tiles).to(tl.int64), tile % tiles * SIZE, part
+
+
+@triton.jit
+def share(positions, part, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Where a part's loop over positions in steps of SIZE begins and ends; the last parts may have nothing to do."""
+    if SPLIT:
+        size = tl.cdiv(tl.cdiv(positions, SIZE), splits) * SIZE
+        first = part * size
+        return first, tl.maximum(first, tl.minimum(first + size, positions))
+    else:
+        return 0, positions
+
+
+@triton.jit
+def is_last(arrived, splits):
+    """Whether the other parts of this tile have ended. Then what they have stored can be read."""
+    counter = arrived + tl.program_id(0) // splits
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    last = tl.atomic_add(counter, 1) == splits - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def sum_of_parts(x, parts, at, size, splits):
+    """The sum of what every part has stored at `at`, in order; `size`: how far the parts lie apart; x: one of them."""
+    total = tl.zeros_like(x)
+    for part in range(splits):
+        # Not through the first cache, which is not kept up to date with what other multiprocessors write.
+        total += tl.load(parts + part * size + at, cache_modifier=".cg")
+    return total
