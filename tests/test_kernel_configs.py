@@ -11,7 +11,7 @@ import triton
 
 from corrmatch import ops
 from corrmatch.kernels import configs, launch, plan
-from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Tiles
+from corrmatch.kernels.configs import CANDIDATES, FAMILIES, Tile, Tiles
 from corrmatch.kernels.pixel_propagate import column_kernel, row_kernel
 from corrmatch.kernels.pixel_propagate_backward import backward_column_kernel, backward_row_kernel
 
@@ -48,25 +48,29 @@ def test_every_tile_shape_gives_the_same(monkeypatch, config):
 
 
 def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
+    """Of every tile those splits that the plan allows, too."""
     kernels = (row_kernel, column_kernel, backward_row_kernel, backward_column_kernel)
-    candidates = CANDIDATES[-4:]
-    timed, best = [], candidates[2]
+    candidates = [(tile, splits) for tile in CANDIDATES[-3:] for splits in (1, 2)]
+    timed, best = [], candidates[3]
 
     def seconds(call, quantiles):
         call()
         timed.append(call)
-        return [0.5 if len(timed) % len(candidates) == 3 else 1.0] * len(quantiles)
+        return [0.5 if len(timed) % len(candidates) == 4 else 1.0] * len(quantiles)
 
     launch.tuned.cache_clear()
-    monkeypatch.setattr(launch, "CANDIDATES", candidates)
+    monkeypatch.setattr(launch, "CANDIDATES", CANDIDATES[-3:])
+    monkeypatch.setattr(plan, "splits_for", lambda *_: 3)
     monkeypatch.setattr(triton.runtime.Autotuner, "do_bench", property(lambda self: seconds))
     monkeypatch.setattr(launch, "AUTOTUNE", True)
     for _ in range(2):  # the second time everything is known
         accuracy.assert_all_accurate(*propagate(torch.bfloat16))
         assert len(timed) == len(kernels) * len(candidates)
     for kernel in kernels:
-        chosen = launch.tuned(kernel).best_config
-        assert (chosen.kwargs["ROWS"], chosen.kwargs["COLUMNS"], chosen.num_warps, chosen.num_stages) == best
+        chosen = launch.tuned(kernel, 3).best_config
+        tile = Tile(chosen.kwargs["ROWS"], chosen.kwargs["COLUMNS"], chosen.num_warps, chosen.num_stages)
+        assert (tile, chosen.kwargs["splits"]) == best
+        assert chosen.kwargs["SPLIT"]
     launch.tuned.cache_clear()
 
 
