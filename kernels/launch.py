@@ -26,8 +26,6 @@ Numbers = Sequence[int | float]
 
 CHOSEN = ("splits", "SPLIT", "ROWS", "COLUMNS")  # arguments that `launch_pass` adds
 
-_compiled: dict[tuple[object, ...], Any] = {}
-
 
 class Variant(NamedTuple):
     """One form of a kernel that `inspect` compiles without a GPU.
@@ -72,6 +70,7 @@ def kernel(
         sizes = [name for name in inspect.signature(function).parameters if not name.isupper() and name not in known]
         made = triton.jit(function, do_not_specialize=sizes, do_not_specialize_on_alignment=[*(unaligned or {})])
         made.pointers, made.floats = pointers, floats
+        made.compiled = {}  # binaries, by what they depend on; Triton takes its time to hash a kernel
         return made
 
     return decorate
@@ -88,11 +87,11 @@ def launch(
     # What a binary depends on. Numbers are no part of it: kernels are not compiled for sizes, and the type of each is
     # fixed, strides being annotated as 64 bits.
     kinds = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
-    key = (kernel, torch.cuda.current_device(), warps, stages, *constants, *kinds)
-    compiled = _compiled.get(key)
+    key = (torch.cuda.current_device(), warps, stages, *constants, *kinds)
+    compiled = kernel.compiled.get(key)
     if compiled is None:
         arguments = (*tensors, *numbers, *constants)
-        _compiled[key] = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+        kernel.compiled[key] = kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
     else:
         compiled[(programs, 1, 1)](*tensors, *numbers, *constants)
 

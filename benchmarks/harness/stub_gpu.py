@@ -56,6 +56,7 @@ def install() -> Driver:
     triton.runtime.driver.set_active(driver)
     torch.cuda.current_device = driver.get_current_device
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: properties
     backend._BACKENDS = tuple(
         dataclasses.replace(b, devices=("cpu",), missing=None) if b.name == "triton" else b for b in backend._BACKENDS

@@ -91,7 +91,7 @@ def pixel_propagate(
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
         none = mass == 0  # a NaN has arrived
-        out = torch.where(none, 0, out / torch.where(none, 1, mass)).to(value.dtype)
+        out = (out / mass.masked_fill(none, 1)).masked_fill(none, 0).to(value.dtype)
     return out.view(*out.shape[:2], *key.shape[2:])
 
 
