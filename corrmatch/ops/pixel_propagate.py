@@ -92,7 +92,7 @@ def pixel_propagate(
         out, mass = out[:, :-1], out[:, -1:]
         none = mass == 0  # a NaN has arrived
         out = (out / mass.masked_fill(none, 1)).masked_fill(none, 0).to(value.dtype)
-    return out.view(*out.shape[:2], *key.shape[2:])
+    return out if key.dim() == 4 else out.flatten(2)
 
 
 def _autocast_maps(*maps: Tensor) -> tuple[Tensor, ...]:
