@@ -24,7 +24,7 @@ class Tile(NamedTuple):
         columns: Key positions.
         warps: Of a block.
         stages: Of its software pipeline.
-        blocks: How many a multiprocessor holds, at least: registers and shared memory allow so many.
+        blocks: How many keep a multiprocessor busy. Registers and shared memory have room for so many.
     """
 
     rows: int
@@ -59,7 +59,7 @@ def by_rows(rows: int, columns: int, warps: int, stages: int = 1) -> Tiles:
 # Chosen by the instructions an element that `inspect` counts, without a spill up to 32 channels; not yet timed. Wider
 # ones by the shared memory that a block may have: 227 KiB on 90 and 100, 163 KiB on 80, 99 KiB on 86, 89 and 120.
 AMPERE_HALF = Tiles(Tile(64, 128, 4, 2), Tile(32, 128, 4, 1), Tile(128, 32, 4, 2), Tile(32, 128, 4, 2))
-HOPPER_HALF = Tiles(Tile(64, 128, 4, 3, 3), Tile(64, 64, 4, 3, 4), Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 3, 4))
+HOPPER_HALF = Tiles(Tile(64, 128, 4, 3, 3), Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 3, 3), Tile(64, 64, 4, 3, 3))
 BLACKWELL_HALF = Tiles(Tile(128, 128, 4, 1), Tile(128, 128, 4, 1), Tile(128, 128, 8, 1), Tile(64, 128, 4, 1))
 WIDE_HALF = {64: by_rows(64, 64, 4, 2), 512: by_rows(64, 32, 8)}
 SMALL_HALF = {64: by_rows(64, 64, 4, 2), 256: by_rows(32, 32, 8), 512: by_rows(32, 16, 8)}

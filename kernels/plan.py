@@ -102,8 +102,9 @@ class Plan:
 def splits_for(blocks: int, turns: int, resident: int) -> int:
     """How many blocks share the loop of each of `blocks` blocks; it takes so many turns.
 
-    The device holds `resident` blocks at once, and the splits are as many as it has room for: where it holds 528, 2 for
-    216 blocks and 7 for 27, with 27 turns each. More would wait for others to end, which takes longer than no split.
+    `resident` blocks keep the device busy, and the splits are as many as that allows. With 396, which is 3 for each
+    multiprocessor of an H100, and 27 turns they are 7 for 27 blocks, 3 for 108 and 1 for 216. More would compete for
+    the same units and gain nothing.
     """
     splits = max(1, min(MOST_SPLITS, turns // LEAST_TURNS, resident // blocks))
     longest = -(-turns // splits)
@@ -135,7 +136,7 @@ class Pass(NamedTuple):
     def of(
         cls, multiprocessors: int, tile: Tile, axis: str, owned: int, summed: int, batch: int, numbers: int
     ) -> Pass:  # fmt: skip
-        """With as many splits as the device has room for."""
+        """With as many splits as keep the device busy."""
         size, step = tile[:2] if axis == "ROWS" else (tile.columns, tile.rows)
         splits = splits_for(-(-owned // size) * batch, -(-summed // step), tile.blocks * multiprocessors)
         return cls(tile, axis, owned, summed, batch, numbers, splits)
