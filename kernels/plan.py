@@ -13,7 +13,7 @@ from corrmatch.kernels.configs import Processor, Tile, Tiles, processor, tiles_f
 from corrmatch.kernels.language import LOG2E
 
 ALIGNMENT = 128  # positions; a multiple of every block size
-MOST_NUMBERS = 2**31  # of a packed map of one picture: kernels count within it in 32 bits
+MOST_NUMBERS = 2**31  # of a packed map of one image: kernels count within it in 32 bits
 MOST_SPLITS = 8  # adding up more parts takes as long as the turns that they save
 LEAST_TURNS = 3  # of the loop of a part: writing and adding up parts takes as long as two to three turns
 SPARE = 3  # channels that hold one number in three pieces
@@ -181,7 +181,7 @@ class Layout(NamedTuple):
     """Shapes of what the forward leaves for the backward, in functions of the inputs' shapes alone.
 
     Attributes:
-        packed: (B, numbers): query, key and value of a picture behind one another, each (pieces, channels, padded
+        packed: (B, numbers): query, key and value of an image behind one another, each (pieces, channels, padded
             positions), in `dtype`.
         rows: (B, 2, padded N_q) or, with the mean key, (B, 2 + D, padded N_q), float32: shift, sum and mean key.
         dtype: Of the packed maps.
@@ -193,14 +193,14 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor, mass: bool, mean: bool) -> Layout:
-        """For these inputs; raises ValueError where a picture is too large."""
+        """For these inputs; raises ValueError where an image is too large."""
         dtype, pieces = packed_form(query.dtype, key.dtype, value.dtype, mass)
         n_q, n_k = padded(query.shape[2] * query.shape[3]), padded(key.shape[2] * key.shape[3])
         depth, channels = padded_channels(query.shape[1]), padded_channels(value.shape[1] + mass)
         for name, count, positions in (("query", depth, n_q), ("key", depth, n_k), ("value", channels, max(n_q, n_k))):
             if pieces * count * positions > MOST_NUMBERS:
                 raise ValueError(
-                    f"{name}: 'triton' takes pictures of at most 2^31 numbers, channels padded to a power of two and "
+                    f"{name}: 'triton' takes images of at most 2^31 numbers, channels padded to a power of two and "
                     f"positions to a multiple of {ALIGNMENT}; got {pieces * count} x {positions}"
                 )
         numbers = pieces * (depth * (n_q + n_k) + channels * n_q)
