@@ -68,7 +68,7 @@ class Suite:
             (self.out / folder).mkdir(parents=True)
 
     def run(self, step: SuiteStep, blocked: str | None = None) -> bool:
-        """Runs a step, unless something stands in the way; whether it passed."""
+        """Runs a step unless it is blocked. Returns whether it passed."""
         limit = min(LIMITS[step.name], self.deadline - time.monotonic())
         missing = [name for name in step.needs if importlib.util.find_spec(name) is None]
         record = {"part": step.part, "name": step.name, "command": step.command, "status": "not run",

@@ -1,4 +1,4 @@
-"""Tile shapes: a table for each architecture family, by class of dtype and channels. Nothing is tuned unasked.
+"""Tile shapes: a table for each architecture family, by class of dtype and channels. Tuning is off by default.
 
 With CORRMATCH_AUTOTUNE=1, set before corrmatch is imported, the first call of a kernel for a problem size times
 CANDIDATES instead. This takes seconds and must not happen while a CUDA graph is captured. TRITON_PRINT_AUTOTUNING=1

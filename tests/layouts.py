@@ -1,4 +1,4 @@
-"""Tensors that hold the same numbers in other places."""
+"""The same values in other memory layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes that lie do not reach the binding: whatever the arguments, an op refuses them or its kernel's contract holds.
+"""Wrong sizes never reach the binding: an op refuses its arguments, or the contract of its kernel holds.
 
 The kernels take addresses, sizes and strides on trust (csrc/cpu/ops.def). Here their place is taken by checks of
 that contract, and calls with one or two arguments changed at random go through the public functions.

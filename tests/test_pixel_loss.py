@@ -335,7 +335,7 @@ def test_second_derivatives(backend, name):
 
 
 @BOTH
-def test_no_gradient_is_made_unasked(backend, name):
+def test_no_gradient_is_made_by_default(backend, name):
     logits, other, weight = (x.to(backend.device) for x in inputs(name, torch.float32, GRID, LARGE))
     wanted = getattr(ops, name)(logits.requires_grad_(), other, weight, backend=backend.name)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from harness import measure
 from harness.case import Case
 from harness.measure import Contender
 
-QUICK = 1.0  # seconds: what takes no longer gets a second trial when the fastest of a family is picked
+QUICK = 1.0  # seconds: a faster variant is timed twice before the fastest of its family is chosen
 FIELDS = ("op", "size", "exponentials", "workload", "positions", "batch", "elements", "unit", "tolerance")
 
 

@@ -22,9 +22,9 @@ def cross_entropy(
         L = \sum_p w_p \left( -\log \operatorname{softmax}(\hat x_p)_{y_p} \right), \qquad
         \hat x = \text{logits, enlarged bilinearly (align\_corners=True)}
 
-    The weights say what counts: 0 where a pixel is to be ignored, its share of a mean elsewhere. Where a weight is 0,
-    logits and label may be anything, infinite or 255. The gradient is made along with the loss, on the grid of the
-    logits: neither enlarged logits nor their softmax are ever stored.
+    Pixels of weight 0 are ignored, whatever their logits and label. For a mean over N pixels pass weights of 1/N. The
+    gradient is computed together with the loss, on the grid of the logits. Neither enlarged logits nor their softmax
+    are ever stored.
 
     Args:
         logits: (B, C, h, w); float16, bfloat16, float32, or float64 on a CPU; any strides.
@@ -84,7 +84,7 @@ def divergence(
     if target.shape != logits.shape:
         raise ValueError(f"target: expected shape {tuple(logits.shape)} as logits, got {tuple(target.shape)}")
     if target.requires_grad:
-        raise ValueError("target: it is given no gradient; detach it")
+        raise ValueError("target: no gradient flows to it; pass target.detach()")
     if weight is None:
         weight = _ones(logits, logits[:, 0].shape)
     _check_pixels("weight", weight, checks.FLOATING, logits)
@@ -97,7 +97,7 @@ def _check_pixels(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], logits:
         raise ValueError(f"{name}: expected shape ({logits.shape[0]}, H, W), got {tuple(x.shape)}")
     checks.pixels(name, x.shape[1], x.shape[2])
     if x.requires_grad:
-        raise ValueError(f"{name}: it is given no gradient; detach it")
+        raise ValueError(f"{name}: no gradient flows to it; pass {name}.detach()")
 
 
 def _ones(logits: Tensor, shape: torch.Size) -> Tensor:

@@ -21,7 +21,7 @@ struct Image {
   int64_t value_stride;
   const T* key;               // tiles of D channels
   T largest_key;              // largest norm of a key
-  bool moderate;              // whether values may be divided by any sum of exponentials
+  bool values_in_range;       // dividing a value by a row sum neither overflows nor underflows
   T* partials;                // a Z for each group, tiles of `channels`
   std::vector<int64_t> rows;  // query positions with an open gate
 };
@@ -57,7 +57,7 @@ class Forward {
     const T bound = std::sqrt(largest) * image.largest_key;
     std::fill_n(sums_, kBlock * kLanes<T>, T(0));
     std::fill_n(shift_, kBlock, T(0));
-    const bool shifted = !(bound <= kSafe && image.moderate);  // NaN included
+    const bool shifted = !(bound <= kSafe && image.values_in_range);  // NaN included
     for (int64_t t = 0; t < tiles_; ++t) {
       set_tile<T>(query_, image.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
       if (!shifted) exponentials<false>(t, count);
@@ -139,7 +139,7 @@ T largest_norm(const T* tiles, int64_t count, int64_t channels) {
 
 // Whether the largest finite value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
 template <class T>
-bool is_moderate(const Image<T>& image, int64_t channels, int64_t n) {
+bool are_in_range(const Image<T>& image, int64_t channels, int64_t n) {
   constexpr T limit = sizeof(T) == 4 ? T(0x1p80) : T(0x1p700);
   Vec<T> sizes{};
   for (int64_t c = 0; c < channels; ++c) {
@@ -263,7 +263,7 @@ class PixelPropagate {
 
   void list_rows(Image<T>& image, int64_t b) {
     image.largest_key = largest_norm(image.key, tiles_, depth_);
-    image.moderate = is_moderate(image, values_, n_q_);
+    image.values_in_range = are_in_range(image, values_, n_q_);
     open_rows(image, values_, gate_, threshold_, b, n_q_, image.rows);
     T* rows = normalizer_.at<T>(0, b);
     std::fill_n(rows, n_q_, T(0));

@@ -103,8 +103,8 @@ inline constexpr T kLog2e = T(1.44269504088896340735992468100189214L);
 
 // 2^x by rounding to the nearest integer and a minimax polynomial on [-1/2, 1/2] (minimax.py made it): relative error
 // below 9.2e-8 before rounding in float32 (three quarters of a unit in the last place), 4e-18 in float64. NaN stays
-// NaN. The caller keeps x below the overflow bound; `Clamp` makes every x below the smallest exponent give exactly 0,
-// without it x must lie above.
+// NaN. The caller must keep x below the overflow bound. With `Clamp`, x below the smallest exponent gives exactly 0;
+// without it such x is not allowed.
 template <bool Clamp>
 inline Vec<float> exp2(Vec<float> x) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits

@@ -11,7 +11,7 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// Accumulators fill the registers but for the operands: 6 x 2 of 16, or 12 x 2 of 32.
+// Accumulators use all vector registers except those for operands: 6 x 2 of 16, or 12 x 2 of 32.
 inline constexpr int kRows = kVectorRegisters == 32 ? 12 : 6;
 template <class T>
 inline constexpr int kWidth = 2 * kLanes<T>;

@@ -154,7 +154,7 @@ void run(const Tensor& image, bool diagonal, int64_t background, bool has_backgr
   const int height = int(image.size[2]), width = int(image.size[3]), pixels = height * width;
   const int words = int(ceil_div(pixels, kWarp));
   const Image<T> input{image.at<const T>(0), image.stride[1], image.stride[2], image.stride[3], batch, height, width,
-                         has_background,       T(background)};
+                       has_background,       T(background)};
   int* before = reinterpret_cast<int*>(roots) + batch * words;
   const Shape rows{ceil_div(height * ceil_div(width, kWarp), kWarps), batch, kThreads};
   const Shape flat{ceil_div(pixels, kThreads), batch, kThreads};

@@ -286,11 +286,11 @@ struct Sizes {
   }
 };
 
-// The least blocks an image with which its maps lie in shared memory; 0 where not even a cluster has enough.
+// The smallest number of blocks whose shared memory holds the maps of an image; 0 if even a cluster is too small.
 int team_size(const Sizes& sizes) {
   const int64_t limit = shared_limit();
-  // What counts is what the code in use was compiled for: that of an older GPU runs on a newer one, and has no
-  // clusters.
+  // Use the architecture that the loaded code was compiled for: code for an older GPU also runs on a newer one, but
+  // without clusters.
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, vote_kernel<true>), "region_propagate: vote");
   const int most = code.ptxVersion >= 90 ? kMostCluster : 1;
