@@ -130,7 +130,12 @@ def logits_and_weight(call):
         (call, {"weight": torch.rand(1, 5, 6)}, ValueError, "weight: expected shape (2, H, W), got (1, 5, 6)"),
         (call, {"weight": torch.rand(2, 5)}, ValueError, "weight: expected shape (2, H, W), got (2, 5)"),
         (call, {"weight": torch.rand(2, 0, 6)}, ValueError, "weight: expected shape (2, H, W), got (2, 0, 6)"),
-        (call, {"weight": torch.rand(2, 5, 6).requires_grad_()}, ValueError, "weight: no gradient flows to it; pass weight.detach()"),
+        (
+            call,
+            {"weight": torch.rand(2, 5, 6).requires_grad_()},
+            ValueError,
+            "weight: no gradient flows to it; pass weight.detach()",
+        ),
         (call, {"weight": META[:, 0]}, ValueError, "weight: expected a tensor on cpu as the others, got meta"),
     ]
 
@@ -149,7 +154,12 @@ WRONG = [
     (distance, {"target": LOGITS[..., :4]}, ValueError, "target: expected shape (2, 3, 4, 5) as logits"),
     (distance, {"target": LOGITS[:1]}, ValueError, "target: expected a batch of 2 as the others, got 1"),
     (distance, {"target": LABELS}, TypeError, "target: expected dtype"),
-    (distance, {"target": LOGITS.clone().requires_grad_()}, ValueError, "target: no gradient flows to it; pass target.detach()"),
+    (
+        distance,
+        {"target": LOGITS.clone().requires_grad_()},
+        ValueError,
+        "target: no gradient flows to it; pass target.detach()",
+    ),
     *wrong_arguments.backend(entropy),
     *wrong_arguments.backend(distance),
 ]
