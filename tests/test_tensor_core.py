@@ -2,8 +2,8 @@
 
 A tensor core adds 16 products of half types and the accumulator at once: all terms are aligned to the largest one and
 cut off a few bits behind the last bit of float32, and so is the sum. Source: Fasi, Higham, Mikaitis and Pranesh,
-*Numerical behavior of NVIDIA tensor cores* (PeerJ Computer Science 7, 2021). For Hopper the number of these bits is not published,
-so the tests take several. Long sums are not tested: see the open questions of docs/performance.md.
+*Numerical behavior of NVIDIA tensor cores* (PeerJ Computer Science 7, 2021). For Hopper the number of these
+bits is not published, so the tests take several. Long sums are not tested: docs/performance.md says why.
 """
 
 from __future__ import annotations
