@@ -22,7 +22,10 @@ from corrmatch.config import load_config
 from corrmatch.training.compare import Spread, dotted, read_run
 
 BASE = "camvid_cpu"
-HIDDEN = {"data.root", "data.check", "work_dir", "train.seed", "train.workers", "train.save_every", "model.pretrained"}
+HIDDEN = {  # keys that change no result, and the seed
+    "data.root", "data.check", "work_dir", "train.seed", "train.workers", "train.save_every", "train.log_every",
+    "model.pretrained", "eval.pseudo_labels",
+}  # fmt: skip
 Row = tuple[dict[str, Any], list[dict[str, Any]]]  # what runs share, and the runs
 
 
@@ -54,7 +57,8 @@ def rows(runs: list[dict[str, Any]]) -> list[Row]:
     """The runs of one setting together, in the order of the file."""
     found: list[Row] = []
     for run in runs:
-        setting = {name: run[name] for name in ("method", "labelled", "steps", "keys")}
+        setting = {name: run[name] for name in ("method", "labelled", "steps")}
+        setting["keys"] = {k: v for k, v in run["keys"].items() if k not in HIDDEN}
         for known, members in found:
             if known == setting:
                 members.append(run)
