@@ -39,7 +39,7 @@ from corrmatch.kernels.language import (
 from corrmatch.kernels.launch import Variant, kernel, launch_pass
 from corrmatch.kernels.packing import FOLDS, maps_of, pack
 from corrmatch.kernels.plan import Pass, Plan, padded
-from corrmatch.kernels.split import Scratch, is_last, share, sum_of_parts, tile_of
+from corrmatch.kernels.split import Scratch, is_last, share, sum_if_last, tile_of
 
 CHUNK = tl.constexpr(16)  # channels of the value that the row pass divides at once
 
@@ -276,10 +276,7 @@ def column_kernel(
         size = CHANNELS * packed_k
         parts += b * splits * size
         at_sum = j[:, None] * CHANNELS + c[None, :]
-        tl.store(parts + part * size + at_sum, z)
-        last = is_last(arrived, splits)
-        if last:
-            z = sum_of_parts(z, parts, at_sum, size, splits)
+        z, last = sum_if_last(z, parts, at_sum, size, part, arrived, splits)
     if last:
         at = out + c[None, :] * n_k + j[:, None]
         tl.store(at, narrow(z * unbias, out.dtype.element_ty), mask=(j < n_k)[:, None] & (c < channels)[None, :])

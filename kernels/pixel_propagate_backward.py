@@ -34,7 +34,7 @@ from corrmatch.kernels.language import (
 from corrmatch.kernels.launch import Variant, kernel, launch_pass
 from corrmatch.kernels.packing import maps_of, pack_gradient
 from corrmatch.kernels.plan import Pass, Plan, padded
-from corrmatch.kernels.split import Scratch, is_last, share, sum_of_parts, tile_of
+from corrmatch.kernels.split import Scratch, is_last, share, sum_if_last, sum_of_parts, tile_of
 
 
 def backward(
@@ -281,10 +281,7 @@ def backward_column_kernel(
         size = DEPTH * packed_k
         parts += b * splits * size
         at_sum = j[:, None] * DEPTH + d[None, :]
-        tl.store(parts + part * size + at_sum, dk)
-        last = is_last(arrived, splits)
-        if last:
-            dk = sum_of_parts(dk, parts, at_sum, size, splits)
+        dk, last = sum_if_last(dk, parts, at_sum, size, part, arrived, splits)
     if last:
         at = dkey + d[None, :] * n_k + j[:, None]
         tl.store(at, narrow(dk * unbias, dkey.dtype.element_ty), mask=(j < n_k)[:, None] & (d < depth)[None, :])

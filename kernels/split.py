@@ -98,3 +98,16 @@ def sum_of_parts(x, parts, at, size, splits):
         # Not through the first cache, which is not kept up to date with what other multiprocessors write.
         total += tl.load(parts + part * size + at, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def sum_if_last(x, parts, at, size, part, arrived, splits):
+    """Stores x, the sum of this part. Returns the sum of all parts and True in the last part, x and False in others.
+
+    Arguments are those of `sum_of_parts` and `is_last`.
+    """
+    tl.store(parts + part * size + at, x)
+    last = is_last(arrived, splits)
+    if last:
+        x = sum_of_parts(x, parts, at, size, splits)
+    return x, last
