@@ -2,10 +2,11 @@
 
     python -m corrmatch.kernels.inspect [--arch 80 90 100] [--dtype bfloat16 float16 float32] [--channels 21]
 
-For each kernel: registers a thread, spilled bytes, shared memory, matrix instructions and, an element of the scores in
-the inner loop, all instructions of a thread (slots: an H100 has 8 in the time of one exponential), exponentials and
-divisions or logarithms; in one turn of it, asynchronous copies, loads that are waited for, and fences; and how many
-blocks an H100's multiprocessor holds. Kernels that are linear in the positions have no such loop.
+The columns are registers a thread, spilled bytes, shared memory and the kind of matrix instruction. Three columns count
+instructions of the inner loop for each element of the scores: all of them (slots; an H100 has 8 in the time of one
+exponential), exponentials, and divisions or logarithms. Three count instructions in one turn of that loop: asynchronous
+copies, synchronous loads, and fences. The last column is the number of blocks that fit on a multiprocessor of an H100.
+Kernels that are linear in the positions have no such loop.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ MATRIX = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b"
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions of the inner loop, an element of its score tile."""
+    """Instructions of the inner loop for each element of its score tile."""
 
     slots: float
     exponentials: float
     divisions: float
-    copies: int  # asynchronous loads into shared memory, in a turn of a thread
-    loads: int  # those that are waited for
-    fences: int  # that wait for memory
+    copies: int  # asynchronous loads into shared memory, of a thread in one turn
+    loads: int  # synchronous loads
+    fences: int  # memory barriers
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Compiled:
 
     @property
     def blocks(self) -> int:
-        """Blocks that an H100's multiprocessor holds at once: 65,536 registers and 228 KiB of shared memory."""
+        """Blocks that fit on a multiprocessor of an H100, with 65,536 registers and 228 KiB of shared memory."""
         allotted = (self.registers + 7) // 8 * 8 * 32 * self.warps
         return min(65536 // allotted, 228 * 1024 // (self.shared + 1024), 64 // self.warps)
 
     @property
     def sound(self) -> bool:
-        """Whether nothing spills, and products are matrix instructions."""
+        """Whether no register spills and all products are matrix instructions."""
         return self.spilled == 0 and (self.loop is None or self.matrix != "none")
 
     def __str__(self) -> str:
@@ -95,7 +96,7 @@ HEADER = (
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
-    """Those of every kernel: of each module that says what is to be compiled of it."""
+    """The variants of all kernels. Each module of kernels lists its own."""
     for module in pkgutil.iter_modules(corrmatch.kernels.__path__):
         if module.name != Path(__file__).stem:
             found = importlib.import_module(f"corrmatch.kernels.{module.name}")
@@ -103,7 +104,7 @@ def variants(plan: Plan, channels: int) -> Iterator[Variant]:
 
 
 def compile_all(arch: int, dtype: str, channels: int) -> Iterator[Compiled]:
-    """Every kernel of a problem with so many channels of query and of value."""
+    """Compiles all kernels for a problem with so many channels of query and of value."""
     for variant in variants(Plan.on(arch, getattr(torch, dtype), channels), channels):
         yield compile_one(variant.name, variant.kernel, arch, dtype, variant.constants, variant.tile)
 
@@ -153,7 +154,7 @@ def compile_one(
 
 
 def inner_loop(code: str) -> str:
-    """The longest stretch of PTX or SASS between a label and a branch back to it."""
+    """The longest part of PTX or SASS between a label and a branch back to it."""
     lines = code.splitlines()
     labels = {line.split(":")[0].strip(): n for n, line in enumerate(lines) if re.match(r"\s*[$.]L\w+:", line)}
     longest = ""
@@ -166,7 +167,7 @@ def inner_loop(code: str) -> str:
 
 
 def assembled(ptx: str, arch: int) -> tuple[int, int, str]:
-    """Registers a thread and spilled bytes, as ptxas reports them, and the machine code."""
+    """Registers a thread and spilled bytes from the report of ptxas, and the machine code."""
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     ptxas = folder / ("ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
     target = re.search(r"\.target\s+(sm_\w+)", ptx)

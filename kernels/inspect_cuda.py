@@ -1,10 +1,10 @@
-"""Reads the machine code of the CUDA kernels out of the compiled extension, without a GPU, and prints what it costs.
+"""Prints what the machine code of the CUDA kernels costs. It is read from the compiled extension, without a GPU.
 
     python -m corrmatch.kernels.inspect_cuda
 
-For each kernel and architecture: threads a block, registers a thread, bytes of local memory a thread (what is spilled,
-and arrays that registers cannot index), static shared memory, and the occupancy that registers and threads allow: the
-share of a multiprocessor's threads that run at once. Shared memory asked for at the launch may allow less.
+The columns are threads a block, registers a thread, bytes of local memory a thread (spilled registers, and arrays that
+registers cannot index), static shared memory, and occupancy: the share of a multiprocessor's threads that can run at
+once with these registers and threads. Shared memory that a launch asks for can lower it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> float:
-        """Share of a multiprocessor's threads that registers and block size allow."""
+        """Share of a multiprocessor's threads that can run at once, by registers and block size."""
         most = THREADS.get(int(re.sub(r"\D", "", self.arch)), 2048)
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * self.threads)
         return min(by_registers, most // self.threads) * self.threads / most
@@ -51,7 +51,7 @@ HEADER = f"{'kernel':48} {'arch':7} {'threads':>7} {'registers':>9} {'local':>6}
 
 
 def kernels(extension: Path) -> list[Kernel]:
-    """What the extension holds, in its order."""
+    """The kernels in the extension, in its order."""
     code, usage = (run(tool("cuobjdump"), option, str(extension)) for option in ("-ptx", "-res-usage"))
     entries = re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", code, re.DOTALL)
     threads = {name: int(count) for name, count in entries}
@@ -76,7 +76,7 @@ def readable(mangled: str) -> str:
 
 
 def tool(name: str) -> str:
-    """A tool of the CUDA toolkit, which Triton brings along as well."""
+    """The path of a tool of the CUDA toolkit. Triton contains these tools, too."""
     folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
     found = next((str(folder / name) for folder in folders if (folder / name).exists()), shutil.which(name))
     if found is not None:
@@ -87,7 +87,7 @@ def tool(name: str) -> str:
 
 
 def run(*command: str) -> str:
-    """What a command prints."""
+    """The output of a command."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

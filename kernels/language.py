@@ -1,4 +1,4 @@
-"""What all kernels share: products, roundings and where they are launched."""
+"""Functions that all kernels share: products, rounding, and the device of a launch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# TRITON_INTERPRET=1 runs the kernels as NumPy programs on CPU tensors. It counts when this package is first imported.
+# TRITON_INTERPRET=1 runs the kernels as NumPy programs on CPU tensors. It is read when this package is imported.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = math.log2(math.e)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device and its current stream."""
+    """Makes the tensor's device the current one: Triton launches on the current device and stream."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
@@ -27,7 +27,7 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def block_of(positions, SIZE: tl.constexpr):
     """The image of this program and the first position of its block of SIZE.
 
-    Both are counted on the first axis of the grid, which takes 2^31 - 1 programs; the others take 65,535.
+    Both come from the first axis of the grid, which has room for 2^31 - 1 programs. The others have room for 65,535.
     """
     blocks = tl.cdiv(positions, SIZE)
     return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * SIZE
@@ -35,16 +35,27 @@ def block_of(positions, SIZE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """The sum of acc and a b, of half types, in float32."""
-    if INTERPRETED:  # it would multiply the bit patterns of bfloat16, and NumPy's sums are not those of tensor cores
+    """Returns acc + a b in float32, for a and b of a half type."""
+    if INTERPRETED:  # it would multiply bit patterns of bfloat16, and its sums differ from those of tensor cores
         return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
         return tl.dot(a, b, acc)
 
 
 @triton.jit
+def dot_alone(a, b):
+    """Returns a b in float32, for a and b of a half type. Sums with it are not moved into the tensor core."""
+    zeros = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    if INTERPRETED:
+        return dot(a, b, zeros)
+    else:
+        # With this argument the compiler does not turn a sum with the product into an accumulator of it.
+        return tl.dot(a, b, zeros, max_num_imprecise_acc=2**30)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """The float32 numbers x in another dtype, rounded to nearest, ties to even."""
+    """Converts float32 numbers to another dtype, rounded to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter would truncate
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -52,20 +63,20 @@ def narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-# A float32 number is the sum of three bfloat16 numbers of eight bits each, so its products run on tensor cores as
-# those of half types do. PIECES is 3 then, 2 where 16 bits are enough, and 1 for half types as they are; a number in
-# pieces is a tuple of three, and where there are fewer only the first ones count.
+# Numbers in pieces. A float32 number is the sum of three bfloat16 numbers of eight bits each, so tensor cores can
+# multiply it. PIECES is 3 for float32, 2 where 16 bits are enough, and 1 for half types. A number in pieces is a tuple
+# of three; with fewer pieces the last ones are ignored.
 
 
 @triton.jit
 def cut(x):
-    """The first eight bits of float32 numbers."""
+    """Float32 numbers, cut off after their first eight bits."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def split(x, dtype: tl.constexpr, PIECES: tl.constexpr):
-    """The finite float32 numbers x in pieces of `dtype`, cut off: the quickest way."""
+    """Splits finite float32 numbers into pieces of `dtype` by cutting off, which takes the fewest instructions."""
     if PIECES == 1:
         first = narrow(x, dtype)
         return first, first, first
@@ -78,9 +89,9 @@ def split(x, dtype: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, PIECES: tl.constexpr):
-    """Any float32 numbers x in pieces of `dtype`, each rounded: what products leave out has no sign in common.
+    """Splits float32 numbers into rounded pieces of `dtype`, so that the errors of products have no common sign.
 
-    Of a number that is not finite the first piece says it all, and the others are 0.
+    An infinity or a NaN is in the first piece; the other pieces are 0.
     """
     if PIECES == 1:
         first = narrow(x, dtype)
@@ -95,7 +106,7 @@ def rounded(x, dtype: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def joined(x, PIECES: tl.constexpr):
-    """The float32 numbers that are in pieces."""
+    """The float32 numbers of which these are the pieces."""
     whole = x[0].to(tl.float32)
     if PIECES == 2:
         whole += x[1].to(tl.float32)
@@ -106,7 +117,7 @@ def joined(x, PIECES: tl.constexpr):
 
 @triton.jit
 def load(source, at, size, PIECES: tl.constexpr):
-    """The numbers at `at`, whose pieces lie `size` numbers apart."""
+    """Loads numbers at the offsets `at`. Their pieces lie `size` numbers apart."""
     first = tl.load(source + at)
     second, third = first, first
     if PIECES > 1:
@@ -118,7 +129,7 @@ def load(source, at, size, PIECES: tl.constexpr):
 
 @triton.jit
 def store(target, at, size, x, PIECES: tl.constexpr):
-    """Writes numbers in pieces to where `load` finds them."""
+    """Stores numbers in pieces in the layout that `load` reads."""
     tl.store(target + at, x[0])
     if PIECES > 1:
         tl.store(target + size + at, x[1])
@@ -128,7 +139,7 @@ def store(target, at, size, x, PIECES: tl.constexpr):
 
 @triton.jit
 def transposed(x, PIECES: tl.constexpr):
-    """A tile in pieces, transposed."""
+    """Transposes a tile in pieces."""
     first = tl.trans(x[0])
     second, third = first, first
     if PIECES > 1:
@@ -140,7 +151,7 @@ def transposed(x, PIECES: tl.constexpr):
 
 @triton.jit
 def small_products(a, b, acc, PIECES: tl.constexpr):
-    """The sum of acc and a b but for the product of the first pieces, small terms first."""
+    """Returns acc + a b without the product of the first pieces. Small terms are added first."""
     if PIECES == 3:
         acc = dot(a[2], b[0], acc)
         acc = dot(a[1], b[1], acc)
@@ -155,13 +166,13 @@ def small_products(a, b, acc, PIECES: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PIECES: tl.constexpr):
-    """The sum of acc and a b: exact but for terms below the last place of float32."""
+    """Returns acc + a b. Terms below the last place of float32 are left out."""
     return dot(a[0], b[0], small_products(a, b, acc, PIECES))
 
 
 @triton.jit
-def transposed_product(a, b, acc, PIECES: tl.constexpr):
-    """The same, in the order in which `product` adds up the transpose of a b: to the last bit what that is."""
+def transposed_small_products(a, b, acc, PIECES: tl.constexpr):
+    """`small_products`, in the order that `small_products` has for the transposed operands: the same bits."""
     if PIECES == 3:
         acc = dot(a[0], b[2], acc)
         acc = dot(a[1], b[1], acc)
@@ -171,4 +182,33 @@ def transposed_product(a, b, acc, PIECES: tl.constexpr):
         acc = dot(a[2], b[0], acc)
     if PIECES > 1:
         acc = dot(a[1], b[0], acc)
-    return dot(a[0], b[0], acc)
+    return acc
+
+
+@triton.jit
+def transposed_product(a, b, acc, PIECES: tl.constexpr):
+    """`product`, in the order that `product` has for the transposed operands: the same bits, transposed."""
+    return dot(a[0], b[0], transposed_small_products(a, b, acc, PIECES))
+
+
+# A tensor core cuts its sums off. These errors have one sign, and in long sums they would exceed those of float32. So
+# loops over tiles add float32 products up outside of the tensor core. Each loop uses the order that takes fewer
+# registers.
+
+
+@triton.jit
+def added_product(a, b, acc, PIECES: tl.constexpr):
+    """Returns acc + a b, where a float32 sum with acc is rounded and not cut off."""
+    if PIECES == 1:
+        return dot(a[0], b[0], acc)
+    else:
+        return acc + product(a, b, tl.zeros_like(acc), PIECES)
+
+
+@triton.jit
+def added_transposed_product(a, b, acc, PIECES: tl.constexpr):
+    """`added_product` in the order of `transposed_product`."""
+    if PIECES == 1:
+        return dot(a[0], b[0], acc)
+    else:
+        return acc + transposed_product(a, b, tl.zeros_like(acc), PIECES)

@@ -1,6 +1,6 @@
 """How kernels are declared and launched.
 
-Launches are straight, once a kernel is compiled: Triton's own way takes longer than small kernels run.
+Compiled kernels are launched directly: a launch by Triton takes longer than a small kernel runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from corrmatch.kernels.configs import CANDIDATE_SPLITS, CANDIDATES, Tile
 from corrmatch.kernels.language import INTERPRETED
 from corrmatch.kernels.plan import Pass
 
-AUTOTUNE = os.environ.get("CORRMATCH_AUTOTUNE") == "1"  # when this package is first imported
+AUTOTUNE = os.environ.get("CORRMATCH_AUTOTUNE") == "1"  # read when this package is imported
 
 Tensors = Sequence[Tensor | None]
 Numbers = Sequence[int | float]
@@ -31,10 +31,10 @@ class Variant(NamedTuple):
     """One form of a kernel that `inspect` compiles without a GPU.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         kernel: The kernel.
-        constants: Values of its arguments in capitals but for those of the tile; others are ignored.
-        tile: The tile of a kernel over scores; None for a kernel that is linear in the positions.
+        constants: Values of its constant arguments, without those of the tile. Other names are ignored.
+        tile: The tile of a pass over the scores; None for a kernel that is linear in the positions.
     """
 
     name: str
@@ -50,18 +50,18 @@ def kernel(
     floats: Sequence[str] = (),
     padded: Sequence[str] = (),
 ) -> Callable[[Callable[..., None]], Any]:
-    """Makes a Triton kernel of a function, with the types of its arguments.
+    """Declares a Triton kernel and the types of its arguments.
 
-    Triton reads the types off the tensors of a call; `inspect` compiles without tensors and reads them here. Arguments
-    in capitals are constants. All others that are not named here are sizes and strides, integers of 32 bits or as
-    annotated, for which Triton must not compile anew.
+    Triton infers types from the tensors of a call; `inspect` compiles without tensors and reads them here. Arguments in
+    capitals are constants. Arguments that are not named here are sizes and strides: integers of 32 bits, or as
+    annotated. Triton does not compile a kernel again for other values of them.
 
     Args:
-        unaligned: Pointers to a caller's tensors, which may start at any address: name and type of the numbers, "data"
-            (the dtype of query and logits), "packed" (that of packed maps) or as Triton calls it.
-        aligned: The same, pointers to memory that torch has allocated.
-        floats: Numbers of float32.
-        padded: Sizes that are multiples of `plan.ALIGNMENT`, which the compiler makes use of.
+        unaligned: Pointers to tensors of a caller, which may start at any address: name and element type. The type is
+            "data" (the dtype of query and logits), "packed" (the dtype of packed maps) or a name of Triton's.
+        aligned: The same for pointers to memory that torch has allocated.
+        floats: Names of float32 numbers.
+        padded: Names of sizes that are multiples of `plan.ALIGNMENT`. The compiler makes use of that.
     """
     pointers = {**(unaligned or {}), **(aligned or {})}
 
@@ -70,7 +70,7 @@ def kernel(
         sizes = [name for name in inspect.signature(function).parameters if not name.isupper() and name not in known]
         made = triton.jit(function, do_not_specialize=sizes, do_not_specialize_on_alignment=[*(unaligned or {})])
         made.pointers, made.floats = pointers, floats
-        made.compiled = {}  # binaries, by what they depend on; Triton takes its time to hash a kernel
+        made.compiled = {}  # compiled kernels; Triton's own key of a kernel is slow to compute
         return made
 
     return decorate
@@ -80,12 +80,12 @@ def launch(
     kernel: Any, programs: int, tensors: Tensors, numbers: Numbers, constants: Sequence[Any], warps: int = 4,
     stages: int = 3,
 ) -> None:  # fmt: skip
-    """Runs `kernel` in so many programs. Its arguments are tensors, numbers and constants, in that order."""
+    """Runs `kernel` with so many programs. Its arguments are tensors, numbers and constants, in this order."""
     if INTERPRETED.value:
         kernel[(programs,)](*tensors, *numbers, *constants)
         return
-    # What a binary depends on. Numbers are no part of it: kernels are not compiled for sizes, and the type of each is
-    # fixed, strides being annotated as 64 bits.
+    # The key of a binary. Numbers are not part of it: kernels are not specialised for sizes, and each number has a
+    # fixed type, 64 bits for strides.
     kinds = [None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
     key = (torch.cuda.current_device(), warps, stages, *constants, *kinds)
     compiled = kernel.compiled.get(key)
@@ -114,7 +114,7 @@ def launch_pass(kernel: Any, over: Pass, tensors: Tensors, numbers: Numbers, con
 
 @functools.cache
 def tuned(kernel: Any, splits: int) -> Any:
-    """The kernel with the fastest of CANDIDATES for each problem size, dtype and set of flags, in at most `splits`."""
+    """The kernel, tuned over CANDIDATES with at most `splits` splits for each problem size, dtype and set of flags."""
     candidates = [
         triton.Config(
             {"ROWS": c.rows, "COLUMNS": c.columns, "splits": count, "SPLIT": count > 1},
@@ -126,5 +126,6 @@ def tuned(kernel: Any, splits: int) -> Any:
         if count <= splits
     ]
     flags = [name for name in kernel.arg_names if name.isupper() and name not in CHOSEN]
-    written = [name for name in ("packed",) if name in kernel.arg_names]  # in place: a second run would find other maps
+    # The row kernel writes into the packed maps, and each timing needs the original ones.
+    written = [name for name in ("packed",) if name in kernel.arg_names]
     return triton.autotune(candidates, key=["n_q", "n_k", *flags], restore_value=written)(kernel)

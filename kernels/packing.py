@@ -1,10 +1,9 @@
-"""Packed maps: what the matrix kernels read.
+"""Packed maps: the form in which the passes over the scores read query, key, value and gradient.
 
-A map of any strides becomes (pieces, channels, positions) with channels and positions padded by zeros: channels to a
-power of two of at least 16, positions to a multiple of 128. So rows are aligned, though the image sizes of this
-method are odd, and the inner loops need no masks. Query, key and value of an image lie behind one another in one
-buffer, and are packed by one kernel. Where a gate closes query positions, only the open ones are packed, in order, and
-the kernels loop over their number: what is closed costs nothing.
+A map of any strides becomes (pieces, channels, positions). Zeros pad the channels to a power of two of at least 16, and
+the positions to a multiple of 128. So rows are aligned, although the image sizes of this method are odd, and inner
+loops need no masks. One kernel packs query, key and value of an image behind one another in one buffer. With a gate it
+packs only the open query positions, in order, and the passes loop over these: closed positions cost nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.plan import ALIGNMENT, Plan, padded
 from corrmatch.kernels.split import Scratch, clear
 
-FOLDS = tl.constexpr(3)  # channels of ones in the key, for the shift in three pieces
-ELEMENTS = 65536 if INTERPRETED.value else 4096  # of a block; the interpreter takes its time by the block
+FOLDS = tl.constexpr(3)  # channels of ones in the key; the query holds the shift there, in three pieces
+ELEMENTS = 65536 if INTERPRETED.value else 4096  # of a block; the interpreter wants few blocks
 
 
 def block_size(channels: int) -> int:
-    """Positions of a block that holds all channels of each; a divisor of ALIGNMENT."""
+    """Positions of a block, which holds all channels. It divides ALIGNMENT."""
     return min(ALIGNMENT, max(16, ELEMENTS // channels))
 
 
@@ -33,9 +32,9 @@ def pack(
     plan: Plan, query: Tensor, key: Tensor, value: Tensor, mass: bool, open_rows: Tensor | None, packed: Tensor,
     scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Fills `packed`, as `Layout` says: query times its factor, key, value and, with the mass, a channel of ones.
+    """Fills `packed`, described by `plan.Layout`, with query times its factor, key and value.
 
-    It makes the scratch ready for the passes.
+    With the mass the value gets a channel of ones. The kernel also prepares the scratch of the passes.
     """
     n_q, n_k = query.shape[2] * query.shape[3], key.shape[2] * key.shape[3]
     packed_q, packed_k = padded(n_q), padded(n_k)
@@ -54,7 +53,7 @@ def pack(
 
 
 def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor, scratch: Scratch) -> None:
-    """Fills `packed` (B, pieces, channels, padded positions) with grad (B, C, Hk, Wk), and makes the scratch ready."""
+    """Fills `packed` (B, pieces, channels, padded positions) with grad (B, C, Hk, Wk) and prepares the scratch."""
     n_k = grad.shape[2] * grad.shape[3]
     packed_k, block = packed.shape[3], block_size(plan.channels)
     launch(
@@ -68,20 +67,20 @@ def pack_gradient(plan: Plan, grad: Tensor, packed: Tensor, scratch: Scratch) ->
 
 @triton.jit
 def pack_map(
-    source,  # the map of this image
-    packed,  # where this image's map goes
-    open_rows,  # of this image: flat position of each row, -1 behind the last; read with GATHER only
-    start,  # first packed position of this block
-    channels, positions, packed_positions, width,  # of the map
+    source,  # the map of the image
+    packed,  # the packed map of the image
+    open_rows,  # flat position of each open row of the image, then -1; read with GATHER only
+    start,  # first packed position of the block
+    channels, positions, packed_positions, width,  # sizes of the map
     stride_c, stride_y, stride_x,  # strides of the map
-    factor,  # what the numbers are multiplied by
-    ONES: tl.constexpr,  # channels of ones behind the last
+    factor,  # multiplied with the map
+    ONES: tl.constexpr,  # number of channels of ones behind the last
     GATHER: tl.constexpr,  # whether only open rows are packed
-    PIECES: tl.constexpr,  # of a packed number
+    PIECES: tl.constexpr,  # pieces of a packed number
     CHANNELS: tl.constexpr,  # padded channels
-    BLOCK: tl.constexpr,  # positions of this block
+    BLOCK: tl.constexpr,  # positions of the block
 ):  # fmt: skip
-    """One block of a map."""
+    """Packs one block of a map."""
     column = start + tl.arange(0, BLOCK)
     position = column
     if GATHER:
@@ -98,7 +97,7 @@ def pack_map(
 
 @triton.jit
 def maps_of(packed, b, packed_q, packed_k, PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where the packed query, key and value of an image begin."""
+    """Pointers to the packed query, key and value of an image."""
     size_q, size_k = PIECES * DEPTH * packed_q.to(tl.int64), PIECES * DEPTH * packed_k.to(tl.int64)
     query = packed + b * (size_q + size_k + PIECES * CHANNELS * packed_q.to(tl.int64))
     key = query + size_q
@@ -113,26 +112,26 @@ def maps_of(packed, b, packed_q, packed_k, PIECES: tl.constexpr, DEPTH: tl.const
 )
 def pack_kernel(
     query, key, value,  # in: (B, depth, n_q), (B, depth, n_k), (B, values, n_q)
-    packed,  # out: (B, numbers), as `Layout` says
-    open_rows,  # in: (B, packed_q + 1), as `gate` makes it; read with GATED only
+    packed,  # out: (B, numbers), described by `plan.Layout`
+    open_rows,  # in: (B, packed_q + 1), described in gate.py; read with GATED only
     arrived,  # out: (tiles), zeros; None where no pass is split
     n_q, n_k,  # query positions and key positions
     packed_q, packed_k,  # the same, padded
     depth, values,  # channels of query and key, and of value
-    width_q, width_k,  # of the images
+    width_q, width_k,  # widths of the maps
     tiles,  # length of `arrived`
-    factor,  # of the query
+    factor,  # multiplied with the query
     query_b: tl.int64, query_c: tl.int64, query_y: tl.int64, query_x: tl.int64,  # strides of the query
     key_b: tl.int64, key_c: tl.int64, key_y: tl.int64, key_x: tl.int64,  # strides of the key
     value_b: tl.int64, value_c: tl.int64, value_y: tl.int64, value_x: tl.int64,  # strides of the value
     GATED: tl.constexpr,  # whether only open rows of query and value are packed
-    FOLDED: tl.constexpr,  # whether the key gets ones for the shift
+    FOLDED: tl.constexpr,  # whether the key gets channels of ones for the shift
     MASS: tl.constexpr,  # whether the value gets a channel of ones
-    PIECES: tl.constexpr,  # of a packed number
+    PIECES: tl.constexpr,  # pieces of a packed number
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,  # positions of a block of query or key, and of value
 ):  # fmt: skip
-    """Owner of a block of one of the three maps."""
+    """A program packs one block of one of the three maps."""
     clear(arrived, tiles, BLOCK_D)
     blocks_q, blocks_k, blocks_v = packed_q // BLOCK_D, packed_k // BLOCK_D, packed_q // BLOCK_C
     b = (tl.program_id(0) // (blocks_q + blocks_k + blocks_v)).to(tl.int64)
@@ -163,14 +162,14 @@ def pack_gradient_kernel(
     packed,  # out: (B, PIECES, CHANNELS, packed_k)
     arrived,  # out: (tiles), zeros; None where no pass is split
     n_k, packed_k,  # key positions, and padded
-    channels, width,  # of the gradient
+    channels, width,  # sizes of the gradient
     tiles,  # length of `arrived`
     stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the gradient
-    PIECES: tl.constexpr,  # of a packed number
+    PIECES: tl.constexpr,  # pieces of a packed number
     CHANNELS: tl.constexpr,  # padded channels
     BLOCK: tl.constexpr,  # positions of a block
 ):  # fmt: skip
-    """Owner of BLOCK positions."""
+    """A program packs BLOCK positions."""
     clear(arrived, tiles, BLOCK)
     b, start = block_of(packed_k, BLOCK)
     pack_map(
@@ -180,7 +179,7 @@ def pack_gradient_kernel(
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
-    """What `inspect` compiles."""
+    """The forms that `inspect` compiles."""
     constants = plan.constants | {"PIECES": plan.kept}
     blocks = {"BLOCK_D": block_size(plan.depth), "BLOCK_C": block_size(plan.channels)}
     yield Variant("pack", pack_kernel, constants | blocks | {"GATED": True, "MASS": False})

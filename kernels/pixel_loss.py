@@ -1,9 +1,9 @@
-"""Losses of logits that are enlarged bilinearly, and their gradients on the small grid.
+"""Losses of bilinearly enlarged logits, and their gradients on the small grid.
 
-A block owns neighbouring cells of one row of the grid, and holds the logits at their corners in registers: the pixels
-of a cell lie between the same four grid points, so enlarged logits are a mixture of what is there, and their gradients
-are summed where they belong. What the blocks around a grid point have for it is added up afterwards: no atomics, the
-same result from run to run.
+A block owns neighbouring cells of one row of the grid and holds the logits at their corners in registers. The pixels of
+a cell lie between the same four grid points, so their enlarged logits are mixtures of these corners, and the block sums
+up the gradients of the corners. The sums of the blocks around a grid point are added in a second step. There are no
+atomics, and results are the same from run to run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from corrmatch.kernels.language import INTERPRETED, LOG2E, on_device_of
 from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.plan import Plan
 
-# Classes times cells of a block: so few that the tiles of values and gradients, eight and more, stay in registers. The
-# interpreter's time grows with the number of blocks.
+# Classes times cells of a block. Eight and more tiles of values and gradients of this size fit in registers. The
+# interpreter wants few blocks.
 ELEMENTS = 8192 if INTERPRETED.value else 256
 CORNERS = 4
 
@@ -29,7 +29,7 @@ def loss(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, loss: Tensor, pixels: Tensor,
     grad: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills loss (), pixels (B, H, W) and, where there is one, grad (B, C, h, w); see `corrmatch.ops.pixel_loss`."""
+    """Fills loss (), pixels (B, H, W) and, unless it is None, grad (B, C, h, w); see `corrmatch.ops.pixel_loss`."""
     batch, classes, grid_height, grid_width = logits.shape
     height, width = weight.shape[1:]
     resize = (height, width) != (grid_height, grid_width)
@@ -66,9 +66,9 @@ def tile(classes: int) -> tuple[int, int]:
 
 @triton.jit
 def pixels_of(cell, inputs, outputs):
-    """The first pixel of a cell, with aligned corners, that of the next cell, and how far in the cell the first lies.
+    """The first pixel of a cell with aligned corners, that of the next cell, and the offset of the first in the cell.
 
-    The distance is in units of 1 / (outputs - 1) grid steps: whole numbers, 0 where a pixel is a grid point.
+    The offset is in units of 1 / (outputs - 1) grid steps. It is a whole number, and 0 where a pixel is a grid point.
     """
     steps = tl.maximum(outputs - 1, 1)
     gaps = tl.maximum(inputs - 1, 1)
@@ -81,7 +81,7 @@ def pixels_of(cell, inputs, outputs):
 
 @triton.jit
 def load_corners(source, at, right, down, inside, RESIZE: tl.constexpr):
-    """The logits at the four corners of a tile of cells: here, right, below, diagonal. All the first without RESIZE."""
+    """The logits at the corners of a tile of cells: here, right, below, diagonal. Without RESIZE all are the first."""
     here = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
     if not RESIZE:
         return here, here, here, here
@@ -92,14 +92,14 @@ def load_corners(source, at, right, down, inside, RESIZE: tl.constexpr):
 
 @triton.jit
 def edges(corners, down):
-    """The logits on the left and the right edge of cells, at an image row `down` of the way to the grid row below."""
+    """Logits on the left and right edges of cells, at an image row that lies `down` of the way to the next grid row."""
     here, right, below, diagonal = corners
     return here + down * (below - here), right + down * (diagonal - right)
 
 
 @triton.jit
 def exponentials(value, known, counted, log2e):
-    """Logits less their largest, the exponentials of those, and their sum; of zeros where a pixel does not count."""
+    """Logits minus their maximum, their exponentials, and the sum of these. All are 0 where a pixel does not count."""
     value = tl.where(counted, value, 0.0)
     value = tl.where(known, value, -float("inf"))
     value = tl.where(known, value - tl.max(value, 0)[None, :], 0.0)
@@ -109,7 +109,7 @@ def exponentials(value, known, counted, log2e):
 
 @triton.jit
 def cross_entropy_terms(value, label, c, known, counted, log2e):
-    """Loss of each pixel, and its gradient by the logits."""
+    """The loss of each pixel and its gradient with respect to the logits."""
     value, e, total = exponentials(value, known, counted, log2e)
     chosen = c == label
     loss = tl.log(total) - tl.sum(tl.where(chosen, value, 0.0), 0)[None, :]
@@ -118,7 +118,7 @@ def cross_entropy_terms(value, label, c, known, counted, log2e):
 
 @triton.jit
 def divergence_terms(value, target, known, counted, log2e):
-    """Loss of each pixel, and its gradient by the logits."""
+    """The loss of each pixel and its gradient with respect to the logits."""
     value, e, total = exponentials(value, known, counted, log2e)
     target, q, target_total = exponentials(target, known, counted, log2e)
     difference = tl.sum(tl.where(q == 0, 0.0, q * (target - value)), 0)[None, :]
@@ -128,7 +128,7 @@ def divergence_terms(value, target, known, counted, log2e):
 
 @triton.jit
 def spread(gradient, way):
-    """The gradient of a value that lies `way` between two others: what each of the two gets of it."""
+    """Distributes the gradient of a value that lies `way` between two others to these two."""
     return gradient - way * gradient, way * gradient
 
 
@@ -144,10 +144,10 @@ def loss_kernel(
     weight,  # in: (B, height, width)
     pixels,  # out: (B, height, width), the weighted loss
     parts,  # out: (4 or, without RESIZE, 1, B, classes, grid_height, grid_width), gradients of the corners of the cells
-    blocks,  # of a row of the grid
+    blocks,  # number of blocks of a row of the grid
     classes,  # number of classes
-    grid_height, grid_width,  # of the logits
-    height, width,  # of the pixels
+    grid_height, grid_width,  # sizes of the logits
+    height, width,  # sizes of the image
     corner_size: tl.int64,  # numbers of one of `parts`
     stride_b: tl.int64, stride_c: tl.int64, stride_y: tl.int64, stride_x: tl.int64,  # strides of the logits
     labels_b: tl.int64, labels_y: tl.int64, labels_x: tl.int64,  # strides of the labels
@@ -155,12 +155,12 @@ def loss_kernel(
     weight_b: tl.int64, weight_y: tl.int64, weight_x: tl.int64,  # strides of the weight
     log2e,  # log2(e), which makes exp2 an exponential
     RESIZE: tl.constexpr,  # whether the logits are enlarged
-    DIVERGENCE: tl.constexpr,  # the divergence from the target, or the cross-entropy of the labels
+    DIVERGENCE: tl.constexpr,  # whether the loss is the divergence from the target; else cross-entropy
     GRADIENT: tl.constexpr,  # whether `parts` are wanted
     CHANNELS: tl.constexpr,  # padded classes
     CELLS: tl.constexpr,  # cells of a block
 ):  # fmt: skip
-    """Owner of CELLS cells of a row of the grid: their pixels, and the gradients of their corners."""
+    """A program owns CELLS cells of a grid row. It computes their pixels and the gradients of their corners."""
     block = tl.program_id(0)
     row = block // blocks % grid_height
     b = (block // blocks // grid_height).to(tl.int64)
@@ -169,7 +169,7 @@ def loss_kernel(
     known = c < classes
     inside = known & (cell < grid_width)[None, :]
 
-    right = tl.where(cell + 1 < grid_width, 1, 0)[None, :]  # the last column has itself to the right, with weight 0
+    right = tl.where(cell + 1 < grid_width, 1, 0)[None, :]  # the last column is its own neighbour
     down = tl.where(row + 1 < grid_height, 1, 0)
     wide = c.to(tl.int64)
     at = b * stride_b + wide * stride_c + row.to(tl.int64) * stride_y + cell.to(tl.int64)[None, :] * stride_x
@@ -248,7 +248,7 @@ def loss_kernel(
 
 
 def variants(plan: Plan, classes: int) -> Iterator[Variant]:
-    """What `inspect` compiles."""
+    """The forms that `inspect` compiles."""
     channels, cells = tile(classes)
     constants = {"RESIZE": True, "GRADIENT": True, "CHANNELS": channels, "CELLS": cells}
     yield Variant("cross-entropy", loss_kernel, constants | {"DIVERGENCE": False})

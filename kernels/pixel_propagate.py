@@ -1,16 +1,16 @@
 """Pixel propagation, forward: Z[:, j] = sum_i g_i V[:, i] P_ij, in two passes over the scores.
 
-The row pass owns query positions: shift and sum of each row, P_ij = 2^(factor <q_i, k_j> - shift_i) / sum_i, and,
-where a gradient will be asked for, the mean key E[:, i] = sum_j P_ij key[:, j]. The column pass owns key positions and
-loops over the open rows: one exponential an element, no division, Z += V P. Nothing of size N_q x N_k leaves the
-registers, and each result has one owner: no atomics, the same bits from run to run. With the packing of the three maps
-these are three launches; the backward finds the packed maps as they were left.
+A block of the row pass owns query positions. It computes the shift and the sum of each row of
+P_ij = 2^(factor <q_i, k_j> - shift_i) / sum_i and, if the backward needs it, the mean key
+E[:, i] = sum_j P_ij key[:, j]. A block of the column pass owns key positions. It loops over the open rows and adds up
+Z += V P, with one exponential and no division an element. No array of size N_q x N_k leaves the registers. Each result
+has one owner, so there are no atomics and the bits are the same from run to run. With the packing of the three maps
+these are three launches. The backward uses the packed maps again.
 
-For float16 and bfloat16 the row pass stores the row's log-sum-exp as the shift, and 1 as the sum. For bfloat16 it
-also writes the shift into three unused channels of the packed query, so that the matrix product yields the exponent
-directly. For float32 a rounded log-sum-exp would lose digits, so the shift is the largest score of the row, which its
-own recomputation cancels, and V is divided by the row sum. The row pass writes all that into its own rows of the packed
-maps.
+For float16 and bfloat16 the row pass stores the row's log-sum-exp as the shift, and 1 as the sum. For bfloat16 it also
+writes the shift into three unused channels of the packed query, so that the matrix product is the exponent itself. For
+float32 a rounded log-sum-exp would lose digits. There the shift is the largest score of the row, which cancels exactly
+when it is computed again, and V is divided by the row sum. The row pass writes these into its rows of the packed maps.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ from torch import Tensor
 
 from corrmatch.kernels.gate import confidence_gate, end_of_rows, fill_open_rows
 from corrmatch.kernels.language import (
+    added_transposed_product,
     dot,
+    dot_alone,
     joined,
     load,
     narrow,
     on_device_of,
     product,
     rounded,
-    small_products,
     split,
     store,
     transposed,
     transposed_product,
+    transposed_small_products,
 )  # fmt: skip
 from corrmatch.kernels.launch import Variant, kernel, launch_pass
 from corrmatch.kernels.packing import FOLDS, maps_of, pack
 from corrmatch.kernels.plan import Pass, Plan, padded
 from corrmatch.kernels.split import Scratch, is_last, share, sum_if_last, tile_of
 
-CHUNK = tl.constexpr(16)  # channels of the value that the row pass divides at once
+CHUNK = tl.constexpr(16)  # channels of the value that the row pass divides in one turn
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, threshold: Tensor | None, scale: float,
     out: Tensor, packed: Tensor, rows: Tensor, open_rows: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills `out` (B, C or, with the mass, C + 1, Hk, Wk) and what the backward needs.
+    """Fills `out` (B, C or, with the mass, C + 1, Hk, Wk) and the tensors that the backward needs.
 
-    `packed` and `rows` are as `plan.Layout` says, the latter with the mean key where it has room for it; `open_rows`,
-    int32 (B, padded N_q + 1), is there where there is a gate or a threshold.
+    `plan.Layout` describes `packed` and `rows`. The mean key is computed if `rows` has room for it. `open_rows`, int32
+    (B, padded N_q + 1), is None if there is neither a gate nor a threshold.
     """
     with on_device_of(query):
         mass = out.shape[1] > value.shape[1]
@@ -86,14 +88,14 @@ def row_step(
     q,  # the queries of the block
     key,  # the packed keys of the image
     j0,  # first key position of the tile
-    n_k, packed_k,  # key positions, and padded
-    factor,  # of the exponent of P
-    largest, total, mean,  # of each row so far: largest score, sum of exponentials, sum of keys
-    LAST: tl.constexpr,  # whether the tile reaches beyond the last key
+    n_k, packed_k,  # number of key positions, and padded
+    factor,  # turns scores into exponents of P
+    largest, total, mean,  # of each row, up to this tile: largest score, sum of exponentials, sum of keys
+    LAST: tl.constexpr,  # whether the tile extends beyond the last key
     MEAN: tl.constexpr,  # whether the mean key is wanted
-    PIECES: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # as of the kernel
+    PIECES: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # see the kernel
 ):  # fmt: skip
-    """One tile of a row's online softmax."""
+    """Adds one tile to the online softmax of the rows."""
     j = j0 + tl.arange(0, COLUMNS)
     k = load(key, tl.arange(0, DEPTH)[:, None] * packed_k + j[None, :], DEPTH * packed_k, PIECES)
     scores = product(q, k, tl.zeros((ROWS, COLUMNS), tl.float32), PIECES) * factor
@@ -104,19 +106,20 @@ def row_step(
     shrink = tl.exp2(largest - larger)
     total = total * shrink + tl.sum(p, 1)
     if MEAN:
-        mean = transposed_product(split(p, k[0].dtype, PIECES), transposed(k, PIECES), mean * shrink[:, None], PIECES)
+        mean = mean * shrink[:, None]
+        mean = added_transposed_product(split(p, k[0].dtype, PIECES), transposed(k, PIECES), mean, PIECES)
     return larger, total, mean
 
 
 @triton.jit
 def rows_of_parts(
-    parts,  # of this tile: of every part the (packed_q, 2 + DEPTH) numbers of its rows, with MEAN the mean last
-    size,  # how far the parts lie apart
-    i, packed_q,  # the rows, and padded query positions
-    splits,  # how many parts there are
-    MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,  # as of the kernel
+    parts,  # of this tile: each part has (packed_q, 2 + DEPTH) numbers, the mean last; without MEAN (packed_q, 2)
+    size,  # numbers between the starts of two parts
+    i, packed_q,  # the rows, and the number of padded query positions
+    splits,  # number of parts
+    MEAN: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,  # see the kernel
 ):  # fmt: skip
-    """Largest score, sum and mean of rows over all parts, in order."""
+    """Combines largest score, sum and mean of the rows over all parts, in order."""
     at = 2 * packed_q + i[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
     largest = tl.load(parts + i, cache_modifier=".cg")  # the first part is never empty
     total = tl.load(parts + packed_q + i, cache_modifier=".cg")
@@ -143,25 +146,25 @@ def rows_of_parts(
 )
 def row_kernel(
     packed,  # in and out: the packed maps; shifts go into the query, sums into the value
-    rows,  # out: (B, 2, packed_q), shift and sum; with MEAN (B, 2 + depth, packed_q), the mean key behind them
-    open_rows,  # in: (B, packed_q + 1), the number of rows in its last place; read with GATED only
-    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
-    n_q, n_k,  # query positions and key positions
+    rows,  # out: (B, 2, packed_q), shift and sum; with MEAN (B, 2 + depth, packed_q), then the mean key
+    open_rows,  # in: (B, packed_q + 1), described in gate.py; read with GATED only
+    parts, arrived,  # scratch, described by `split.Scratch`; used with SPLIT only
+    n_q, n_k,  # numbers of query positions and of key positions
     packed_q, packed_k,  # the same, padded
-    depth,  # channels of query and key
-    factor,  # of the exponent of P
+    depth,  # number of channels of query and key
+    factor,  # turns scores into exponents of P
     bias,  # P is stored multiplied by 2^bias
-    splits,  # how many blocks share a loop
+    splits,  # number of blocks that share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
-    EXACT: tl.constexpr,  # whether the shift is the largest score and the value is divided; else it is the log-sum-exp
-    FOLDED: tl.constexpr,  # whether the shift goes into the query
+    EXACT: tl.constexpr,  # whether the shift is the largest score and V is divided by the sum; else it is the lse
+    FOLDED: tl.constexpr,  # whether the shift is written into the query
     MEAN: tl.constexpr,  # whether the mean key is wanted
-    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products use
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
-    SPLIT: tl.constexpr,  # whether there are several splits
+    SPLIT: tl.constexpr,  # whether several blocks share a loop
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
-    """Owner of ROWS query positions: shift, sum and mean key; what lies behind the last row is finite."""
+    """A program owns ROWS query positions: shift, sum, mean key. It writes finite numbers behind the last row, too."""
     b, i0, part = tile_of(packed_q, splits, ROWS, SPLIT)
     query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * (2 + depth if MEAN else 2) * packed_q
@@ -204,7 +207,7 @@ def row_kernel(
                 tl.store(
                     rows + (2 + d[None, :]) * packed_q + i[:, None], mean / total[:, None], mask=(d < depth)[None, :]
                 )
-            if FOLDED:  # each channel holds the next eight bits, so that the sum has those of float32
+            if FOLDED:  # each channel holds the next eight bits, so the three together hold a float32 number
                 rest = -shift / factor
                 for piece in tl.static_range(FOLDS):
                     digits = narrow(rest, query.dtype.element_ty)
@@ -229,24 +232,24 @@ def row_kernel(
     padded=("packed_q", "packed_k"),
 )  # fmt: skip
 def column_kernel(
-    packed, rows, open_rows,  # in: as the row kernel leaves them
+    packed, rows, open_rows,  # in: written by the row kernel
     out,  # out: (B, channels, n_k)
-    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
-    n_q, n_k,  # query positions and key positions
+    parts, arrived,  # scratch, described by `split.Scratch`; used with SPLIT only
+    n_q, n_k,  # numbers of query positions and of key positions
     packed_q, packed_k,  # the same, padded
-    kept,  # numbers that `rows` has for each query position
-    channels,  # of the result
-    factor,  # of the exponent of P
-    unbias,  # of the result: 2^-bias
-    splits,  # how many blocks share a loop
+    kept,  # numbers of `rows` for each query position
+    channels,  # number of channels of the result
+    factor,  # turns scores into exponents of P
+    unbias,  # 2^-bias, multiplied with the result
+    splits,  # number of blocks that share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
-    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products use
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
-    SPLIT: tl.constexpr,  # whether there are several splits
+    SPLIT: tl.constexpr,  # whether several blocks share a loop
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
-    """Owner of COLUMNS key positions: Z. Tiles are transposed, so that P is the operand that stays in registers."""
+    """A program owns COLUMNS key positions of Z. Tiles are transposed, so that P stays in registers as an operand."""
     b, j0, part = tile_of(n_k, splits, COLUMNS, SPLIT)
     query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     rows += b * kept * packed_q
@@ -266,10 +269,12 @@ def column_kernel(
         if not FOLDED:
             scores -= tl.load(rows + i)[None, :]
         p = split(tl.exp2(scores), v[0].dtype, PIECES)
-        z = dot(p[0], v[0], z)
-        if PIECES > 1:
-            small = small_products(p, v, small, PIECES)
-    if PIECES > 1:  # of an infinite value the small products may be NaN, the large one is what it should be
+        if PIECES == 1:
+            z = dot(p[0], v[0], z)
+        else:
+            small = transposed_small_products(p, v, small, PIECES)
+            z += dot_alone(p[0], v[0])
+    if PIECES > 1:  # with an infinite value the small products may be NaN; the large product is right
         z += tl.where(small - small == 0, small, 0.0)
     last = True
     if SPLIT:
@@ -283,7 +288,7 @@ def column_kernel(
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
-    """What `inspect` compiles."""
+    """The forms that `inspect` compiles."""
     constants = plan.constants | {"GATED": False}
     for name, several in (("", False), (", split", True)):
         form = constants | {"SPLIT": several}

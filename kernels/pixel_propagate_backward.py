@@ -1,12 +1,13 @@
 """Gradients of pixel propagation, in two passes over the scores.
 
-Let G = dL/dZ and t_ij = <V_i, G_j>. The row pass owns query positions: U_i = sum_j P_ij G_j, A_i = sum_j P_ij t_ij
-key_j and delta_i = <V_i, U_i>, so that dV_i = U_i and dquery_i = scale (A_i - delta_i E_i), with the mean key E of the
-forward. The column pass owns key positions: dkey_j = scale sum_i P_ij (t_ij - delta_i) query_i. The packed maps are
-those of the forward; G is packed, and these are three launches. Closed rows are not packed; their gradients are 0. In
-float32, V and the delta of the column pass are divided by the row's sum instead of P, as in the forward.
+Let G = dL/dZ and t_ij = <V_i, G_j>. A block of the row pass owns query positions. It computes U_i = sum_j P_ij G_j,
+A_i = sum_j P_ij t_ij key_j and delta_i = <V_i, U_i>. Then dV_i = U_i and dquery_i = scale (A_i - delta_i E_i), with the
+mean key E of the forward. A block of the column pass owns key positions: dkey_j = scale sum_i P_ij (t_ij - delta_i)
+query_i. G is packed first, so these are three launches; query, key and value have been packed by the forward. Closed
+rows are not packed, and their gradients are 0. In float32, V and the delta of the column pass are divided by the row
+sum instead of P, as in the forward.
 
-In the code u, a and t are U, A and t of a tile, dk is dkey, and `delta` is delta before that division.
+In the code u, a and t are U, A and t of a tile, dk is dkey, and `delta` is delta before this division.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 from corrmatch.kernels.gate import end_of_rows
 from corrmatch.kernels.language import (
     LOG2E,
-    dot,
+    added_product,
+    added_transposed_product,
     joined,
     load,
     narrow,
@@ -41,9 +43,10 @@ def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, packed: Tensor, rows: Tensor, open_rows: Tensor | None,
     scale: float, dquery: Tensor | None, dkey: Tensor | None, dvalue: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills the gradients that are given. `packed`, `rows`, `open_rows` are the forward's; dquery needs the mean key.
+    """Fills those of dquery, dkey and dvalue that are not None; dquery needs the mean key.
 
-    Of query, key and value only shapes, dtypes and device are read.
+    `packed`, `rows` and `open_rows` come from the forward. Only shapes, dtypes and device of query, key and value are
+    read.
     """
     with on_device_of(query):
         plan = Plan.of(query, key, value, scale, grad_out.shape[1] > value.shape[1])
@@ -86,7 +89,7 @@ def maps_and_rows(
     packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept,
     GATED: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Where query, key, value, gradient, rows and delta of an image begin, and the number of rows that count."""
+    """Pointers to query, key, value, gradient, rows and delta of an image, and its number of packed rows."""
     query, key, value = maps_of(packed, b, packed_q, packed_k, KEPT, DEPTH, CHANNELS)
     grad += b * KEPT * CHANNELS * packed_k
     rows += b * kept * packed_q
@@ -99,15 +102,15 @@ def backward_row_step(
     q, v, shift,  # queries, values and shifts of the block
     key, grad,  # the packed keys and gradients of the image
     j0,  # first key position of the tile
-    n_k, packed_k,  # key positions, and padded
-    factor,  # of the exponent of P
-    u, a,  # the sums so far
-    LAST: tl.constexpr,  # whether the tile reaches beyond the last key
+    n_k, packed_k,  # number of key positions, and padded
+    factor,  # turns scores into exponents of P
+    u, a,  # the sums up to this tile
+    LAST: tl.constexpr,  # whether the tile extends beyond the last key
     DQUERY: tl.constexpr,  # whether `a` is wanted
     FOLDED: tl.constexpr, PIECES: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # these as of the kernel
+    COLUMNS: tl.constexpr,  # see the kernel
 ):  # fmt: skip
-    """What one tile adds to U and A."""
+    """Adds one tile to U and A."""
     j = j0 + tl.arange(0, COLUMNS)
     k = load(key, tl.arange(0, DEPTH)[:, None] * packed_k + j[None, :], DEPTH * packed_k, PIECES)
     g = load(grad, tl.arange(0, CHANNELS)[:, None] * packed_k + j[None, :], CHANNELS * packed_k, PIECES)
@@ -117,10 +120,10 @@ def backward_row_step(
     if LAST:
         scores = tl.where((j < n_k)[None, :], scores, -float("inf"))
     p = tl.exp2(scores)
-    u = product(split(p, g[0].dtype, PIECES), transposed(g, PIECES), u, PIECES)
+    u = added_transposed_product(split(p, g[0].dtype, PIECES), transposed(g, PIECES), u, PIECES)
     if DQUERY:
         t = product(v, g, tl.zeros((ROWS, COLUMNS), tl.float32), PIECES)
-        a = product(split(p * t, k[0].dtype, PIECES), transposed(k, PIECES), a, PIECES)
+        a = added_product(split(p * t, k[0].dtype, PIECES), transposed(k, PIECES), a, PIECES)
     return u, a
 
 
@@ -135,29 +138,29 @@ def backward_row_step(
 def backward_row_kernel(
     packed,  # in: the packed maps
     grad,  # in: (B, KEPT, CHANNELS, packed_k), the packed gradient of the result
-    rows, open_rows,  # in: as the forward leaves them; the latter read with GATED only
-    delta,  # out: (B, packed_q), 0 behind the last row
+    rows, open_rows,  # in: written by the forward; `open_rows` is read with GATED only
+    delta,  # out: (B, packed_q), zeros behind the last row
     dquery,  # out: (B, depth, n_q); written with DQUERY only
     dvalue,  # out: (B, values, n_q); written with DVALUE only
-    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
-    n_q, n_k,  # query positions and key positions
+    parts, arrived,  # scratch, described by `split.Scratch`; used with SPLIT only
+    n_q, n_k,  # numbers of query positions and of key positions
     packed_q, packed_k,  # the same, padded
-    kept,  # numbers that `rows` has for each query position
-    depth, values,  # channels of query and key, and of value
-    factor,  # of the exponent of P
-    unbias,  # of sums of P: 2^-bias
-    scale,  # of the scores
-    splits,  # how many blocks share a loop
+    kept,  # numbers of `rows` for each query position
+    depth, values,  # numbers of channels of query and key, and of value
+    factor,  # turns scores into exponents of P
+    unbias,  # 2^-bias, multiplied with sums of P
+    scale,  # scale of the scores
+    splits,  # number of blocks that share a loop
     DQUERY: tl.constexpr, DVALUE: tl.constexpr,  # whether these gradients are wanted
-    EXACT: tl.constexpr,  # whether P is to be divided by the sum of its row
+    EXACT: tl.constexpr,  # whether P still has to be divided by the sum of its row
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
-    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products use
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
-    SPLIT: tl.constexpr,  # whether there are several splits
+    SPLIT: tl.constexpr,  # whether several blocks share a loop
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
-    """Owner of ROWS query positions: delta, dquery and dvalue."""
+    """A program owns ROWS query positions: delta, dquery and dvalue."""
     b, i0, part = tile_of(packed_q, splits, ROWS, SPLIT)
     query, key, value, grad, rows, delta, stop = maps_and_rows(
         packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
@@ -215,7 +218,7 @@ def backward_row_kernel(
                 wanted = inside[:, None] & (d < depth)[None, :]
                 mean = tl.load(rows + (2 + d[None, :]) * packed_q + i[:, None], mask=wanted, other=0.0)
                 constant = row_delta[:, None] * mean
-                # With a single key P is 1 whatever the query, and nothing but rounding is left.
+                # With a single key P is 1 for any query. The gradient is 0, without rounding errors.
                 dq = scale * (tl.where(n_k > 1, a * unbias, constant) - constant)
                 at = dquery + b * depth * n_q + d[None, :] * n_q + row[:, None]
                 tl.store(at, narrow(dq, dquery.dtype.element_ty), mask=wanted)
@@ -232,24 +235,24 @@ def backward_row_kernel(
     padded=("packed_q", "packed_k"),
 )  # fmt: skip
 def backward_column_kernel(
-    packed, grad, rows, open_rows, delta,  # in: as the other kernels leave them
+    packed, grad, rows, open_rows, delta,  # in: written by the other kernels
     dkey,  # out: (B, depth, n_k)
-    parts, arrived,  # scratch, as of `split.Scratch`; used with SPLIT only
-    n_q, n_k,  # query positions and key positions
+    parts, arrived,  # scratch, described by `split.Scratch`; used with SPLIT only
+    n_q, n_k,  # numbers of query positions and of key positions
     packed_q, packed_k,  # the same, padded
-    kept,  # numbers that `rows` has for each query position
-    depth,  # channels of query and key
-    factor,  # of the exponent of P
-    unbias,  # of the result: 2^-bias, and what the scores were scaled by
-    splits,  # how many blocks share a loop
+    kept,  # numbers of `rows` for each query position
+    depth,  # number of channels of query and key
+    factor,  # turns scores into exponents of P
+    unbias,  # 2^-bias times the scale of the scores, multiplied with the result
+    splits,  # number of blocks that share a loop
     GATED: tl.constexpr,  # whether there are `open_rows`
     FOLDED: tl.constexpr,  # whether the query holds the shift
-    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products take
+    KEPT: tl.constexpr, PIECES: tl.constexpr,  # pieces of a packed number, and those that products use
     DEPTH: tl.constexpr, CHANNELS: tl.constexpr,  # padded channels of query and key, and of value
-    SPLIT: tl.constexpr,  # whether there are several splits
+    SPLIT: tl.constexpr,  # whether several blocks share a loop
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # the tile: query positions and key positions
 ):  # fmt: skip
-    """Owner of COLUMNS key positions: dkey."""
+    """A program owns COLUMNS key positions of dkey."""
     b, j0, part = tile_of(n_k, splits, COLUMNS, SPLIT)
     query, key, value, grad, rows, delta, stop = maps_and_rows(
         packed, grad, rows, delta, open_rows, b, n_q, packed_q, packed_k, kept, GATED, KEPT, DEPTH, CHANNELS
@@ -272,10 +275,7 @@ def backward_column_kernel(
         p = tl.exp2(scores)
         t = transposed_product(g, v, tl.zeros((COLUMNS, ROWS), tl.float32), PIECES)
         weights = split(p * (t - row_delta[None, :]), packed.dtype.element_ty, PIECES)
-        if PIECES == 1:
-            dk = dot(weights[0], tl.trans(q[0]), dk)
-        else:  # a product that is under way while the loop turns would make the compiler wait for each one
-            dk += product(weights, transposed(q, PIECES), tl.zeros((COLUMNS, DEPTH), tl.float32), PIECES)
+        dk = added_product(weights, transposed(q, PIECES), dk, PIECES)
     last = True
     if SPLIT:
         size = DEPTH * packed_k
@@ -288,7 +288,7 @@ def backward_column_kernel(
 
 
 def variants(plan: Plan, channels: int) -> Iterator[Variant]:
-    """What `inspect` compiles."""
+    """The forms that `inspect` compiles."""
     constants = plan.constants | {"GATED": False, "DQUERY": True, "DVALUE": True}
     for name, several in (("", False), (", split", True)):
         form = constants | {"SPLIT": several}

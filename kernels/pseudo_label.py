@@ -1,7 +1,7 @@
-"""Pseudo-labels: the largest class of every pixel, its softmax probability, and the largest of those of each class.
+"""Pseudo-labels: the most probable class of each pixel, its softmax probability, and the peak of each class.
 
-A thread owns a pixel and goes over its classes once, enlarged on the fly: nothing but the results is stored. A class's
-peak is an atomic maximum over the blocks, the same in whatever order they come.
+A thread owns a pixel and enlarges the logits of its classes one after another: only the results are stored. The peak of
+a class is an atomic maximum over the blocks, which does not depend on their order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from corrmatch.kernels.language import INTERPRETED, LOG2E, block_of, on_device_o
 from corrmatch.kernels.launch import Variant, kernel, launch
 from corrmatch.kernels.plan import Plan
 
-NAN = tl.constexpr(0x7FC00000)  # as an integer larger than every confidence
-UNROLL = tl.constexpr(4)  # classes whose loads are under way at once
-CHUNK = tl.constexpr(32)  # classes whose peaks a block finds at once
-BLOCK = 1024 if INTERPRETED.value else 128  # pixels; the interpreter takes its time by the block
+NAN = tl.constexpr(0x7FC00000)  # as an integer it is larger than every confidence
+UNROLL = tl.constexpr(4)  # classes that are loaded at the same time
+CHUNK = tl.constexpr(32)  # classes whose peaks a block computes at the same time
+BLOCK = 1024 if INTERPRETED.value else 128  # pixels; the interpreter wants few blocks
 
 
 def label(logits: Tensor, ignore: Tensor | None, labels: Tensor, confidence: Tensor, class_peak: Tensor) -> None:
-    """Fills what `corrmatch.ops.pseudo_label` returns: labels and confidence (B, H, W), class_peak (C,)."""
+    """Fills the results of `corrmatch.ops.pseudo_label`: labels and confidence (B, H, W), class_peak (C,)."""
     batch, classes, grid_height, grid_width = logits.shape
     height, width = labels.shape[1:]
     with on_device_of(logits):
@@ -47,9 +47,9 @@ def label(logits: Tensor, ignore: Tensor | None, labels: Tensor, confidence: Ten
 def cell(position, inputs, outputs, WIDE: tl.constexpr):
     """The input samples on both sides of output `position` with aligned corners, and the weight of the second."""
     steps = tl.maximum(outputs - 1, 1)
-    if WIDE:  # a division of 64 bits is a call of a subroutine
+    if WIDE:  # a division of 64 bits calls a subroutine
         position = position.to(tl.int64)
-    scaled = position * (inputs - 1)  # whole numbers: where samples coincide the weight is 0
+    scaled = position * (inputs - 1)  # a whole number: the weight is 0 where an output is a sample
     low = scaled // steps
     high = tl.minimum(low + 1, inputs - 1)
     return low.to(tl.int64), high.to(tl.int64), (scaled % steps).to(tl.float32) / steps
@@ -65,7 +65,7 @@ def label_kernel(
     ignore,  # in: (B, height, width), bool; read with IGNORE only
     labels,  # out: (B, height, width)
     confidence,  # out: (B, height, width)
-    class_peak,  # in and out: (classes,), the bits of float32 numbers; zeros before
+    class_peak,  # in and out: (classes,), the bits of float32 numbers; zeros at first
     classes,  # number of classes
     grid_height, grid_width,  # of the logits
     height, width,  # of the results
@@ -73,11 +73,11 @@ def label_kernel(
     ignore_b: tl.int64, ignore_y: tl.int64, ignore_x: tl.int64,  # strides of `ignore`
     log2e,  # log2(e), which makes exp2 an exponential
     RESIZE: tl.constexpr,  # whether the logits are enlarged
-    WIDE: tl.constexpr,  # whether a size times that of the grid needs more than 31 bits
+    WIDE: tl.constexpr,  # whether products of image and grid sizes need more than 31 bits
     IGNORE: tl.constexpr,  # whether there is `ignore`
     BLOCK: tl.constexpr,  # pixels of a block
 ):  # fmt: skip
-    """Owner of BLOCK pixels."""
+    """A program owns BLOCK pixels."""
     b, start = block_of(height * width, BLOCK)
     pixel = start + tl.arange(0, BLOCK)
     inside = pixel < height * width
@@ -103,7 +103,7 @@ def label_kernel(
         else:
             value = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
         logits += stride_c
-        # A NaN is larger than all but an earlier NaN. Of two equal infinities the difference is no number.
+        # A NaN counts as larger than all but an earlier NaN. The difference of two equal infinities would be NaN.
         better = ((value > largest) | (value != value)) & (largest == largest)
         smaller = tl.exp2(-tl.abs(tl.where(value == largest, 0.0, value - largest)) * log2e)
         total = tl.where(better, total * smaller + 1, total + smaller)
@@ -118,7 +118,7 @@ def label_kernel(
     if IGNORE:
         at = b * ignore_b + y.to(tl.int64) * ignore_y + x.to(tl.int64) * ignore_x
         counted &= tl.load(ignore + at, mask=inside, other=1) == 0
-    # Confidences are not negative, so their bits are ordered as they are.
+    # Confidences are not negative, so their bits have the same order.
     bits = tl.where(share == share, share.to(tl.int32, bitcast=True), NAN)
     bits = tl.where(counted, bits, 0)
     for first in range(0, classes, CHUNK):
@@ -128,5 +128,5 @@ def label_kernel(
 
 
 def variants(plan: Plan, classes: int) -> Iterator[Variant]:
-    """What `inspect` compiles."""
+    """The forms that `inspect` compiles."""
     yield Variant("label", label_kernel, {"RESIZE": True, "WIDE": False, "IGNORE": True, "BLOCK": BLOCK})

@@ -1,8 +1,8 @@
 """Loops that several blocks share.
 
-Where an image has few tiles, most multiprocessors of a GPU would have no block. There the loop of a pass is cut into
-parts, each a block of its own. Every part writes what it has summed up into a buffer. The part that ends last adds up
-the parts of its tile, always in the order of the loop: which part that is changes from run to run, the sum does not.
+If an image has few tiles, most multiprocessors of a GPU would have no block. Then the loop of a pass is cut into parts,
+and each part has a block of its own. Each part stores its sums in a buffer. The part that ends last adds up the parts
+of its tile in the order of the loop. Which part is last changes from run to run; the sum does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from corrmatch.kernels.plan import Pass, padded
 
 
 class Scratch(NamedTuple):
-    """What blocks that share a loop exchange; None where no pass is split.
+    """Buffers of blocks that share a loop; None if no pass is split.
 
     Attributes:
-        parts: Float32, the sums of every part, of one pass after another.
-        arrived: Int32, for each tile how many of its parts have ended. The kernel that packs sets it to 0, and so does
-            the last part.
+        parts: Float32, the sums of each part. The passes use it one after another.
+        arrived: Int32, for each tile the number of parts that have ended. The packing kernel and the last part of a
+            tile set it to 0.
     """
 
     parts: Tensor | None
@@ -32,7 +32,7 @@ class Scratch(NamedTuple):
 
     @classmethod
     def of(cls, device: torch.device, *passes: Pass) -> Scratch:
-        """For passes that run one after another."""
+        """The scratch of passes that run one after another."""
         split = [p for p in passes if p.splits > 1]
         if not split:
             return cls(None, None)
@@ -45,13 +45,13 @@ class Scratch(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Length of `arrived`."""
+        """The length of `arrived`."""
         return 0 if self.arrived is None else self.arrived.shape[0]
 
 
 @triton.jit
 def clear(arrived, tiles, BLOCK: tl.constexpr):
-    """Sets `arrived` to 0. All programs of a kernel share the work; nothing where there is no such buffer."""
+    """Sets `arrived` to 0 unless it is None. The programs of a kernel share the work."""
     if arrived is not None:
         for start in range(tl.program_id(0) * BLOCK, tiles, tl.num_programs(0) * BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -60,7 +60,7 @@ def clear(arrived, tiles, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_of(positions, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The image of this program, the first position of its tile of SIZE, and which part of the loop it runs."""
+    """The image of this program, the first position of its tile of SIZE, and the part of the loop that it runs."""
     tile, part = tl.program_id(0), 0
     if SPLIT:
         tile, part = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -70,7 +70,7 @@ def tile_of(positions, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def share(positions, part, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Where a part's loop over positions in steps of SIZE begins and ends; the last parts may have nothing to do."""
+    """Start and end of a part's loop over positions in steps of SIZE. The last parts may have no turn."""
     if SPLIT:
         size = tl.cdiv(tl.cdiv(positions, SIZE), splits) * SIZE
         first = part * size
@@ -81,9 +81,9 @@ def share(positions, part, splits, SIZE: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def is_last(arrived, splits):
-    """Whether the other parts of this tile have ended. Then what they have stored can be read."""
+    """Whether all other parts of this tile have ended. If so, their sums can be read."""
     counter = arrived + tl.program_id(0) // splits
-    tl.debug_barrier()  # all threads have stored before one of them counts
+    tl.debug_barrier()  # all threads have to store before one of them counts
     last = tl.atomic_add(counter, 1) == splits - 1
     if last:
         tl.store(counter, 0)
@@ -92,10 +92,10 @@ def is_last(arrived, splits):
 
 @triton.jit
 def sum_of_parts(x, parts, at, size, splits):
-    """The sum of what every part has stored at `at`, in order; `size`: how far the parts lie apart; x: one of them."""
+    """Adds up what the parts have stored at the offsets `at`, in order. Parts lie `size` apart; x is one of them."""
     total = tl.zeros_like(x)
     for part in range(splits):
-        # Not through the first cache, which is not kept up to date with what other multiprocessors write.
+        # The first-level cache is bypassed: it may hold old values of what other multiprocessors have written.
         total += tl.load(parts + part * size + at, cache_modifier=".cg")
     return total
 

@@ -30,7 +30,7 @@ PASSES = UNSPLIT | {f"{name}, split" for name in UNSPLIT}
 LINEAR = {name for support in OPS.values() for name in getattr(support, "LINEAR", ())}
 BLOCKS = {"row": 4, "row, mean key": 3, "column": 5, "backward row": 3, "backward column": 4}  # an H100 holds, bfloat16
 TILES = {name: name.removesuffix(", mean key").replace(" ", "_") for name in UNSPLIT}  # in `configs.Tiles`
-SINGLE = {"row": 8, "row, mean key": 16, "column": 12, "backward row": 25, "backward column": 20}  # slots, float32
+SINGLE = {"row": 8, "row, mean key": 15, "column": 12, "backward row": 25, "backward column": 20}  # slots, float32
 
 
 @pytest.mark.parametrize("arch", MATRIX)
@@ -50,13 +50,13 @@ def test_published_channels(arch, tmp_path):
         assert (match["matrix"] is None) == (match["kernel"] in LINEAR)
         if match["matrix"] is None:
             continue
+        # Split passes wait for loads rather than for instructions: they run where most of the device would be idle.
         unsplit = match["kernel"].removesuffix(", split")
         assert 32 <= int(match["registers"]) <= 255
         assert match["matrix"] == MATRIX[arch]
         assert float(match["divisions"]) == 0
         assert float(match["slots"]) > 1
         if arch == 90 and match["dtype"] == "bfloat16":
-            # Split passes wait for loads rather than for instructions: they run where most of the device would be idle.
             limit = 8 if match["kernel"] in UNSPLIT else 8.1
             assert float(match["slots"]) <= limit, "more than an H100 issues in the time of one exponential"
             assert int(match["blocks"]) >= BLOCKS[unsplit] >= getattr(HOPPER_HALF, TILES[unsplit]).blocks
@@ -67,7 +67,8 @@ def test_published_channels(arch, tmp_path):
             assert int(match["loads"]) == 0
             # triton 3.8 has a fence between copies and products, 3.6 none; more are stores that are waited for.
             assert int(match["fences"]) <= (0 if TRITON < (3, 7) else 1)
-            assert match["dtype"] != "float32" or float(match["slots"]) <= SINGLE[unsplit]
+            if match["dtype"] == "float32":
+                assert float(match["slots"]) <= SINGLE[unsplit] + (0 if match["kernel"] in UNSPLIT else 0.3)
         # The online softmax of the row pass has one exponential a row and tile besides.
         assert 1 <= float(match["exponentials"]) <= (1.2 if match["kernel"].startswith("row") else 1)
 

@@ -3,7 +3,7 @@
 A tensor core adds 16 products of half types and the accumulator at once: all terms are aligned to the largest one and
 cut off a few bits behind the last bit of float32, and so is the sum. Source: Fasi, Higham, Mikaitis and Pranesh,
 *Numerical behavior of NVIDIA tensor cores* (PeerJ Computer Science 7, 2021). For Hopper the number of these
-bits is not published, so the tests take several. Long sums are not tested: docs/performance.md says why.
+bits is not published, so the tests take several.
 """
 
 from __future__ import annotations
@@ -81,3 +81,10 @@ def test_accuracy_on_a_tensor_core(tensor_core, gate_name, normalize, dtype):
     options = {"confidence": torch.where(gate, 0.75, 0.25), "threshold": 0.6}
     for target in INTERPRETED:
         check(target, tensors, gate=gate, normalize=normalize, options=options)
+
+
+@pytest.mark.parametrize("tensor_core", [1], indirect=True)
+def test_long_sums_on_a_tensor_core(tensor_core):
+    """Errors of cut-off sums have one sign. The kernels add only the terms of one tile up within a tensor core."""
+    for target in INTERPRETED:
+        check(target, maps((1, 5, 5, (33, 33), (33, 33)), torch.float32))
