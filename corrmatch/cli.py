@@ -19,7 +19,7 @@ INSTALL_TRAIN, INSTALL_EXPORT = "pip install 'corrmatch[train]'", "pip install '
 
 
 def info() -> str:
-    """What is installed, which backends can run and why others cannot."""
+    """Prints what is installed, which backends can run, and why others cannot."""
     lines = [
         f"corrmatch {corrmatch.__version__}",
         f"python    {platform.python_version()} on {platform.machine()} {platform.system()}",
@@ -48,7 +48,7 @@ def _device() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(prog="corrmatch", description=corrmatch.__doc__.splitlines()[0])
     top.add_argument("--version", action="version", version=corrmatch.__version__)
     commands = top.add_subparsers(dest="command", required=True)
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """`corrmatch train`, `eval`, `predict`, `export`, `compare` and `sample`."""
+    """Runs `corrmatch train`, `eval`, `predict`, `export`, `compare` or `sample`."""
     from corrmatch.training import commands
 
     return commands.run(options)

@@ -1,6 +1,6 @@
-"""What a run is made of: every key of a configuration, its type, default and range. YAML files and `a.b=c` set them.
+"""The keys of a configuration, with types, defaults and ranges. YAML files and `a.b=c` set them.
 
-The keys of a method stand in the method's own file, in a section that carries the method's name.
+The keys of a method are declared in its own file. Their section has the name of the method.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corrmatch.paths import expand, read_text
 def key(
     default: Any, about: str, *, low: float | None = None, high: float | None = None, choices: Sequence[Any] = ()
 ) -> Any:
-    """A key of a configuration: its default, a sentence about it, and what values it takes. None is always taken."""
+    """A key of a configuration: its default, a sentence about it, and its valid values. None is always valid."""
     limits = {"about": about, "low": low, "high": high, "choices": tuple(choices)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=limits)
@@ -32,7 +32,7 @@ def key(
 
 @dataclass
 class DataConfig:
-    """Where images and masks are. Lists are text files in root; a line is an id, or an image and a mask."""
+    """Files of images and masks. Lists are text files in root; a line is an id, or an image and a mask."""
 
     root: str = key(MISSING, "the folder that all other paths start from")
     images: str = key("images/{}.*", "pattern of the images; {} is the id, .* any extension")
@@ -70,7 +70,7 @@ class ModelConfig:
 
 @dataclass
 class PropagationConfig:
-    """Correlation propagation, an option of every method. null is what the method is published with."""
+    """Correlation propagation, an option of every method. null stands for the form in which a method was published."""
 
     head: bool | None = key(None, "train a correlation head, and supervise the logits that it propagates")
     regions: bool | None = key(None, "send pseudo-labels through region propagation before they are used")
@@ -88,7 +88,7 @@ class PropagationConfig:
 
 @dataclass
 class TrainConfig:
-    """Optimisation, devices, and how often what happens. Batches are per process."""
+    """Optimisation, devices and intervals. Batch sizes are per process."""
 
     crop: int = key(321, "side of the training views, pixels", low=33)
     epochs: int = key(80, "passes, as `epoch` counts them", low=1)
@@ -124,7 +124,7 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """How whole images are segmented."""
+    """Segmentation of whole images."""
 
     mode: str = key("original", "of segmenting; center_crop is of the size `train.crop`",
                     choices=("original", "center_crop", "sliding"))  # fmt: skip
@@ -136,7 +136,7 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    """A run. `parse` adds a section for every method, of the method's name."""
+    """The configuration of a run. `parse` adds a section for each method, with the name of the method."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -148,7 +148,7 @@ class Config:
 
     @property
     def options(self) -> Any:
-        """The section of the method."""
+        """The section of the method that is used."""
         return getattr(self, self.method)
 
 
@@ -156,25 +156,25 @@ RENAMED = {"data.pictures": "data.images"}  # keys of version 0.1 that belong to
 
 
 class HasOptions(Protocol):
-    """What a configuration needs to know of a method."""
+    """The parts of a method that configurations depend on."""
 
     Options: ClassVar[type]  # a dataclass of `key`s
-    renamed: ClassVar[Mapping[str, str]]  # keys of earlier versions, and what they are called now
+    renamed: ClassVar[Mapping[str, str]]  # names of keys in earlier versions, and their present names
 
 
 Methods = Mapping[str, type[HasOptions]]
 
 
 def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | None = None) -> Config:
-    """Reads a YAML file, or one of the shipped configurations by name, and sets `a.b=c` over it.
+    """Reads a YAML file, or a shipped configuration by name, and applies overrides `a.b=c`.
 
-    A file that names a `base` says only what is different from that.
+    A file that names a `base` has only the differences from it.
     """
     return parse([*_read(source, ()), from_arguments(overrides, methods)], methods)
 
 
 def _read(source: str, above: tuple[str, ...]) -> list[Any]:
-    """What a file says, behind what its `base` says: a file beside it, or a shipped configuration."""
+    """The content of a file, after the content of its `base`: a file beside it, or a shipped configuration."""
     if source in above:
         raise ConfigError(f"base: {' -> '.join((*above, source))} never ends")
     path = expand(source)
@@ -203,7 +203,7 @@ def _shipped(source: str) -> str:
 
 
 def from_arguments(arguments: Sequence[str], methods: Methods | None = None) -> dict[str, Any]:
-    """`a.b=c` as keys and values. Where a key takes text, it gets the text as typed; elsewhere a value is YAML."""
+    """Overrides `a.b=c` as keys and values. Values of keys of text are taken as typed; all others are YAML."""
     schema = _schema(_shipped_methods() if methods is None else methods)
     part: dict[str, Any] = {}
     for argument in arguments:
@@ -231,14 +231,14 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _kind(schema: Any, path: str) -> Any:
-    """What the annotation of a key says; None for keys that do not exist."""
+    """The annotated type of a key; None if the key does not exist."""
     for name in path.split("."):
         schema = get_type_hints(schema).get(name) if is_dataclass(schema) else None
     return schema
 
 
 def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
-    """Merges the parts over the defaults; unknown keys and wrong values raise ConfigError."""
+    """Merges the parts over the defaults. Unknown keys and wrong values raise ConfigError."""
     methods = _shipped_methods() if methods is None else methods
     schema = _schema(methods)
     merged = OmegaConf.structured(schema)
@@ -268,7 +268,7 @@ def parse(parts: Sequence[Any], methods: Methods | None = None) -> Config:
 
 
 def keys(kind: Any, prefix: str = "") -> list[str]:
-    """Every key of a configuration (a class or an instance), dotted."""
+    """All keys of a configuration (a class or an instance), dotted."""
     found = []
     for entry in fields(kind):
         section = entry.default_factory
@@ -277,19 +277,19 @@ def keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration, defaults included; of the methods' sections the one that is used."""
+    """The configuration with all defaults, and with the section of the method that is used."""
     own = [entry.name for entry in fields(Config)] + [config.method]
     return OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.structured(config), own))
 
 
 def _shipped_methods() -> Methods:
-    from corrmatch.methods import METHODS  # late, for they import this file
+    from corrmatch.methods import METHODS  # imported here, because these modules import this file
 
     return METHODS
 
 
 def _schema(methods: Methods) -> type[Config]:
-    """`Config` with a section for every method: one file serves many, `method=...` chooses."""
+    """`Config` with a section for every method, so that one file serves many methods."""
     return _with_sections(tuple((name, kind.Options) for name, kind in methods.items()))
 
 

@@ -1,4 +1,4 @@
-"""Whether a configuration can be used: unknown keys, values of a wrong type or out of range."""
+"""Checks of a configuration: unknown keys, wrong types, values out of range."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, get_type_hints
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key."""
+    """A configuration that cannot be used. The message names the key."""
 
 
 def check_values(section: Any, prefix: str = "") -> None:
-    """Raises where a value of a section is none of its choices, or out of its range."""
+    """Raises ConfigError if a value of a section is not one of its choices, or is out of range."""
     for entry in fields(section):
         value, name = getattr(section, entry.name), f"{prefix}{entry.name}"
         if is_dataclass(value):
@@ -35,13 +35,13 @@ def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown(part: dict[str, Any], known: Sequence[str]) -> None:
-    """Raises where a part of a configuration has a key that is none of the known ones, dotted."""
+    """Raises ConfigError if a part of a configuration has a key that is not among the known ones (dotted)."""
     for path in _leaves(part):
         if any(path == name or path.startswith(f"{name}.") for name in known):
             continue
         if any(name.startswith(f"{path}.") for name in known):
             raise ConfigError(f"{path}: expected a section of keys, not a value")
-        # What is nearest as it stands, or has the nearest last name: `epochs` is meant to be train.epochs.
+        # The suggestion is the nearest key, or the key with the nearest last name: `epochs` suggests train.epochs.
         last = {name.rpartition(".")[2]: name for name in known}
         near = difflib.get_close_matches(path.rpartition(".")[2], last, 1, 0.75)
         meant = difflib.get_close_matches(path, known, 1, 0.75) or [last[name] for name in near]
@@ -49,7 +49,7 @@ def refuse_unknown(part: dict[str, Any], known: Sequence[str]) -> None:
 
 
 def refuse_numbers_for_text(part: Mapping[str, Any], schema: Any, prefix: str = "") -> None:
-    """YAML reads 2012_07 as a number and no as false, which as text would be something else than what was written."""
+    """Refuses numbers and booleans for keys of text: YAML reads 2012_07 as a number, and no as false."""
     hints = get_type_hints(schema) if is_dataclass(schema) else {}
     for name, value in part.items():
         kind = hints.get(name)

@@ -1,4 +1,4 @@
-"""Why the compiled extension cannot be imported, and what to do."""
+"""The explanation of an extension that cannot be imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def why_not(error: ImportError) -> str:
-    """The message for people, given the error of `from corrmatch import _C`."""
+    """Explains the error of `from corrmatch import _C` and says what to do."""
     found = importlib.util.find_spec("corrmatch._C")
     if found is not None:
         return (

@@ -23,16 +23,16 @@ class RegionMasks:
     Bit `p % 32` of word `p // 32` is pixel `p = y * W + x`; the bits behind the last pixel are 0. 128 masks of
     321 x 321 take 1.65 MB an image, against 13.2 MB as bool.
 
-    Equal are masks of the same size on the same device with the same bits; on a GPU, to compare them waits for it. They
-    are a pytree of one leaf, `packed`, so that torch.export, torch.compile, torch.func and `tree_map` take them, and
-    torch.load reads them with weights_only=True wherever corrmatch has been imported.
+    Masks are equal if they have the same size, device and bits; a comparison waits for a GPU. They are a pytree with
+    the leaf `packed`, so torch.export, torch.compile, torch.func and `tree_map` accept them. After an import of
+    corrmatch torch.load reads them with weights_only=True.
 
     Args:
         packed: int32 (B, K, ceil(H * W / 32)).
-        size: (H, W), any sequence of two integers; kept as a tuple.
+        size: (H, W), any sequence of two integers. It is stored as a tuple.
 
     Raises:
-        TypeError: A size of something else.
+        TypeError: The size is not a sequence of two integers.
     """
 
     packed: Tensor
@@ -56,12 +56,12 @@ class RegionMasks:
 
     @property
     def device(self) -> torch.device:
-        """Where the masks are."""
+        """The device of the masks."""
         return self.packed.device
 
     @staticmethod
     def words(size: tuple[int, int]) -> int:
-        """Number of 32-bit words a mask of this size takes."""
+        """The number of 32-bit words of a mask of this size."""
         return -(-size[0] * size[1] // WORD)
 
     @classmethod
@@ -76,7 +76,7 @@ class RegionMasks:
         words = cls.words((height, width))
         padding = words * WORD - height * width
         bits = torch.nn.functional.pad(masks.flatten(2).to(torch.uint8), (0, padding)).view(batch, count, words, 4, 8)
-        # Eight bits make a byte here and four bytes a word by reinterpretation: the low byte comes first in memory.
+        # Eight bits are added up to a byte. Four bytes are reinterpreted as a word: the low byte is first in memory.
         octets = (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(-1, dtype=torch.uint8)
         return cls(octets.view(torch.int32).squeeze(-1), (height, width))
 
@@ -89,8 +89,8 @@ class RegionMasks:
         return bits.flatten(2)[..., : height * width].reshape(batch, count, height, width).to(torch.bool)
 
     def area(self) -> Tensor:
-        """Number of pixels in each mask: int64 (B, K)."""
-        # Population count of each byte by adding neighbouring groups of 1, 2 and 4 bits, then of the four of a word.
+        """The number of pixels of each mask, int64 (B, K)."""
+        # The population count of a byte adds neighbouring groups of 1, 2 and 4 bits. Four counts are added for a word.
         octets = self._octets()
         octets = octets - ((octets >> 1) & 0x55)
         octets = (octets & 0x33) + ((octets >> 2) & 0x33)
@@ -99,7 +99,7 @@ class RegionMasks:
 
     def _octets(self) -> Tensor:
         """The words as uint8 (B, K, words, 4), low byte first."""
-        # Not contiguous(): a last dimension of one word counts as that with any stride.
+        # contiguous() would not do: it keeps any stride of a last dimension of one word.
         return self.packed.clone(memory_format=torch.contiguous_format).unsqueeze(-1).view(torch.uint8)
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False, copy: bool = False) -> RegionMasks:
@@ -112,20 +112,20 @@ class RegionMasks:
         return self.to("cpu")
 
     def cuda(self, device: torch.device | str | int = "cuda", *, non_blocking: bool = False) -> RegionMasks:
-        """The same masks on a GPU; the current one if none is named."""
+        """The same masks on a GPU, by default the current one."""
         return self.to(device, non_blocking=non_blocking)
 
     def pin_memory(self) -> RegionMasks:
-        """The same masks in pinned memory, from where a GPU can fetch them while Python goes on."""
+        """The same masks in pinned memory, from which copies to a GPU can be asynchronous."""
         return RegionMasks(self.packed.pin_memory(), self.size)
 
     def is_pinned(self) -> bool:
-        """Whether they are in pinned memory."""
+        """Whether the masks are in pinned memory."""
         return self.packed.is_pinned()
 
 
 def _plain(size: Any) -> tuple[int, int]:
-    """A size as a tuple of Python integers, or of torch's symbolic ones."""
+    """A size as a tuple of integers of Python, or of symbolic integers of torch."""
     if not isinstance(size, Iterable) or isinstance(size, Tensor):
         raise TypeError(f"size: expected (H, W), got {size!r}")
     sides = tuple(size)
@@ -135,7 +135,7 @@ def _plain(size: Any) -> tuple[int, int]:
     return height, width  # type: ignore[return-value]
 
 
-# A side is part of the structure while it is a number; torch.export traces a dynamic one, which is then a leaf as well.
+# A side that is a number is part of the structure. torch.export traces a dynamic side, which is then a leaf, too.
 Structure = tuple[int | None, int | None]
 
 

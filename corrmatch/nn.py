@@ -1,4 +1,4 @@
-"""Modules to drop into other models: the correlation head and the dynamic threshold."""
+"""Modules for other models: the correlation head and the dynamic threshold."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from corrmatch.masks import RegionMasks
 
 
 class CorrelationOutput(NamedTuple):
-    """What `CorrelationHead` returns: propagated logits (B, C, h, w) and, if asked for, region masks."""
+    """The result of `CorrelationHead`: propagated logits (B, C, h, w) and, if requested, region masks."""
 
     propagated: Tensor
     masks: RegionMasks | None
 
 
-# torch.export writes programs that return one.
+# so that torch.export can save programs that return it
 pytree._register_namedtuple(CorrelationOutput, serialized_type_name="corrmatch.nn.CorrelationOutput")
 
 
 class CorrelationHead(nn.Module):
     """Spreads logits along the correlation map of a feature map.
 
-    A 3 x 3 convolution with batch norm, ReLU and Dropout2d, then two 1 x 1 convolutions to query and key; the logits,
-    shrunk to the feature's size and detached, are the value of `ops.pixel_propagate`.
+    A 3 x 3 convolution with batch norm, ReLU and Dropout2d is followed by two 1 x 1 convolutions to query and key. The
+    logits are shrunk to the size of the feature map and detached. They are the value of `ops.pixel_propagate`.
 
     Args:
         in_channels: Channels of the feature map.
         num_classes: Channels of the logits.
-        channels: D, of query and key; None: the number of classes, as published.
+        channels: Channels D of query and key. None stands for the number of classes, as published.
         hidden_channels: Channels between the convolutions.
         dropout: Probability of Dropout2d.
 
@@ -72,15 +72,15 @@ class CorrelationHead(nn.Module):
         connected: str | None = None,
         generator: torch.Generator | None = None,
     ) -> CorrelationOutput:
-        """Propagates logits; samples region masks if asked to.
+        """Propagates logits and, if requested, samples region masks.
 
         Args:
             feature: (B, in_channels, h, w).
-            logits: (B, num_classes, H, W) of any size; no gradient flows to them.
-            num_masks: How many positions, drawn uniformly and shared by the batch, give a region mask each.
-            mask_size: Size of the masks; that of the logits if None.
+            logits: (B, num_classes, H, W) of any size. No gradient flows to them.
+            num_masks: Number of region masks. Their positions are drawn uniformly and shared by the batch.
+            mask_size: Size of the masks; by default the size of the logits.
             connected: As in `ops.region_masks`.
-            generator: For the draw, on the feature's device.
+            generator: Random generator of the positions, on the device of the feature map.
         """
         query, key = self.query_key(feature)
         masks = None
@@ -101,7 +101,7 @@ def propagate_logits(query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
     Args:
         query: (B, D, h, w).
         key: As query.
-        logits: (B, C, H, W) of any size: they are shrunk to (h, w), bilinearly with aligned corners. No gradient flows
+        logits: (B, C, H, W) of any size. They are shrunk to (h, w), bilinearly with aligned corners. No gradient flows
             to them.
 
     Returns:
@@ -126,27 +126,27 @@ def sample_region_masks(
     Args:
         query: (B, D, h, w).
         key: As query.
-        num_masks: How many positions are drawn.
+        num_masks: Number of positions that are drawn.
         size: (H, W) of the masks.
         threshold: As in `ops.region_masks`.
         connected: As in `ops.region_masks`.
-        generator: For the draw, on the device of the query.
+        generator: Random generator of the positions, on the device of the query.
     """
-    # torch.export takes the number of positions for a constant where a generator is named, even None.
+    # With an argument `generator`, even None, torch.export would treat the number of positions as a constant.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
     index = torch.randint(query.shape[2] * query.shape[3], (num_masks,), device=query.device, **source)
     return ops.region_masks(query, key, index, size, threshold=threshold, connected=connected)
 
 
 class DynamicThreshold(nn.Module):
-    r"""The confidence threshold that follows the model.
+    r"""A confidence threshold that follows the confidence of the model.
 
     .. math:: \theta \leftarrow m \theta + (1 - m) \operatorname{mean}_{c\ \mathrm{present}} \mathrm{class\_peak}_c
 
     The state is the buffer `threshold`, a 0-d float32 tensor that the ops read on the device. It stays float32 when the
-    module is cast, by half() or to(torch.bfloat16), and whatever is loaded: rounded to bfloat16, it would never move
-    with a momentum of 0.999. Under torch.distributed the peaks of all processes combine by their maximum, so every
-    process holds the same threshold.
+    module is cast, by half() or to(torch.bfloat16), and when a state is loaded: in bfloat16 it would never change with
+    a momentum of 0.999. Under torch.distributed the maximum of all processes' peaks is used, so all processes have the
+    same threshold.
 
     Args:
         initial: theta before the first update.
@@ -164,10 +164,10 @@ class DynamicThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, class_peak: Tensor) -> Tensor:
-        """Moves the threshold by the (C,) peaks that `ops.pseudo_label` returns; absent classes have peak 0.
+        """Updates the threshold with the peaks (C,) of `ops.pseudo_label` and returns the buffer.
 
-        A class whose peak is NaN or infinite counts as absent, so that one bad batch does not make the threshold NaN
-        for good. Without any present class the threshold stays. Returns the buffer.
+        A class with the peak 0 is absent. A class whose peak is NaN or infinite counts as absent, so that the threshold
+        does not stay NaN after one bad batch. If all classes are absent, the threshold does not change.
         """
         class_peak = torch.where(class_peak.isfinite(), class_peak, 0).to(torch.float32).clamp(min=0)
         if dist.is_available() and dist.is_initialized():
@@ -179,7 +179,7 @@ class DynamicThreshold(nn.Module):
         return self.threshold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicThreshold:
-        """What moves or casts a module goes through here; the state moves along, but is not cast."""
+        """Moves of a module move the state, too; casts of a module leave the state as it is."""
         before = self.threshold
         super()._apply(fn, recurse)
         if self.threshold.dtype != torch.float32:
@@ -187,14 +187,14 @@ class DynamicThreshold(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """With assign=True the state would be what is loaded, in the dtype that it comes in."""
+        """Keeps the state float32: with assign=True it would take the dtype of the loaded tensor."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self.threshold = self.threshold.to(torch.float32)
 
     def forward(
         self, logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pseudo-labels `logits` and, in training mode, updates. Returns labels, confidence and the threshold."""
+        """Returns labels, confidence and threshold. In training mode it updates the threshold first."""
         labels, confidence, class_peak = ops.pseudo_label(logits.detach(), size=size, ignore=ignore)
         if self.training:
             self.update(class_peak)

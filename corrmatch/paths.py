@@ -1,4 +1,4 @@
-"""Files and folders as users name them."""
+"""Files and folders that users name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def expand(path: str | Path) -> Path:
-    """`~` and `~name` at the beginning are home folders."""
+    """Expands `~` and `~name` at the beginning to home folders."""
     return Path(os.path.expanduser(path))
 
 
 def read_text(path: Path) -> str:
-    """Text in UTF-8, or with a byte order mark in UTF-16; ValueError, which names the file, for anything else."""
+    """Reads text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError with the file's name otherwise."""
     try:
         content = path.read_bytes()
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -23,13 +23,13 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8: {error.reason} at byte {error.start}") from error
-    if "\0" in text:  # UTF-16 without its mark, or no text
+    if "\0" in text:  # UTF-16 without a mark, or not text
         raise ValueError(f"{path}: expected text in UTF-8, found a byte of 0")
     return text
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder where there is none; ValueError, which names it, where no file can be written in it."""
+    """Makes a folder if it does not exist. Raises ValueError with its name if no file can be written in it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

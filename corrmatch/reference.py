@@ -1,7 +1,8 @@
-"""The definition of every op, in plain PyTorch that materialises what the fused kernels never store.
+"""The definitions of the ops in plain PyTorch. They store the large arrays that the fused kernels avoid.
 
-Same names, arguments and results as `corrmatch.ops` (whose docstrings describe them), differentiable by autograd alone.
-Half-precision inputs are computed in float32, as the kernels do. S is scale * <query_i, key_j>, P its softmax over j.
+Names, arguments and results are those of `corrmatch.ops`, whose docstrings describe them. Autograd differentiates these
+functions. Inputs of half types are computed in float32, as in the kernels. S is scale * <query_i, key_j>, and P is its
+softmax over j.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def pixel_propagate(
     threshold: float | Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """Z[:, j] = sum_i g[i] value[:, i] P[i, j]."""
+    """Pixel propagation: Z[:, j] = sum_i g[i] value[:, i] P[i, j]."""
     q, k, v = accumulation(query, key, value)
     p, v = correlation(q, k, scale), v.flatten(2)
     if threshold is not None:
@@ -41,7 +42,7 @@ def pixel_propagate(
 
 
 def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
-    """Rows `index` of P on the key grid."""
+    """The rows `index` of P, on the grid of the key."""
     rows = index.expand(query.shape[0], -1).unsqueeze(1).expand(-1, query.shape[1], -1)
     sampled = query.flatten(2).gather(2, rows)
     return correlation(sampled, key, scale).unflatten(2, key.shape[2:]).to(query.dtype)
@@ -58,7 +59,7 @@ def region_masks(
     connected: str | None = None,
     connectivity: int = 8,
 ) -> RegionMasks:
-    """Rows of P, enlarged, min-max normalised and cut at the threshold."""
+    """Region masks: rows of P, enlarged, normalised by minimum and maximum, and cut at the threshold."""
     query, key = accumulation(query, key)
     rows = correlation_rows(query, key, index, scale=scale)
     large = F.interpolate(rows, size=size, mode="bilinear", align_corners=True)
@@ -85,7 +86,7 @@ def region_propagate(
     num_classes: int,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gives each region, in order, its dominant label where that label is dominant and reliable enough."""
+    """Gives each region its dominant label if the label is dominant enough and the region reliable enough."""
     regions = masks.to_bool() if valid is None else masks.to_bool() & valid.unsqueeze(1)
     labels, reliable_after = (
         labels.clone(memory_format=torch.contiguous_format),
@@ -107,12 +108,12 @@ def region_propagate(
 
 
 def connected_components(image: Tensor, *, connectivity: int = 8, background: int = 0) -> Tensor:
-    """Components of equal value, numbered from 1 in raster order of their first pixel; 0 is background."""
+    """Components of equal value, numbered from 1 in raster order of their first pixels; 0 is background."""
     height, width = image.shape[-2:]
     values = image.reshape(image.shape[:-2].numel(), height, width).long()
     front = values != background
-    # Every pixel takes the smallest raster index of its equal neighbours until nothing changes. Background and what is
-    # beyond the border hold an index larger than all.
+    # Each pixel takes the smallest raster index of its equal neighbours until no index changes. Background and pixels
+    # beyond the border have an index larger than all others.
     outside = height * width
     first = torch.arange(outside, device=image.device).view(1, height, width).expand_as(values)
     first = torch.where(front, first, outside)
@@ -134,7 +135,7 @@ def connected_components(image: Tensor, *, connectivity: int = 8, background: in
 def pseudo_label(
     logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Most likely class, its probability, and for each class the largest probability with which it was chosen."""
+    """The most likely class, its probability, and for each class the largest of these probabilities."""
     (logits,) = accumulation(logits)
     if size is not None and tuple(size) != tuple(logits.shape[2:]):
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
@@ -146,7 +147,7 @@ def pseudo_label(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sum over pixels of weight * -log softmax(logits)[label], and its terms."""
+    """The sum over pixels of weight * -log softmax(logits)[label], and its terms."""
     weight = logits.new_ones(labels.shape) if weight is None else weight
     log_p = counted_log_softmax(logits, weight)
     labels = torch.where(weight == 0, 0, labels).long()
@@ -154,7 +155,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
 
 
 def divergence(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sum over pixels of weight * KL(softmax target || softmax logits), and its terms; 0 log 0 is 0."""
+    """The sum over pixels of weight * KL(softmax target || softmax logits), and its terms; 0 log 0 is 0."""
     weight = logits.new_ones(logits[:, 0].shape) if weight is None else weight
     target = target.to(accumulation_dtype(logits))
     log_p, log_q = counted_log_softmax(logits, weight), counted_log_softmax(target, weight)
@@ -163,7 +164,7 @@ def divergence(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> 
 
 
 def counted_log_softmax(logits: Tensor, weight: Tensor) -> Tensor:
-    """At the pixels of weight; where that is 0, of anything finite."""
+    """Enlarges a map to the pixels of the weight. Where the weight is 0 the result is any finite number."""
     (logits,) = accumulation(logits)
     if weight.shape[1:] != logits.shape[2:]:
         logits = F.interpolate(logits, size=weight.shape[1:], mode="bilinear", align_corners=True)
@@ -171,20 +172,20 @@ def counted_log_softmax(logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_sum(loss: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of weight * loss, and its terms, detached."""
+    """The sum of weight * loss, and its terms, detached."""
     pixels = torch.where(weight == 0, 0, weight.to(loss.dtype) * loss)
     return pixels.sum(), pixels.detach()
 
 
 def correlation(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    """P (B, N_q, N_k)."""
+    """The correlation map P (B, N_q, N_k)."""
     q, k = (x.flatten(2) for x in accumulation(query, key))
     with without_autocast(query.device):
         return ((1 / math.sqrt(query.shape[1]) if scale is None else scale) * (q.mT @ k)).softmax(-1)
 
 
 def enlarged_position(index: Tensor, grid: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Flat pixel nearest to a flat grid position when the grid is enlarged with aligned corners; halves round up."""
+    """The flat pixel nearest to a flat grid position that is enlarged with aligned corners; halves round up."""
     y, x = index // grid[1], index % grid[1]
     row = (2 * y * (size[0] - 1) + grid[0] - 1) // (2 * max(grid[0] - 1, 1))
     column = (2 * x * (size[1] - 1) + grid[1] - 1) // (2 * max(grid[1] - 1, 1))

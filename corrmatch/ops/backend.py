@@ -1,7 +1,7 @@
-"""Which implementation serves a call. One predicate, `Backend.refusal`, both explains and decides.
+"""The choice of an implementation for a call. One predicate, `Backend.refusal`, both decides and explains.
 
-Every op registers its implementations where it is defined, each with its own limits (`implementation`). `choose`,
-`corrmatch info` and the documents read these.
+Each op registers its implementations and their limits in the file that defines it (`implementation`). `choose`,
+`corrmatch info` and the documentation read them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Run = TypeVar("Run", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Implementation:
-    """One op on one backend, and the limits of what it takes.
+    """One op on one backend, and its limits.
 
     Attributes:
-        run: Computes the op; takes the arguments of the registered op but for the backend.
-        dtypes: Floating dtypes that it takes; None for any. It takes all integer dtypes.
-        channels: The most channels that it takes; None for any number.
-        narrow: The most channels of float32 and float16 where a block has less than SMALL shared memory.
-        capability: The least compute capability of a GPU that it takes, 80 for 8.0; None for any.
+        run: Computes the op. Its arguments are those of the registered op without the backend.
+        dtypes: Supported floating dtypes; None for all. All integer dtypes are supported.
+        channels: Largest supported number of channels; None for any number.
+        narrow: The same for float32 and float16 on GPUs whose blocks have less than SMALL shared memory.
+        capability: Least supported compute capability of a GPU, 80 for 8.0; None for all.
     """
 
     run: Callable[..., Any]
@@ -43,7 +43,7 @@ class Implementation:
     capability: int | None = None
 
     def refusal(self, *tensors: Tensor) -> str | None:
-        """Why it does not take these tensors, which are on one device; None where it does."""
+        """The reason why it does not support these tensors, which are on one device; None if it does."""
         if self.capability is not None and tensors[0].device.type == "cuda" and not torch.compiler.is_compiling():
             reason = self._refusal_of_gpu(*tensors)
             if reason is not None:
@@ -69,13 +69,13 @@ class Implementation:
         return f"on {gpu.name} it takes at most {self.narrow} channels of float32 or float16, not {most}"
 
 
-# By backend, best first, and op. Every file of an op adds its own.
+# By backend, best first, and by op. The file of each op adds its implementations.
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {"cuda": {}, "triton": {}, "cpu": {}, "reference": {}}
 NAMES = tuple(_IMPLEMENTATIONS)
 
 
 def implementation(op: str, backend: str, **limits: Any) -> Callable[[Run], Run]:
-    """Registers a function as what computes `op` on `backend`; `limits` are the attributes of `Implementation`."""
+    """Registers a function that computes `op` on `backend`. `limits` are attributes of `Implementation`."""
 
     def register(run: Run) -> Run:
         _IMPLEMENTATIONS[backend][op] = Implementation(run, **limits)
@@ -85,21 +85,21 @@ def implementation(op: str, backend: str, **limits: Any) -> Callable[[Run], Run]
 
 
 def call(op: str, backend: str, *arguments: Any) -> Any:
-    """What the implementation of `op` on `backend` makes of the arguments."""
+    """Calls the implementation of `op` on `backend`."""
     return _IMPLEMENTATIONS[backend][op].run(*arguments)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute the ops: what is true of it in this installation, whatever the op.
+    """A backend in this installation.
 
     Attributes:
-        name: What `backend=` calls it.
-        devices: Device types whose tensors it takes; None for any.
-        implementations: Those that it has, by op; each has the limits of its own.
-        missing: Why it cannot run in this installation; None where it can.
-        detail: What is in use, for people.
-        automatic: Whether it may be chosen where no backend is named.
+        name: Its name as an argument `backend=`.
+        devices: Supported device types; None for all.
+        implementations: Its implementations by op, each with limits of its own.
+        missing: The reason why it cannot run in this installation; None if it can.
+        detail: A note for `corrmatch info` on what is in use.
+        automatic: Whether `choose` may take it when no backend is named.
     """
 
     name: str
@@ -111,16 +111,16 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        """Whether it can run in this installation."""
+        """Whether the backend can run in this installation."""
         return self.missing is None
 
     @property
     def ops(self) -> frozenset[str]:
-        """Names of the ops it has."""
+        """Names of the ops that the backend implements."""
         return frozenset(self.implementations)
 
     def refusal(self, op: str, *tensors: Tensor) -> str | None:
-        """Why this backend cannot serve `op` on these tensors, which are on one device; None where it can."""
+        """The reason why it cannot compute `op` of these tensors, which are on one device; None if it can."""
         if self.missing is not None:
             return self.missing
         if op not in self.implementations:
@@ -132,7 +132,7 @@ class Backend:
 
 
 def _known(*, gpu: bool) -> tuple[Backend, ...]:
-    """All backends, best first, where there is a GPU or none."""
+    """All backends, best first, for an installation with or without a GPU."""
     cpu, reference = _IMPLEMENTATIONS["cpu"], _IMPLEMENTATIONS["reference"]
     return (
         _cuda(gpu),
@@ -175,28 +175,28 @@ def _triton(gpu: bool) -> Backend:
     )
 
 
-# Assumes a GPU: a CUDA tensor proves that there is one. Asking torch would start the driver, and forked processes could
-# no longer use it.
+# These backends assume a GPU, for a CUDA tensor proves that there is one. A question to torch would start the driver,
+# and forked processes could no longer use it.
 _BACKENDS = _known(gpu=True)
 
 
 def use_emulator(extension: Any) -> None:
-    """From here on "cuda" stands for this extension of tests/emulator, which takes tensors on a CPU."""
+    """Replaces the backend "cuda" by this extension of tests/emulator, which takes CPU tensors."""
     global _BACKENDS
     cuda.EXTENSION, cuda.EMULATED = extension, True
     _BACKENDS = _known(gpu=True)
 
 
 def backends() -> dict[str, Backend]:
-    """The backends by name, best first; each says whether it is available and, where it is not, why."""
+    """The backends by name, best first. Each tells whether it is available and, if not, why."""
     return {backend.name: backend for backend in _known(gpu=torch.cuda.is_available())}
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
-    """Name of the backend that serves `op` on these tensors.
+    """The name of the backend that computes `op` of these tensors.
 
-    An explicit backend that cannot serve raises ValueError with the reason. `CORRMATCH_BACKEND` counts as explicit for
-    every op that the backend it names has.
+    Raises ValueError with the reason if an explicit backend cannot. A backend named by `CORRMATCH_BACKEND` counts as
+    explicit for each op that it implements.
     """
     if backend is None:
         backend = os.environ.get("CORRMATCH_BACKEND") or None
@@ -217,7 +217,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
 
 
 def run_on_cpu(kernel: Callable[..., None], *arguments: object) -> None:
-    """Calls an operator of the extension, which takes the number of threads last: as many as torch uses."""
+    """Calls an operator of the extension with torch's number of threads as its last argument."""
     threads = torch.get_num_threads()
     if _forked is None or threads == 1:
         kernel(*arguments, threads)
@@ -225,8 +225,8 @@ def run_on_cpu(kernel: Callable[..., None], *arguments: object) -> None:
         _forked.submit(kernel, *arguments, threads).result()
 
 
-# OpenMP keeps the threads that it has started for the thread that calls it. A fork copies that thread and not those, so
-# that it would wait for them for good; a thread that begins after the fork has none yet, and starts its own.
+# OpenMP keeps a team of threads for each thread that calls it. A fork copies the calling thread without its team, and a
+# call from this thread would wait for the team for ever. A new thread starts a team of its own.
 _forked: ThreadPoolExecutor | None = None
 
 

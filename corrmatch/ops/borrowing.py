@@ -1,4 +1,4 @@
-"""Tensors as the extension sees them."""
+"""Descriptions of tensors for the extension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def borrow(tensor: Tensor) -> _C.Tensor: ...
 @overload
 def borrow(tensor: Tensor | None) -> _C.Tensor | None: ...
 def borrow(tensor: Tensor | None) -> _C.Tensor | None:
-    """The tensor as the extension sees it. The caller keeps it alive during the call."""
+    """Describes a tensor for the extension. The caller has to keep the tensor alive during the call."""
     if tensor is None:
         return None
     return _C.Tensor(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.stride())

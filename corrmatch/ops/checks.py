@@ -1,4 +1,4 @@
-"""Validation at the door. Every message names the argument, what was expected and what came."""
+"""Validation of arguments. Each message names the argument, the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.autograd import forward_ad
 from corrmatch.dtypes import dense
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MOST_PIXELS = 2**31 - 1024  # of an image: kernels count them in 32 bits, some in whole blocks
+MOST_PIXELS = 2**31 - 1024  # of an image: kernels count them in 32 bits, some of them by whole blocks
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """A tensor of one of these dtypes, on the device of `like`."""
+    """Checks a tensor: one of these dtypes, on the device of `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -31,9 +31,9 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | No
 
 
 def backward_only(**maps: Tensor) -> None:
-    """Derivatives other than those that backward() and torch.autograd.grad take are refused.
+    """Refuses derivatives other than those of backward() and torch.autograd.grad.
 
-    Those of forward mode torch would take for 0; of those of torch.func it would say that a function lacks a method.
+    Torch would take derivatives in forward mode for 0. For those of torch.func its message would name a missing method.
     """
     forward, functions = forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()
     if not (forward or functions):
@@ -48,7 +48,7 @@ def backward_only(**maps: Tensor) -> None:
 
 
 def _within_func_grad(x: Tensor) -> bool:
-    """Whether a transform of torch.func will want the gradient of x, possibly around a vmap."""
+    """Whether a transform of torch.func needs the gradient of x, possibly around a vmap."""
     functorch = torch._C._functorch
     while functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
@@ -58,7 +58,7 @@ def _within_func_grad(x: Tensor) -> bool:
 
 
 def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = True) -> None:
-    """A floating map (B, channels, H, W), or (B, channels, N) where `flat`; neither channels nor positions empty."""
+    """Checks a floating map: (B, channels, H, W) or, if `flat`, (B, channels, N), with channels and positions."""
     tensor(name, x, FLOATING, like)
     if x.dim() != 4 and not (flat and x.dim() == 3):
         shapes = "(B, channels, H, W)" + (" or (B, channels, N)" if flat else "")
@@ -72,7 +72,7 @@ def feature_map(name: str, x: Any, like: Tensor | None = None, *, flat: bool = T
 
 
 def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
-    """Two maps of the same batch and channels."""
+    """Checks that two maps have the same batch and channels."""
     feature_map("query", query, flat=flat)
     feature_map("key", key, query, flat=flat)
     if key.shape[1] != query.shape[1]:
@@ -80,7 +80,7 @@ def query_key(query: Any, key: Any, *, flat: bool = True) -> None:
 
 
 def image(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """A tensor (B, H, W), of the shape of `like`."""
+    """Checks that a tensor has the shape of `like`, (B, H, W)."""
     tensor(name, x, dtypes, like)
     if x.dim() != 3:
         raise ValueError(f"{name}: expected shape (B, H, W), got {tuple(x.shape)}")
@@ -90,20 +90,20 @@ def image(name: str, x: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | Non
 
 
 def pixels(name: str, height: int, width: int) -> None:
-    """An image of a size that the kernels can count."""
+    """Checks that the kernels can count the pixels of an image."""
     if height * width > MOST_PIXELS:
         raise ValueError(f"{name}: expected an image of at most {MOST_PIXELS} pixels, got {height} x {width}")
 
 
 def row_index(index: Any, query: Tensor) -> None:
-    """int64 (K,) or (B, K) on the device of the query."""
+    """Checks an index: int64, (K,) or (B, K), on the device of the query."""
     tensor("index", index, (torch.int64,), query)
     if index.dim() not in (1, 2) or (index.dim() == 2 and index.shape[0] != query.shape[0]):
         raise ValueError(f"index: expected shape (K,) or ({query.shape[0]}, K), got {tuple(index.shape)}")
 
 
 def image_size(size: Any) -> tuple[int, int]:
-    """(H, W), both at least 1."""
+    """Checks a size (H, W): both at least 1."""
     try:
         height, width = size
     except (TypeError, ValueError):
@@ -119,21 +119,21 @@ def image_size(size: Any) -> tuple[int, int]:
 
 
 def real(name: str, x: Any) -> float:
-    """A finite Python number."""
+    """Checks a finite Python number."""
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-    if not -math.inf < float(x) < math.inf:  # NaN included; torch.compile cannot trace math.isfinite
+    if not -math.inf < float(x) < math.inf:  # true of NaN, too; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name}: expected a finite number, got {x}")
     return float(x)
 
 
 def values_wanted(x: Tensor) -> bool:
-    """Whether values are to be checked: always on a CPU, elsewhere on request, for it synchronises with the host."""
+    """Whether values are checked: always on a CPU, elsewhere on request, because a check synchronises with the host."""
     return x.device.type == "cpu" or os.environ.get("CORRMATCH_CHECK") == "1"
 
 
 def classes(labels: Tensor, counted: Tensor, num_classes: int, where: str) -> None:
-    """Labels in [0, num_classes) at the pixels that count, where values are to be checked."""
+    """Checks that labels of pixels that count lie in [0, num_classes), if values are checked."""
     if not values_wanted(labels):
         return
     values = labels[counted]
@@ -144,7 +144,7 @@ def classes(labels: Tensor, counted: Tensor, num_classes: int, where: str) -> No
 
 
 def positions(index: Tensor, count: int) -> None:
-    """Flat positions in [0, count), where values are to be checked."""
+    """Checks that flat positions lie in [0, count), if values are checked."""
     if index.numel() > 0 and values_wanted(index):
         low, high = (int(x) for x in index.aminmax())
         if low < 0 or high >= count:
@@ -157,7 +157,7 @@ def scale(x: Any, query: Tensor) -> float:
 
 
 def threshold_tensor(x: Any, like: Tensor) -> Tensor:
-    """The threshold as a 0-d float64 tensor on the device of `like`; a tensor is never read on the host."""
+    """The threshold as a 0-d float64 tensor on the device of `like`. The host never reads a tensor."""
     if isinstance(x, Tensor):
         dense("threshold", x)
         if x.dim() != 0 or not x.dtype.is_floating_point:
@@ -169,21 +169,21 @@ def threshold_tensor(x: Any, like: Tensor) -> Tensor:
 
 
 def choice(name: str, x: Any, choices: tuple[Any, ...]) -> None:
-    """One of the choices."""
-    plain = x is None or isinstance(x, str | Integral | torch.SymInt)  # a tensor's == is another tensor
+    """Checks that a value is one of the choices."""
+    plain = x is None or isinstance(x, str | Integral | torch.SymInt)  # == of a tensor returns a tensor
     if not plain or x not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {x!r}")
 
 
 def flag(name: str, x: Any) -> bool:
-    """True or False."""
+    """Checks that a value is True or False."""
     if not isinstance(x, bool):
         raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
     return x
 
 
 def integer(name: str, x: Any, low: int, high: int) -> int:
-    """An integer within [low, high]."""
+    """Checks that a value is an integer in [low, high]."""
     if isinstance(x, bool) or not isinstance(x, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(x).__name__}")
     if not low <= int(x) <= high:

@@ -20,14 +20,16 @@ def connected_components(
     """Numbers the connected regions of equal value.
 
     Args:
-        image: bool or integer (..., H, W); any leading dimensions, each image on its own; any strides.
+        image: bool or integer (..., H, W), with any number of leading dimensions and any strides. Each image is
+            numbered separately.
         connectivity: 4 (edges) or 8 (edges and corners).
         background: Pixels of this value belong to no component.
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        int32 in the shape of image, 0 on background, else 1 .. n in raster order of each component's first pixel, as
-        scipy.ndimage.label numbers them. The same on every backend and for any number of threads. No gradient.
+        int32 in the shape of image: 0 on background, else 1 .. n in raster order of the first pixels of the components,
+        as scipy.ndimage.label numbers them. All backends and numbers of threads give the same result. It has no
+        gradient.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape or backend; the message names the argument.
@@ -43,7 +45,7 @@ def connected_components(
 
 
 def connected_components_op(image: Tensor, connectivity: int, background: int, backend: str) -> Tensor:
-    """Component numbers, int32."""
+    """Returns component numbers, int32."""
     if image.numel() == 0:
         return _empty_result(image)
     return call("connected_components", backend, image, connectivity, background)
@@ -73,7 +75,7 @@ def _cuda(image: Tensor, connectivity: int, background: int) -> Tensor:
 
 
 def _batches(image: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (B, H, W)."""
+    """Calls the operator with image and result as (B, H, W)."""
     images = image.reshape(-1, *image.shape[-2:])
     return images, out.view(images.shape)
 

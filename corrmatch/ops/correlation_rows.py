@@ -24,8 +24,8 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
     Returns:
         (B, K, Hk, Wk), or (B, K, N_k) for such a key, in the dtype of query; computed in float32 or better.
 
-    Gradients flow to query and key. The rows are what is returned, so nothing is fused: this is a matrix product and a
-    softmax on any device.
+    Gradients flow to query and key. The rows themselves are the result, so there is nothing to fuse: on any device
+    this is a matrix product and a softmax.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape or device; an index out of range (on a CPU, elsewhere with
@@ -42,7 +42,7 @@ def correlation_rows(query: Tensor, key: Tensor, index: Tensor, *, scale: float 
 
 
 def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor:
-    """Rows (B, K, N_k) of flat maps; index is (B, K)."""
+    """Rows (B, K, N_k) of flat maps, for an index (B, K)."""
     checks.positions(index, query.shape[2])
     q, k = accumulation(query.gather(2, _channels(index, query)), key)
     with without_autocast(query.device):
@@ -50,7 +50,7 @@ def correlation_rows_op(query: Tensor, key: Tensor, index: Tensor, scale: float)
 
 
 def _channels(index: Tensor, query: Tensor) -> Tensor:
-    """The index (B, D, K) of the sampled positions in every channel; what was not checked is never out of bounds."""
+    """The index (B, D, K) of the positions in every channel. Unchecked positions are clamped to the bounds."""
     return index.clamp(0, query.shape[2] - 1).unsqueeze(1).expand(-1, query.shape[1], -1)
 
 

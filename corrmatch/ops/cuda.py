@@ -1,4 +1,4 @@
-"""How the ops call the CUDA operators: on the tensor's device and current stream, with scratch memory from torch."""
+"""Calls of the CUDA operators: on the tensor's device and current stream, with scratch memory from torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from corrmatch import _C
 from corrmatch.ops.borrowing import borrow
 
-# The CUDA operators (csrc/cuda/ops.def), None where they were not built, and whether they run on CPU tensors.
+# The CUDA operators (csrc/cuda/ops.def), None if they were not built, and whether they take CPU tensors.
 # `backend.use_emulator` sets both.
 EXTENSION: Any = getattr(_C, "cuda", None)
 EMULATED = False
 
 
 def launch(operator: Callable[..., None], like: Tensor, scratch_bytes: Callable[[], int], *arguments: Any) -> None:
-    """Calls an operator for tensors on the device of `like`; scratch memory and stream come last.
+    """Calls an operator for tensors on the device of `like`. Its last arguments are scratch memory and stream.
 
-    How much memory it needs depends on the device, so `scratch_bytes` is called while that is the current one.
+    The size of the memory depends on the device, so `scratch_bytes` is called while this device is the current one.
     """
     with torch.cuda.device(like.device if like.is_cuda else -1):  # -1: no device
         scratch = torch.empty(scratch_bytes(), dtype=torch.uint8, device=like.device)

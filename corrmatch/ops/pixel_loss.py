@@ -1,4 +1,4 @@
-"""Losses at every pixel of logits on a smaller grid: cross-entropy and divergence, enlargement included."""
+"""Losses of logits on a grid smaller than the image: cross-entropy and divergence of the enlarged logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corrmatch.ops.registration import register
 def cross_entropy(
     logits: Tensor, labels: Tensor, weight: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Weighted cross-entropy of logits that are enlarged to the labels, never stored at that size.
+    r"""Weighted cross-entropy of logits that are enlarged to the size of the labels, without storing them at this size.
 
     .. math::
         L = \sum_p w_p \left( -\log \operatorname{softmax}(\hat x_p)_{y_p} \right), \qquad
@@ -33,8 +33,8 @@ def cross_entropy(
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        The loss, 0-d, which is the sum L, and its pixels (B, H, W), the terms of the sum, which have no gradient. Both
-        in float32 (float64 for float64 logits), as everything is computed.
+        The loss L, 0-d, and its terms (B, H, W), one for each pixel, which have no gradient. Both are computed and
+        returned in float32 (float64 for float64 logits).
 
     Gradients flow to the logits: the sum over the pixels around a grid point of w (softmax - one_hot) times the weight
     of the enlargement. They are the same from run to run. Second and forward-mode derivatives raise RuntimeError.
@@ -58,7 +58,7 @@ def cross_entropy(
 def divergence(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Weighted divergence of the softmax of logits from that of a target, both enlarged to the weights.
+    r"""Weighted Kullback-Leibler divergence of a target's softmax and that of logits, both enlarged to the weights.
 
     .. math::
         L = \sum_p w_p \sum_c q_{cp} \log \frac{q_{cp}}{p_{cp}}, \qquad
@@ -72,7 +72,8 @@ def divergence(
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        Loss and pixels, as those of `cross_entropy`. Gradients flow to the logits: w (p - q), spread over the grid.
+        Loss and terms like those of `cross_entropy`. Gradients flow to the logits: w (p - q), summed over the pixels
+        around each grid point.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
@@ -118,10 +119,9 @@ def _loss(
 def pixel_loss_op(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, gradient: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its pixels and, where `gradient`, the gradient of the loss (B, C, h, w), all in the accumulation dtype.
+    """Loss, terms and, if `gradient` is set, gradient (B, C, h, w) of the cross-entropy or of the divergence.
 
-    The cross-entropy of labels, or the divergence from a target. The gradient stays in the accumulation dtype, because
-    a loss scaler may still multiply it.
+    All are in the accumulation dtype. The gradient stays in it, because a loss scaler may multiply the gradient later.
     """
     loss, pixels, grad = results = _empty_results(logits, weight, gradient)
     if pixels.numel() == 0:
@@ -133,7 +133,7 @@ def pixel_loss_op(
 
 @implementation("pixel_loss", "reference")
 def _reference(logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Called by the functions and not within the registered op, so that autograd differentiates it."""
+    """Called outside of the registered op, so that autograd differentiates it."""
     if labels is None:
         return reference.divergence(logits, target, weight)  # type: ignore[arg-type]  # one of the two is there
     labels = torch.ops.corrmatch.checked_labels(labels, weight, logits.shape[1])
@@ -158,13 +158,13 @@ def _triton(
 ) -> None:  # fmt: skip
     from corrmatch.kernels import pixel_loss as kernels
 
-    if labels is not None:  # the operator for CPUs checks them itself
+    if labels is not None:  # the operator for CPUs checks them
         checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
     kernels.loss(logits, labels, target, weight, loss, pixels, grad)
 
 
 def checked_labels_op(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
-    """Returns the labels after checking their range. An op of its own, because a compiler cannot trace such a check."""
+    """Checks the range of the labels and returns them. A separate op, because a compiler cannot trace the check."""
     checks.classes(labels, weight != 0, num_classes, "where the weight is not 0")
     return labels.clone()
 
@@ -183,7 +183,7 @@ def _fake(logits, labels, target, weight, gradient, backend):
 
 
 def pixel_loss_backward_op(grad_loss: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The saved gradient times that of the loss, in the dtype of the logits."""
+    """The saved gradient times the gradient of the loss, in the dtype of the logits."""
     return (grad * grad_loss).to(dtype)
 
 
@@ -194,7 +194,7 @@ def _fake_backward(grad_loss, grad, dtype):
 def _save(ctx, inputs, output):
     logits, _, _, _, ctx.gradient, _ = inputs
     ctx.dtype = logits.dtype
-    ctx.set_materialize_grads(False)  # no zeros for the two outputs that have no gradient
+    ctx.set_materialize_grads(False)  # without zeros for the two outputs that have no gradient
     ctx.save_for_backward(output[2])
 
 

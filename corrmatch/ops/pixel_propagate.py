@@ -30,9 +30,9 @@ def pixel_propagate(
         Z[:, j] = \sum_i g_i \, V[:, i] \, P_{ij}, \qquad
         P_{ij} = \operatorname{softmax}_j (\mathrm{scale} \, \langle q_i, k_j \rangle)
 
-    Every query position i hands out its value over the key positions j with weights that sum to 1: the transpose of
-    attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold; what it shuts out costs
-    nothing.
+    Each query position i distributes its value over the key positions j, with weights that sum to 1. This is the
+    transpose of attention. The gate g_i is 1 without a threshold, else 1 where confidence_i >= threshold and 0
+    elsewhere. Closed positions cost nothing.
 
     Args:
         query: (B, D, Hq, Wq) or (B, D, N_q); float16, bfloat16, float32, or float64 on a CPU; any strides.
@@ -41,8 +41,8 @@ def pixel_propagate(
         scale: Factor of the scores; 1 / sqrt(D) if None.
         confidence: (B, Hq, Wq) or (B, N_q), compared with the threshold in float32 (float64 if it is float64). If
             None, the largest softmax probability over the C channels of value, computed inside the kernel.
-        threshold: Number or 0-d tensor (read on the device). None opens every gate.
-        normalize: Divide by the arriving mass sum_i g_i P_ij; 0 where none arrives.
+        threshold: Number or 0-d tensor (read on the device). With None all gates are open.
+        normalize: Divide by the mass sum_i g_i P_ij that arrives at j; the result is 0 where the mass is 0.
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
@@ -90,13 +90,13 @@ def pixel_propagate(
     out, *_ = torch.ops.corrmatch.pixel_propagate(*maps, gate, threshold, scale, normalize, gradient, backend)
     if normalize:
         out, mass = out[:, :-1], out[:, -1:]
-        none = mass == 0  # a NaN has arrived
+        none = mass == 0  # the mass is NaN
         out = (out / mass.masked_fill(none, 1)).masked_fill(none, 0).to(value.dtype)
     return out if key.dim() == 4 else out.flatten(2)
 
 
 def _autocast_maps(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast the three maps are cast to its dtype, as those of matrix products are; float64 stays."""
+    """Casts the maps to the dtype of autocast, as matrix products do. float64 stays."""
     dtype = autocast_dtype(maps[0].device)
     if dtype is None:
         return maps
@@ -108,7 +108,7 @@ def _reference(
     query: Tensor, key: Tensor, value: Tensor, scale: float, confidence: Tensor | None, threshold: Tensor | None,
     normalize: bool,
 ) -> Tensor:  # fmt: skip
-    """Called by the function and not within the registered op, so that autograd differentiates it."""
+    """Called outside of the registered op, so that autograd differentiates it."""
     with without_autocast(query.device):
         return reference.pixel_propagate(
             query, key, value, scale=scale, confidence=confidence, threshold=threshold, normalize=normalize
@@ -130,14 +130,16 @@ def pixel_propagate_op(
     gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Forward of 4-d maps; `gradient`: whether query will be given one.
+    """The forward of 4-d maps. `gradient` tells whether the query will get a gradient.
 
-    Returns out (B, C, Hk, Wk) in the dtype of value or, where `mass`, (B, C + 1, Hk, Wk) in the accumulation dtype
-    with the arriving mass last; and for the backward, of "cpu", the normalizer (B, 2, N_q), shift and sum of each row:
-    P_ij = 2^(log2(e) S_ij - shift_i) / sum_i, the sum +inf where the gate is closed. Of "triton" the normalizer has the
-    open rows alone and, with `gradient`, their mean key sum_j P_ij key_j behind it; the packed maps and, with a gate,
-    which rows are open come after it (`kernels.plan.Layout`): 3 x 32 numbers a position at 21 channels, in half types
-    of two bytes, in float32 of six. What a backend does not need is empty.
+    The first result is out: (B, C, Hk, Wk) in the dtype of value. With `mass` it is (B, C + 1, Hk, Wk) in the
+    accumulation dtype, and the mass is its last channel. The other results are for the backward; those that a backend
+    does not need are empty.
+
+    "cpu" returns the normalizer (B, 2, N_q), shift and sum of each row: P_ij = 2^(log2(e) S_ij - shift_i) / sum_i. The
+    sum is +inf where the gate is closed. The normalizer of "triton" has the open rows alone and, with `gradient`, their
+    mean key sum_j P_ij key_j. "triton" also returns the packed maps and, with a gate, the open rows
+    (`kernels.plan.Layout`): 3 x 32 numbers a position at 21 channels, of two bytes in half types and of six in float32.
     """
     gated = gate is not None or threshold is not None
     results = _empty_results(query, key, value, gated, mass, gradient, backend)
@@ -205,7 +207,7 @@ def pixel_propagate_backward_op(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; an empty tensor for each that `needs` leaves out."""
+    """Gradients of query, key and value. Those that `needs` leaves out are empty tensors."""
     grads = _empty_gradients(query, key, value, needs)
     if grad_out.numel() == 0:
         return grads
@@ -238,7 +240,7 @@ def _fake_backward(grad_out, query, key, value, normalizer, packed, open_rows, s
 def _save(ctx, inputs, output):
     query, key, value, _, _, ctx.scale, _, ctx.gradient, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output[1:])
-    ctx.set_materialize_grads(False)  # of the results, only the first has a gradient; zeros for the others take time
+    ctx.set_materialize_grads(False)  # only the first result has a gradient; zeros for the others would take time
 
 
 def _backward(ctx, grad_out, *_):

@@ -1,4 +1,4 @@
-"""Pseudo-labels: class, confidence and the peaks that drive the dynamic threshold."""
+"""Pseudo-labels: class, confidence, and the peaks from which the dynamic threshold is updated."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from corrmatch.ops.registration import register
 def pseudo_label(
     logits: Tensor, *, size: tuple[int, int] | None = None, ignore: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Most likely class of each pixel, its probability, and the largest such probability of each class.
+    """The most likely class of each pixel, its probability, and the largest such probability of each class.
 
     Args:
         logits: (B, C, h, w); float16, bfloat16, float32, or float64 on a CPU; any strides.
-        size: (H, W): logits are enlarged to it bilinearly (align_corners=True) inside the kernel. None keeps (h, w).
+        size: (H, W). The kernel enlarges the logits to it, bilinearly (align_corners=True). None keeps (h, w).
         ignore: bool (B, H, W), True where a pixel does not count for `class_peak`.
         backend: "cpu", "triton", "reference", or None for the best available.
 
     Returns:
-        The labels, int64 (B, H, W), the argmax (the lowest class on ties); the confidence, float32 (B, H, W), the
-        softmax probability of that class; and class_peak, float32 (C,), for each class the largest confidence among the
-        pixels of the batch that are predicted as it and not ignored, 0 where there is none. Computed in float32
-        (float64 for float64 logits). No gradient.
+        Three tensors without gradient. The labels, int64 (B, H, W), are the argmax (the lowest class on ties). The
+        confidence, float32 (B, H, W), is the softmax probability of this class. class_peak, float32 (C,), is for each
+        class the largest confidence of the pixels in the batch that have this label and are not ignored; 0 if there are
+        none. All are computed in float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; the message names the argument.
@@ -48,7 +48,7 @@ def pseudo_label(
 def pseudo_label_op(
     logits: Tensor, ignore: Tensor | None, height: int, width: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, confidence and class peaks at (height, width)."""
+    """Returns labels, confidence and class peaks at (height, width)."""
     if logits.shape[0] == 0:
         labels, confidence, class_peak = _empty_results(logits, height, width)
         return labels, confidence, class_peak.zero_()

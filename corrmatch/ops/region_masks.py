@@ -1,4 +1,4 @@
-"""Region masks: rows of a correlation map, enlarged and cut."""
+"""Region masks: rows of a correlation map, enlarged and cut at a threshold."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def region_masks(
 ) -> RegionMasks:
     r"""Cuts class-agnostic regions out of rows of the correlation map.
 
-    For each sampled query position r, the row x[j] = P[r, j] on the (Hk, Wk) grid is enlarged to `size` bilinearly
-    (align_corners=True), and
+    For each sampled query position r the row x[j] = P[r, j] on the (Hk, Wk) grid is enlarged to `size`, bilinearly
+    (align_corners=True). Then
 
     .. math:: \mathrm{mask} = \frac{x - \min x}{\max x - \min x} > \mathrm{threshold}
 
@@ -44,16 +44,16 @@ def region_masks(
         index: int64 (K,), shared by the batch, or (B, K): flat query positions.
         size: (H, W) in pixels.
         scale: Factor of the scores; 1 / sqrt(D) if None.
-        threshold: Number, strict.
-        connected: None keeps the mask; "peak" only its connected region that holds the maximum of the enlarged map (the
-            first in raster order); "seed" the one that holds the sampled position, enlarged and rounded to the nearest
-            pixel (empty if that pixel is not in the mask).
+        threshold: Number. A pixel of the mask exceeds it.
+        connected: None keeps the mask. "peak" keeps its connected region with the maximum of the enlarged map (the
+            first in raster order). "seed" keeps the one with the sampled position, enlarged and rounded to the nearest
+            pixel; it is empty if this pixel is not in the mask.
         connectivity: 4 or 8, for `connected`.
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        RegionMasks with `packed` int32 (B, K, ceil(H * W / 32)). No gradient. A pixel within rounding of the threshold
-        may fall on either side. Neither K x N_k nor K x H x W floats are stored.
+        RegionMasks with `packed` int32 (B, K, ceil(H * W / 32)), without gradient. A pixel that equals the threshold up
+        to rounding errors may be inside or outside. Neither K x N_k nor K x H x W floats are stored.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; an index out of range (on a CPU, elsewhere
@@ -88,7 +88,7 @@ def region_masks_op(
     connectivity: int,
     backend: str,
 ) -> Tensor:
-    """Packed masks int32 (B, K, words); index is (B, K), connected an index into CONNECTED."""
+    """Packed masks, int32 (B, K, words), for an index (B, K). `connected` is an index into CONNECTED."""
     if index.numel() == 0:
         return _empty_masks(query, index, height, width)
     size = (height, width)

@@ -1,4 +1,4 @@
-"""Region propagation: each region takes its dominant label."""
+"""Region propagation: each region gets its dominant label."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def region_propagate(
     valid: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Gives each region, in order, its dominant label where that label is dominant and the region reliable enough.
+    r"""Gives each region its dominant label if the label is dominant enough and the region reliable enough.
 
-    Per image and for k = 0 .. K-1, sequentially (a later region sees the labels that earlier ones wrote):
-    R = mask_k & valid, Q = R & reliable. Region k is skipped if Q is empty or \|Q\| / \|R\| < threshold. With n_c the
-    number of pixels of Q whose current label is c and c* the most frequent class (the lowest on ties), labels[R] = c*
-    and R becomes reliable if n_c* / \|Q\| > threshold. Divisions are in float32; these tests see the input `reliable`.
+    The regions k = 0 .. K-1 of an image are processed in order: a later region sees the labels that earlier ones wrote.
+    Let R = mask_k & valid and Q = R & reliable. Region k is skipped if Q is empty or \|Q\| / \|R\| < threshold. Let n_c
+    be the number of pixels of Q whose current label is c, and c* the most frequent class (the lowest on ties). If
+    n_c* / \|Q\| > threshold, labels[R] = c* and R becomes reliable. Divisions are in float32. Both tests use `reliable`
+    as it was passed.
 
     Args:
-        labels: (B, H, W), uint8, int8, int16, int32 or int64. Only labels of pixels that are valid and reliable count,
-            and they must lie in [0, num_classes); others (255, say) pass through.
+        labels: (B, H, W), uint8, int8, int16, int32 or int64. Labels of pixels that are valid and reliable must
+            lie in [0, num_classes). Labels of other pixels may be any number, such as 255, and are not counted.
         reliable: bool (B, H, W).
         masks: RegionMasks of B images and this size.
         threshold: Number or 0-d tensor (read on the device).
         num_classes: 1 to 65536.
-        valid: bool (B, H, W): the pixels that regions may cover; all if None.
+        valid: bool (B, H, W), the pixels that regions may cover; all if None.
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        The labels, in their dtype, and the reliability, bool, after propagation, in new tensors. No gradient.
+        Two new tensors without gradient: the labels after propagation, in their dtype, and the reliability, bool.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; a label out of range (on a CPU, elsewhere
@@ -81,7 +82,7 @@ def region_propagate_op(
     num_classes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Labels and reliability after propagation; packed is RegionMasks.packed."""
+    """Labels and reliability after propagation. `packed` is RegionMasks.packed."""
     if labels.numel() == 0:
         return _empty_results(labels)
     return call("region_propagate", backend, labels, reliable, packed, threshold, valid, num_classes)
@@ -124,7 +125,7 @@ def _cuda(
 
 
 def _check_classes(labels: Tensor, reliable: Tensor, valid: Tensor | None, num_classes: int) -> None:
-    """The operator for CPUs checks the labels itself."""
+    """Calls the operator for CPUs, which checks the labels."""
     checks.classes(labels, reliable if valid is None else reliable & valid, num_classes, "where reliable")
 
 
