@@ -1,5 +1,5 @@
-// Python's view of the kernels: every tensor comes as (address, dtype name, shape, strides), so that the extension
-// neither includes nor links torch and one build serves every torch version.
+// The Python binding of the operators. A tensor is passed as (address, dtype name, shape, strides). So the extension
+// neither includes nor links torch, and one build serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,7 +47,7 @@ Tensor make_tensor(uintptr_t address, const std::string& dtype, const std::vecto
   return tensor;
 }
 
-// What Python passes for a parameter of a kernel: None stands for a tensor that is left out.
+// The Python type of a parameter. None stands for a tensor that is absent.
 template <class T>
 struct Argument {
   using type = T;
@@ -59,7 +59,7 @@ struct Argument<OptionalTensor> {
   static OptionalTensor get(const type& x) { return x ? OptionalTensor(*x) : OptionalTensor(); }
 };
 
-// Wraps a kernel: an entry of the CPU's table, or a function. The GIL is released while it runs.
+// Wraps an operator: an entry of the CPU's table, or a function. It runs without the GIL.
 template <auto Kernel>
 struct Bind;
 #ifndef CORRMATCH_EMULATOR
@@ -81,7 +81,8 @@ struct Bind<Function> {
 
 }  // namespace
 
-// The emulated module (tests/emulator) has the CUDA kernels only; the other takes its tensors and the reverse.
+// The emulated module (tests/emulator) has only the CUDA kernels. Both modules accept descriptions of tensors made by
+// the other.
 #ifdef CORRMATCH_EMULATOR
 PYBIND11_MODULE(corrmatch_emulated, m, py::mod_gil_not_used()) {
 #else

@@ -1,4 +1,4 @@
-// A tensor as the kernels see it: borrowed memory with a type, sizes and strides. Nothing here knows of torch.
+// A tensor in the operators: borrowed memory with a type, sizes and strides. It does not depend on torch.
 #pragma once
 
 #include <array>
@@ -9,7 +9,7 @@ namespace corrmatch {
 
 enum class DType { boolean, uint8, int8, int16, int32, int64, float16, bfloat16, float32, float64 };
 
-// IEEE half and bfloat16 as stored; arithmetic happens in float32.
+// Stored numbers of IEEE half and bfloat16. Arithmetic is done in float32.
 struct Half {
   uint16_t bits;
 };
@@ -29,21 +29,21 @@ struct Tensor {
   }
 };
 
-// One that may be left out; false then.
+// A tensor that may be absent; then it converts to false.
 struct OptionalTensor : Tensor {
   OptionalTensor() = default;
   explicit OptionalTensor(const Tensor& tensor) : Tensor(tensor) {}
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Positions of a map (batch, channels, height, width).
+// The number of positions of a map (batch, channels, height, width).
 inline int64_t positions(const Tensor& map) { return map.size[2] * map.size[3]; }
 
-// What is kept of a region mask: all of it, or the component of its peak or of the sampled pixel. Python passes these
-// numbers.
+// The part of a region mask that is kept: all of it, or the component of its peak or of the sampled pixel. Python
+// passes these numbers.
 enum Connected { kWhole = 0, kPeak = 1, kSeed = 2 };
 
-// Calls f with a value of the C++ type that `dtype` names; f is a generic lambda over the floating types.
+// Calls f, a generic lambda, with a value of the floating C++ type that `dtype` names.
 template <class F>
 decltype(auto) visit_floating(DType dtype, F&& f) {
   switch (dtype) {
@@ -60,7 +60,7 @@ decltype(auto) visit_floating(DType dtype, F&& f) {
   }
 }
 
-// The same over the integer types.
+// The same for integer types.
 template <class F>
 decltype(auto) visit_integer(DType dtype, F&& f) {
   switch (dtype) {
@@ -79,7 +79,7 @@ decltype(auto) visit_integer(DType dtype, F&& f) {
   }
 }
 
-// Whether the value occurs in a bool or integer dtype at all.
+// Whether a bool or integer dtype can represent the value.
 inline bool representable(DType dtype, int64_t value) {
   if (dtype == DType::boolean) return value == 0 || value == 1;
   return visit_integer(dtype, [value](auto zero) { return int64_t(decltype(zero)(value)) == value; });

@@ -7,14 +7,14 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// Exact where a = b or w = 0, unlike (1 - w) a + w b. Between two equal infinities it is no number.
+// Exact if a = b or w = 0, unlike (1 - w) a + w b. The result is NaN if a and b are the same infinity.
 template <class T, class Weight>
 inline T lerp(T a, T b, Weight w) {
   return a + w * (b - a);
 }
 
 // One axis: output x lies between inputs low(x) and low(x) + 1, at `weight(x)` of the way. The last output is the last
-// input itself, low = inputs - 1 with weight 0, so readers either pad an input row by one sample or clamp.
+// input (low = inputs - 1, weight 0), so readers have to pad an input row by one sample, or clamp.
 template <class T>
 class Axis {
  public:
@@ -23,14 +23,14 @@ class Axis {
     const int64_t steps = outputs > 1 ? outputs - 1 : 1;
     int64_t cell = 0;
     for (int64_t x = 0; x < outputs; ++x) {
-      // In whole numbers, so that coinciding samples have weight 0 whatever the sizes.
+      // In whole numbers, so that samples which coincide have the weight 0 for all sizes.
       const int64_t position = x * (inputs - 1);
       low_[x] = int32_t(position / steps);
       weight_[x] = T(double(position % steps) / double(steps));
       while (cell <= low_[x]) first_[cell++] = int32_t(x);
     }
     while (cell <= inputs) first_[cell++] = int32_t(outputs);
-    // Readers of whole vectors find valid coordinates behind the end.
+    // Coordinates behind the end are valid, too, for readers of whole vectors.
     for (int64_t x = outputs; x < padded(outputs); ++x) {
       low_[x] = low_[outputs - 1];
       weight_[x] = weight_[outputs - 1];
@@ -41,7 +41,7 @@ class Axis {
   int64_t outputs() const { return outputs_; }
   const int32_t* low() const { return low_; }
   const T* weight() const { return weight_; }
-  // The first output x with low(x) >= cell; `outputs` where there is none. Cell c holds first(c)..first(c + 1) - 1.
+  // The first output x with low(x) >= cell, or `outputs`. Cell c contains the outputs first(c)..first(c + 1) - 1.
   int64_t first(int64_t cell) const { return first_[cell]; }
   int64_t high(int64_t x) const { return low_[x] + 1 < inputs_ ? low_[x] + 1 : low_[x]; }
 

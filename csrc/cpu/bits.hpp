@@ -15,13 +15,13 @@ inline constexpr int64_t kWordBits = 64;
 
 inline int64_t words_for(int64_t bits) { return (bits + kWordBits - 1) / kWordBits; }
 
-// A word whose lowest n bits are set; any n >= 64 sets all.
+// A word whose lowest n bits are set, or all bits for n >= 64.
 inline uint64_t low_bits(int64_t n) { return n >= kWordBits ? ~uint64_t(0) : (uint64_t(1) << n) - 1; }
 
 inline int popcount(uint64_t word) {
 #if defined(__POPCNT__) || !defined(__x86_64__)
   return std::popcount(word);
-#else  // without the instruction std::popcount is a call of a library function
+#else  // without the instruction std::popcount calls a library function
   word -= (word >> 1) & 0x5555555555555555u;
   word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
   word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu;
@@ -55,7 +55,7 @@ inline uint64_t top_bits(const uint8_t* bytes) {
 #endif
 }
 
-// The word whose bit i is flag(i). The loop is over bytes, which is what compilers vectorise.
+// The word whose bit i is flag(i). Compilers vectorise the loop over bytes.
 template <class Flag>
 inline uint64_t word_of(Flag&& flag) {
   alignas(64) uint8_t bytes[kWordBits];
@@ -68,7 +68,7 @@ inline void for_each_bit(uint64_t word, F&& f) {
   for (; word != 0; word &= word - 1) f(std::countr_zero(word));
 }
 
-// f(begin, end) for every maximal run of ones.
+// Calls f(begin, end) for each maximal run of ones.
 template <class F>
 inline void for_each_run(uint64_t word, F&& f) {
   while (word != 0) {

@@ -1,4 +1,4 @@
-// Memory that kernels work in.
+// Working memory of the operators.
 #pragma once
 
 #include <cstdint>

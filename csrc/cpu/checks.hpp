@@ -1,4 +1,4 @@
-// Refusal of bad values.
+// Errors for invalid values.
 #pragma once
 
 #include <cinttypes>
@@ -7,7 +7,7 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// `where` narrows down what the rule applies to, " where reliable" for example.
+// `where` restricts the rule, for example " where reliable".
 [[noreturn]] inline void refuse(const char* argument, const char* where, int64_t low, int64_t high, int64_t got) {
   char message[256];
   std::snprintf(message, sizeof message, "%s: expected values in [%" PRId64 ", %" PRId64 "]%s, got %" PRId64, argument,

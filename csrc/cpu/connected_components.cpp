@@ -1,7 +1,7 @@
-// Connected components by runs. A row becomes two bit maps, the pixels that belong to a component and the first pixels
-// of its runs; a run's number is the rank of its first pixel. Where runs of neighbouring rows touch is found by bit
-// operations on 64 pixels at a time, and each contact unites two runs. Memory besides the result: two bits and at most
-// four bytes (touched only where there are runs) a pixel.
+// Connected components by runs. A row becomes two bit maps: pixels that belong to a component, and first pixels of its
+// runs. The number of a run is the rank of its first pixel. Bit operations on 64 pixels at a time find contacts between
+// runs of neighbouring rows, and each contact unites two runs. Besides the result this takes two bits and at most four
+// bytes a pixel; the bytes are touched only where there are runs.
 #include <algorithm>
 #include <vector>
 
@@ -14,7 +14,7 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// Only equality matters, so elements are unsigned integers of their size.
+// Values are only compared for equality, so elements are read as unsigned integers of their size.
 struct Image {
   Tensor tensor;
   int64_t height, width, words;  // words of a row's bit map
@@ -30,13 +30,13 @@ struct Runs {
   DisjointSets sets;
 };
 
-// Rows y0..y1-1, whose runs are numbered from y0 * width on: numbers ascend over the image, with gaps.
+// Rows y0..y1-1. Their runs are numbered from y0 * width on: numbers ascend over the image, with gaps.
 struct Strip {
   int64_t image, y0, y1;
   int32_t begin, end;  // numbers of its runs
 };
 
-// Two copies of rows, padded so that whole words and the left neighbour of the first pixel can be read.
+// Copies of two rows, padded so that whole words and the left neighbour of the first pixel can be read.
 template <class T>
 class RowPair {
  public:
@@ -59,13 +59,13 @@ class RowPair {
   Buffer<T> rows_;
 };
 
-// Fills the bit maps of row y and returns how many runs it has.
+// Fills the bit maps of row y and returns its number of runs.
 template <class T>
 int32_t find_runs(const Image& image, const T* row, uint64_t* first, uint64_t* member) {
   const T background = T(image.background);
   int32_t count = 0;
   for (int64_t i = 0; i < image.words; ++i, row += kWordBits) {
-    const uint64_t start = i == 0;  // the first pixel begins a run whatever the padding before it holds
+    const uint64_t start = i == 0;  // the first pixel begins a run for any padding before it
     member[i] = low_bits(image.width - i * kWordBits);
     if (image.has_background) member[i] &= word_of([&](int x) { return row[x] != background; });
     first[i] = member[i] & (start | word_of([&](int x) { return row[x] != row[x - 1]; }));
@@ -74,7 +74,7 @@ int32_t find_runs(const Image& image, const T* row, uint64_t* first, uint64_t* m
   return count;
 }
 
-// Unites the runs of row y with those of the row above that they touch.
+// Unites the runs of row y with the runs of the row above that they touch.
 template <class T>
 void link_to_row_above(const Image& image, int64_t y, const T* row, const T* above, bool diagonal, Runs& runs) {
   const uint64_t *first = runs.first + y * image.words, *first_above = first - image.words;
@@ -88,14 +88,14 @@ void link_to_row_above(const Image& image, int64_t y, const T* row, const T* abo
     const auto run_above = [=](int x) { return number_above + popcount(starts_above & low_bits(x + 1)); };
     const auto run_above_before = [=](int x) { return number_above + popcount(starts_above & low_bits(x)); };
 
-    // A contact of two runs is a segment of equal pixels; its first pixel stands for it.
+    // A contact of two runs is a segment of equal pixels, represented by its first pixel.
     const uint64_t same = member[i] & word_of([&](int x) { return row[x] == above[x]; });
     const uint64_t continued = (same << 1 | carry) & ~starts;
     for_each_bit(same & ~continued, [&](int x) { runs.sets.unite(run_at(x), run_above(x)); });
     carry = same >> (kWordBits - 1);
 
     if (diagonal) {
-      // A diagonal contact is one of its own only where a run begins and nothing touches straight above or below.
+      // A diagonal contact is new only where a run begins and has no contact straight above or below.
       const uint64_t inner = ~(same | uint64_t(i == 0));
       uint64_t falling = starts & inner, rising = starts_above & inner;
       if (falling) falling &= word_of([&](int x) { return row[x] == above[x - 1]; });
@@ -153,7 +153,7 @@ void write_labels(const Image& image, const uint64_t* first, const uint64_t* mem
     carry = member[i] >> (kWordBits - 1);
     for_each_bit(first[i] | ends, [&](int bit) {
       const int64_t x = i * kWordBits + bit;
-      if (x >= image.width) return;  // the end of a run that the image's edge cuts
+      if (x >= image.width) return;  // the end of a run that reaches the edge of the image
       fill_segment(out, begin, x, image.width, label);
       begin = x;
       label = member[i] >> bit & 1 ? *labels++ : 0;
@@ -162,7 +162,7 @@ void write_labels(const Image& image, const uint64_t* first, const uint64_t* mem
   fill_segment(out, begin, image.width, image.width, label);
 }
 
-// Strips of at least 32 rows, as many as keep all threads busy.
+// Strips of at least 32 rows, enough to keep all threads busy.
 std::vector<Strip> cut(int64_t images, int64_t height, int threads) {
   const int64_t wanted = (threads + images - 1) / images;
   const int64_t count = std::clamp<int64_t>(height / 32, 1, wanted);

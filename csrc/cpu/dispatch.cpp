@@ -1,4 +1,4 @@
-// Compiled once, for the oldest processor: chooses among the tables.
+// The choice of a table of operators. This file is compiled once, for the oldest processor.
 #include <atomic>
 #include <stdexcept>
 
@@ -6,7 +6,7 @@
 
 namespace corrmatch {
 
-// setup.py defines CORRMATCH_X86 exactly when it compiles the wider variants.
+// setup.py defines CORRMATCH_X86 if and only if it compiles the wider variants.
 namespace generic {
 extern const CpuTable table;
 }

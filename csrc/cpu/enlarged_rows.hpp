@@ -1,4 +1,4 @@
-// Image rows of a map on a small grid: enlarged vertically only, all channels at a time.
+// Rows of a map on a small grid, enlarged to image rows vertically only, all channels at a time.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +8,11 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// A row is a (channels, pitch) array; behind its end the last column is repeated, so that reading too far is harmless.
+// A row is a (channels, pitch) array. The last column is repeated behind the end, so reading beyond it is harmless.
 template <class T>
 class EnlargedRows {
  public:
-  // Without `resize` the rows of the image are those of the map.
+  // Without `resize` the rows of the image are the rows of the map.
   EnlargedRows(const Tensor& map, const Axis<T>& y, bool resize)
       : map_(map),
         y_(y),
@@ -24,7 +24,7 @@ class EnlargedRows {
 
   int64_t pitch() const { return pitch_; }
 
-  // Row y of image b; valid until the next call.
+  // Returns row y of image b, which is valid until the next call.
   const T* at(int64_t b, int64_t y) {
     if (!resize_) return read(b, y, upper_);
     const int64_t low = y_.low()[y];

@@ -1,4 +1,4 @@
-// A map on a small grid, enlarged bilinearly without ever being stored at full size.
+// A map on a small grid that is enlarged bilinearly, without an array of the full size.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct Extrema {
   Pixel peak{0, 0};  // the first in raster order that has the largest value
 };
 
-// Extrema of `count` values; a last incomplete vector counts in full.
+// Extrema of `count` values. The last vector counts in full even if it is incomplete.
 template <class T>
 void reduce_extrema(const T* row, int64_t count, T& least, T& largest) {
   Vec<T> low = load(row), high = low;
@@ -39,8 +39,8 @@ void reduce_extrema(const T* row, int64_t count, T& least, T& largest) {
   }
 }
 
-// Grid rows have a pitch of whole words of columns, and the column behind the last repeats it, so that reading a column
-// too far is harmless.
+// Grid rows have a pitch of whole words of columns. The last column is repeated behind the end, so reading one column
+// beyond it is harmless.
 template <class T>
 class Enlarger {
  public:
@@ -53,7 +53,7 @@ class Enlarger {
         row_least_(y.inputs()),
         row_largest_(y.inputs()) {}
 
-  // Takes 2^(S - max S) of a row of scores S, which a vector of -inf follows; false where that is constant or NaN.
+  // Computes 2^(S - max S) of a row of scores S, which a vector of -inf follows; false if it is constant or NaN.
   bool assign(const T* scores) {
     const int64_t rows = y_.inputs(), columns = x_.inputs();
     const T peak = largest_score(scores, rows * columns);
@@ -75,14 +75,14 @@ class Enlarger {
 
   Extrema<T> extrema() {
     Extrema<T> found;
-    search_band(peak_row_, found);  // good bounds first
+    search_band(peak_row_, found);  // to begin with good bounds
     search_band(least_row_, found);
     for (int64_t band = 0; band < y_.inputs(); ++band)
       if (band_largest(band) >= found.largest || band_least(band) < found.least) search_band(band, found);
     return found;
   }
 
-  // emit(y, begin, end) for every run of pixels above the threshold, in raster order.
+  // Calls emit(y, begin, end) for each run of pixels above the threshold, in raster order.
   template <class Emit>
   void for_each_run_above(T threshold, Emit&& emit) {
     for (int64_t band = 0; band < y_.inputs(); ++band) {
@@ -129,7 +129,7 @@ class Enlarger {
     }
   }
 
-  // Between grid columns the row is monotone: its extrema are among the first and the last pixels of the cells.
+  // A row is monotone between grid columns, so its extrema are among the first and the last pixels of the cells.
   void search_line(int64_t y, Extrema<T>& found) {
     for (int64_t cell = 0; cell < x_.inputs(); ++cell) {
       const int64_t begin = x_.first(cell), end = x_.first(cell + 1);
@@ -163,7 +163,7 @@ class Enlarger {
       const uint64_t above = word_of([=](int i) { return line[i] > threshold; }) & low_bits(columns - j);
       for_each_bit(above ^ (above << 1 | carry), [&](int bit) {
         const int64_t column = j + bit;
-        if (column == columns) return;  // closed below, at the image's edge
+        if (column == columns) return;  // its end is emitted below, at the edge of the image
         if (above >> bit & 1) {
           begin = column == 0 ? 0 : x_.first(column) - count_above(column - 1, threshold);
         } else {

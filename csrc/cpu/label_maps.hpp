@@ -20,7 +20,7 @@ struct LabelMaps {
   uint64_t* plane(int i) const { return planes + i * words; }
 };
 
-// Whether a label was out of range, and which.
+// Whether a label was out of range, and its value.
 struct BadLabel {
   bool found = false;
   int64_t value = 0;
@@ -61,7 +61,7 @@ void pack_labels(const T* labels, int64_t i, const LabelMaps& maps) {
 
 inline constexpr int64_t kChunk = 2048;  // pixels that are packed at once
 
-// Copies n <= kChunk pixels from p on, a multiple of 64, to the outputs and packs them.
+// Copies n <= kChunk pixels, beginning at p (a multiple of 64), to the outputs and packs them.
 template <class T>
 BadLabel pack_chunk(const Tensor& labels, const Tensor& reliable, const OptionalTensor& valid, int64_t b, int64_t p,
                     int64_t n, T largest, T* out_labels, uint8_t* out_reliable, const LabelMaps& maps) {

@@ -1,4 +1,4 @@
-// OpenMP where the compiler has it. The runtime is the one that torch has loaded, so the threads are shared with it.
+// OpenMP, if the compiler supports it. The runtime is the one that torch has loaded, so both share their threads.
 #pragma once
 
 #ifdef _OPENMP

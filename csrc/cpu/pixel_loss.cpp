@@ -1,9 +1,9 @@
-// Losses of logits that are enlarged bilinearly, and their gradients on the small grid. Enlarged logits exist for one
-// vector of pixels at a time only.
+// Losses of bilinearly enlarged logits, and their gradients on the small grid. Enlarged logits exist for one vector of
+// pixels at a time.
 //
-// The lanes of a vector are neighbouring cells of the grid. It takes the pixels of its cells place by place: the first
-// of each cell, then the second of each. So the grid points around the pixels are read, and given their gradients, as
-// contiguous vectors, whatever the sizes.
+// The lanes of a vector are neighbouring cells of the grid. A vector processes the pixels of its cells place by place:
+// the first pixel of each cell, then the second of each. So for all sizes the grid points around the pixels, and their
+// gradients, are contiguous vectors.
 #include "pixel_loss.hpp"
 
 #include <limits>
@@ -29,8 +29,8 @@ class Softmax {
   Vec<T> operator[](int c) const { return load(values_ + c * kLanes<T>); }
   void set(int c, Vec<T> value) { store(values_ + c * kLanes<T>, value); }
 
-  // Reads the logits around the pixels and returns the largest of each pixel. Where `counted` is not set they are 0,
-  // for they may be anything. A NaN may be passed over by the maximum.
+  // Reads the logits around the pixels and returns the largest of each pixel. Logits may be any number where `counted`
+  // is not set, and are replaced by 0 there. The maximum may ignore a NaN.
   template <bool Resize>
   Vec<T> gather(const T* line, int64_t pitch, Vec<T> across, Int<T> counted) {
     Vec<T> largest = splat(-std::numeric_limits<T>::infinity());
@@ -49,7 +49,7 @@ class Softmax {
   Buffer<T> values_;
 };
 
-// The loss of image rows: what one thread works with.
+// The loss of image rows: the state of one thread.
 template <class T>
 class RowLoss {
  public:
@@ -72,7 +72,7 @@ class RowLoss {
   GridGradient<T>& gradient() { return gradient_; }
   std::optional<int64_t> bad_label() const { return pixels_.bad_label(); }
 
-  // The loss of row y of image b, summed; writes its pixels and adds its gradient.
+  // Returns the summed loss of row y of image b, writes the loss of its pixels and adds its gradient.
   double row(int64_t b, int64_t y) {
     if (pixels_.read(b, y)) {
       const bool between_rows = p_.grad && p_.resize();
@@ -121,7 +121,7 @@ class RowLoss {
     const Vec<T> share = weight / sum;
     for (int c = 0; c < classes_; ++c) {
       const Vec<T> e = softmax_[c];
-      add<Resize>(c, cell, share * (label == c ? e - sum : e), across);  // e - sum: where P is 1 exactly 0
+      add<Resize>(c, cell, share * (label == c ? e - sum : e), across);  // e - sum is exactly 0 where P is 1
     }
   }
 
@@ -188,7 +188,7 @@ void run(const PixelLoss& p, const Tensor& loss, int threads) {
   losses.reserve(threads);
   for (int i = 0; i < threads; ++i) losses.emplace_back(p, y_axis, x_axis);
 
-  // Grid rows that two tasks share: the first of each task, and the one after its last.
+  // Grid rows that two tasks share: the first row of each task, and the row after its last.
   const int64_t row_size = losses[0].gradient().size(), pitch = row_size / p.logits.size[1];
   Buffer<T> first(p.grad ? batch * tasks * row_size : 0), last(p.grad ? batch * tasks * row_size : 0);
   std::vector<double> totals(batch * tasks);

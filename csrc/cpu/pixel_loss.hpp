@@ -1,4 +1,4 @@
-// What the losses of an image row read and write: its pixels by cells of the grid, and gradients on the grid.
+// Data of the losses of an image row: its pixels by cells of the grid, and gradients on the grid.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// The arguments of the op but for the sum of the losses.
+// The arguments of the op, without the sum of the losses.
 struct PixelLoss {
   Tensor logits;
   OptionalTensor labels, target;
@@ -19,8 +19,8 @@ struct PixelLoss {
   bool resize() const { return weight.size[2] != logits.size[2] || weight.size[3] != logits.size[3]; }
 };
 
-// Where the pixels of an image row lie: place k of every cell is one line of `pitch` lanes, empty where a cell has
-// fewer pixels.
+// The layout of the pixels of an image row. Place k of all cells is a line of `pitch` lanes. Lanes of cells with fewer
+// pixels are empty.
 template <class T>
 class Places {
  public:
@@ -42,7 +42,7 @@ class Places {
   Buffer<int32_t> lane_;
 };
 
-// What the loss of one image row needs besides logits, and the loss itself, by places.
+// Inputs of the loss of an image row besides logits, and the loss itself, by places.
 template <class T>
 class PixelRow {
  public:
@@ -59,15 +59,15 @@ class PixelRow {
   }
 
   const Places<T>& places() const { return places_; }
-  const T* across() const { return across_; }      // how far right of the grid column each pixel lies
+  const T* across() const { return across_; }      // distance of each pixel from the grid column on its left
   const T* weight() const { return weight_; }      // 0 in empty lanes
-  const Lane<T>* label() const { return label_; }  // 0 where it is no class
+  const Lane<T>* label() const { return label_; }  // 0 where the label is not a class
   T* loss() { return loss_; }
 
-  // The least label that is no class though its pixel counts.
+  // The least label of a counted pixel that is not a class.
   std::optional<int64_t> bad_label() const { return bad_label_; }
 
-  // Reads row y of image b and clears the loss; whether any pixel counts.
+  // Reads row y of image b and clears the loss. Returns whether any pixel counts.
   bool read(int64_t b, int64_t y) {
     std::fill_n(static_cast<T*>(loss_), places_.lanes(), T(0));
     const bool any = read_weights(b, y);
@@ -75,7 +75,7 @@ class PixelRow {
     return any;
   }
 
-  // Writes the loss of each pixel; their sum.
+  // Writes the loss of each pixel and returns their sum.
   double write(int64_t b, int64_t y) const {
     double total = 0;
     T* out = p_.pixels.at<T>(0, b, y);
@@ -121,8 +121,8 @@ class PixelRow {
   std::optional<int64_t> bad_label_;
 };
 
-// Gradients on the grid, (classes, pitch) each, as they come in: from pixels to the grid columns on both sides, and at
-// the end of an image row from these to the grid rows above and below.
+// Gradients on the grid, (classes, pitch) each. Gradients of pixels are added to the grid columns on both sides, and at
+// the end of an image row these are added to the grid rows above and below.
 template <class T>
 class GridGradient {
  public:
@@ -130,7 +130,7 @@ class GridGradient {
       : pitch_(pitch), size_(classes * pitch), left_(size_), right_(size_), above_(size_), below_(size_) {}
 
   int64_t size() const { return size_; }
-  T* above() { return above_; }  // of the grid row above the band, so far
+  T* above() { return above_; }  // of the grid row above the band, up to now
 
   void start_task() { clear(above_), clear(below_); }
   void start_row() { clear(left_), clear(right_); }
@@ -147,7 +147,7 @@ class GridGradient {
     store_unaligned(right, load_unaligned(right) + part);
   }
 
-  // Adds the gradients of pixels that are grid points themselves.
+  // Adds the gradients of pixels that are grid points.
   void add_at(int c, int64_t cell, Vec<T> gradient) {
     T* here = above_ + c * pitch_ + cell;
     store(here, load(here) + gradient);
@@ -168,7 +168,7 @@ class GridGradient {
 
   const int64_t pitch_, size_;
   Buffer<T> left_, right_;   // of the pixels of the current image row, for the grid column on either side
-  Buffer<T> above_, below_;  // of the grid row above the current band, and below it, so far
+  Buffer<T> above_, below_;  // of the grid rows above and below the current band, up to now
 };
 
 }  // namespace corrmatch::CORRMATCH_ISA

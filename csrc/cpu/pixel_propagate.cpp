@@ -1,8 +1,8 @@
 // Pixel propagation, forward: Z[:, j] = sum_i g_i V[:, i] P_ij.
 //
-// A block of rows is swept twice. The first sweep computes E = 2^(S - shift) tile by tile, straight from the score
-// registers into a buffer that stays in the second-level cache, and its row sums; the second adds (g V / row sum) E
-// to Z. Each pair of positions costs one exponential, D + C multiply-adds and no trip to memory.
+// Each block of rows is processed in two sweeps. The first computes E = 2^(S - shift) tile by tile, and its row sums.
+// Scores never leave the registers, and E stays in a buffer in the second-level cache. The second sweep adds
+// (g V / row sum) E to Z. A pair of positions costs one exponential, D + C multiply-adds and no access to memory.
 #include "pixel_propagate.hpp"
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// One image in flight.
+// An image that is being processed.
 template <class T>
 struct Image {
   const T* query;  // (D, N_q), times scale * log2(e)
@@ -21,7 +21,7 @@ struct Image {
   int64_t value_stride;
   const T* key;               // tiles of D channels
   T largest_key;              // largest norm of a key
-  bool values_in_range;       // dividing a value by a row sum neither overflows nor underflows
+  bool values_in_range;       // values divided by row sums neither overflow nor underflow
   T* partials;                // a Z for each group, tiles of `channels`
   std::vector<int64_t> rows;  // query positions with an open gate
 };
@@ -51,13 +51,13 @@ class Forward {
         norms[r] += q * q;
       }
     }
-    // |S| <= |q| |k|: where that bound is small no shift is needed, else the true row maximum is found first.
+    // |S| <= |q| |k|. If this bound is small, no shift is needed; else the maximum of the row is found first.
     T largest = 0;
     for (const T norm : norms) largest = max_nan(largest, norm);
     const T bound = std::sqrt(largest) * image.largest_key;
     std::fill_n(sums_, kBlock * kLanes<T>, T(0));
     std::fill_n(shift_, kBlock, T(0));
-    const bool shifted = !(bound <= kSafe && image.values_in_range);  // NaN included
+    const bool shifted = !(bound <= kSafe && image.values_in_range);  // true for NaN, too
     for (int64_t t = 0; t < tiles_; ++t) {
       set_tile<T>(query_, image.key + t * depth_ * kWidth<T>, depth_, count, score_tile(t));
       if (!shifted) exponentials<false>(t, count);
@@ -80,7 +80,7 @@ class Forward {
   }
 
  private:
-  // Scores up to kSafe in size neither overflow, nor do their sums and quotients lose anything.
+  // With scores up to kSafe exponentials do not overflow, and their sums and quotients keep full precision.
   static constexpr T kSafe = sizeof(T) == 4 ? 40 : 300;
 
   T* score_tile(int64_t t) { return scores_ + t * kBlock * kWidth<T>; }
@@ -100,7 +100,7 @@ class Forward {
     }
   }
 
-  // S of tile t becomes E and adds to the row sums.
+  // Turns S of tile t into E and adds it to the row sums.
   template <bool Shifted>
   void exponentials(int64_t t, int64_t count) {
     T* out = score_tile(t);
@@ -137,7 +137,7 @@ T largest_norm(const T* tiles, int64_t count, int64_t channels) {
   return std::sqrt(max_lanes<T>(largest));
 }
 
-// Whether the largest finite value, divided by a sum of exponentials of scores up to kSafe, is still well in range.
+// Whether the largest finite value stays in range when it is divided by a sum of exponentials of scores up to kSafe.
 template <class T>
 bool are_in_range(const Image<T>& image, int64_t channels, int64_t n) {
   constexpr T limit = sizeof(T) == 4 ? T(0x1p80) : T(0x1p700);
@@ -156,7 +156,7 @@ bool are_in_range(const Image<T>& image, int64_t channels, int64_t n) {
   return largest == 0 || (largest <= limit && largest >= 1 / limit);
 }
 
-// Positions whose gate is open: given as a mask, or where the largest softmax probability over the channels of V
+// Positions whose gate is open: those of a mask, those where the largest softmax probability over the channels of V
 // reaches the threshold, or all.
 template <class T>
 void open_rows(const Image<T>& image, int64_t channels, const OptionalTensor& gate, const OptionalTensor& threshold,
@@ -181,7 +181,7 @@ void open_rows(const Image<T>& image, int64_t channels, const OptionalTensor& ga
   }
 }
 
-// The whole op, as many images at a time as are in flight: p is the place of an image among those, b its number.
+// The whole op. Several images are processed at a time: p is the place of an image among these, b its number.
 template <class T>
 class PixelPropagate {
  public:
@@ -247,7 +247,7 @@ class PixelPropagate {
  private:
   T* plane() { return planes_ + thread_number() * padded_; }
 
-  // Channel c of key, query and value in a row.
+  // Channels are numbered through key, query and value.
   void read_channel(int64_t p, int64_t b, int64_t c) {
     if (c < depth_) return pack_channel<T>(key_, b, c, depth_, keys_ + p * depth_ * padded_, plane());
     c -= depth_;

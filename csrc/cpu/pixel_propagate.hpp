@@ -1,8 +1,8 @@
-// What the forward and the backward of pixel propagation share: the partition of the work.
+// The partition of the work in the forward and the backward of pixel propagation.
 //
-// Rows (query positions) with an open gate are cut into groups that depend on their number alone; each group adds into
-// its own partial result, and the partials are added in order. So the result does not depend on the number of threads,
-// and the memory is (groups <= 16) times the result of the images in flight.
+// Rows (query positions) with an open gate are divided into groups, which depend only on the number of rows. Each group
+// adds into its own partial result, and the partial results are added in order. So results do not depend on the number
+// of threads. The memory is the number of groups (at most 16) times the result of the images in process.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,8 @@
 
 namespace corrmatch::CORRMATCH_ISA {
 
-// How the rows of an image are shared out: into a power of two of groups, as long as each has four blocks to sweep, so
-// that clearing and adding a partial result stays a small share of the work. At most 16: each costs a partial result of
-// memory.
+// The number of groups is a power of two. Each group has at least four blocks of rows, so that clearing and adding its
+// partial result is a small share of the work. There are at most 16, because each needs memory for a partial result.
 struct Groups {
   explicit Groups(int64_t rows) {
     const int64_t blocks = (rows + kBlock - 1) / kBlock;
@@ -29,7 +28,7 @@ struct Groups {
   int64_t rows_per_group;
 };
 
-// Images worked on at once: enough tasks for every thread, no more, for each costs memory.
+// Images that are processed at a time: just enough for all threads to have tasks, because each image needs memory.
 inline int64_t images_in_flight(int64_t batch, int64_t groups, int threads) {
   return std::clamp<int64_t>((4 * int64_t(threads) + groups - 1) / groups, 1, batch);
 }
@@ -47,7 +46,7 @@ void add_partials(const T* partials, int64_t groups, int64_t channels, int64_t c
   }
 }
 
-// The rows of group g of all open ones, a block at a time: f(rows, how many).
+// Calls f(rows, count) for each block of the open rows in group g.
 template <class F>
 void for_each_block(const std::vector<int64_t>& rows, int64_t g, F&& f) {
   const Groups groups(rows);
@@ -56,7 +55,7 @@ void for_each_block(const std::vector<int64_t>& rows, int64_t g, F&& f) {
     f(rows.data() + row, std::min<int64_t>(kBlock, stop - row));
 }
 
-// Clears the columns behind the last in the tile of a row: they hold 2^0, not 0.
+// Clears the columns behind the last one in the tile of a row, which contain 2^0.
 template <class T>
 inline void clear_padding(T* row, int64_t columns_in_tile) {
   std::fill(row + columns_in_tile, row + kWidth<T>, T(0));

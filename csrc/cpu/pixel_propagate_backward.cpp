@@ -2,10 +2,10 @@
 //   dV_i = sum_j P_ij G_j,  dquery_i = scale sum_j P_ij (t_ij - delta_i) key_j,  dkey_j = scale sum_i P_ij (t_ij -
 //   delta_i) query_i.
 //
-// A block of rows is swept twice: E = 2^(S - shift) and t go into two buffers that stay in the second-level cache, then
-// delta is known and the products follow from W = E (t - delta). The scores are those of the forward to the last bit
-// and P = E / sum with its sum, so the rows of P sum to 1 however large the scores; the division waits until the
-// results.
+// Each block of rows is processed in two sweeps. The first computes E = 2^(S - shift), t and delta; E and t stay in
+// buffers in the second-level cache. The second computes the products of W = E (t - delta). Scores have the same bits
+// as in the forward, and P = E / sum uses the sum of the forward, so the rows of P sum to 1 even for large scores. The
+// results are divided, not P.
 #include <limits>
 
 #include "ops.hpp"
@@ -14,7 +14,7 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// One image in flight. Channels of V and G include the mass where it has a gradient.
+// An image that is being processed. V and G have one more channel if the mass has a gradient.
 template <class T>
 struct Image {
   const T* query;       // (D, N_q)
@@ -68,12 +68,12 @@ class Backward {
   }
 
  private:
-  // Tiles that the last products take at once: their factors fit the first-level cache.
+  // Tiles of one turn of the last products: their factors fit into the first-level cache.
   static constexpr int64_t kChunk = 8;
 
   static T* tile(Buffer<T>& buffer, int64_t t) { return buffer + t * kBlock * kWidth<T>; }
 
-  // Copies the rows of query and value side by side, zero behind the last.
+  // Copies the rows of query and value side by side, with zeros behind the last.
   void gather(const Image<T>& image, const int64_t* rows, int64_t count) {
     std::fill_n(static_cast<T*>(query_columns_), depth_ * kBlock, T(0));
     std::fill_n(static_cast<T*>(value_columns_), channels_ * kBlock, T(0));
@@ -97,7 +97,7 @@ class Backward {
       for (int64_t r = 0; r < count; ++r) value_columns_[c * kBlock + r] = image.value[c * n_q_ + rows[r]];
   }
 
-  // E of tile t and, where scores matter, t itself with its part of delta.
+  // Computes E of tile t and, if scores have a gradient, t and its part of delta.
   void sweep(const Image<T>& image, int64_t t, int64_t count, bool scores_matter) {
     const int64_t columns = std::min<int64_t>(kWidth<T>, n_k_ - t * kWidth<T>);
     T *e = tile(weights_, t), *product = tile(products_, t);
@@ -113,7 +113,7 @@ class Backward {
     }
   }
 
-  // t becomes W = E (t - delta).
+  // Turns t into W = E (t - delta).
   void subtract_delta(int64_t t, int64_t count) {
     const T* p = tile(weights_, t);
     T* w = tile(products_, t);
@@ -148,7 +148,7 @@ class Backward {
   T inverse_sum_[kBlock];
 };
 
-// The whole op, as in the forward: p is the place of an image among those in flight, b its number.
+// The whole op. As in the forward p is the place of an image among those in process, b its number.
 template <class T>
 class PixelPropagateBackward {
  public:
@@ -218,7 +218,7 @@ class PixelPropagateBackward {
  private:
   T* plane() { return planes_ + thread_number() * padded_; }
 
-  // Channel c of key, grad_out, query and value in a row.
+  // Channels are numbered through key, grad_out, query and value.
   void read_channel(int64_t p, int64_t b, int64_t c) {
     if (c < depth_) return pack_channel<T>(key_, b, c, depth_, keys_ + p * depth_ * padded_, plane());
     c -= depth_;
@@ -234,7 +234,7 @@ class PixelPropagateBackward {
     if (c < values_)
       read_plane(value_, b, c, value);
     else
-      std::fill_n(value, n_q_, T(1));  // the mass is what a channel of ones gathers
+      std::fill_n(value, n_q_, T(1));  // a channel of ones gathers the mass
     if (dvalue_) std::fill_n(dvalues_ + (p * channels_ + c) * n_q_, n_q_, T(0));
   }
 
@@ -253,7 +253,7 @@ class PixelPropagateBackward {
     });
   }
 
-  // Channel c of dkey, dquery and dvalue in a row.
+  // Channels are numbered through dkey, dquery and dvalue.
   void write_channel(const Image<T>& image, int64_t b, int64_t c) {
     if (c < depth_) {
       if (!dkey_) return;

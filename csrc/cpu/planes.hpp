@@ -1,4 +1,4 @@
-// Channels of strided tensors of any floating dtype, to and from contiguous planes in the accumulation type.
+// Copies of channels: strided tensors of any floating dtype to contiguous planes in the accumulation type, and back.
 #pragma once
 
 #include <bit>
@@ -29,13 +29,13 @@ inline float widen(Half x) {
   const uint32_t sign = (x.bits & kHalfSign) << kSignShift, magnitude = x.bits & kHalfMagnitude;
   if (magnitude >= kHalfInfinity)
     return std::bit_cast<float>(sign | kInfinity | (magnitude & kHalfMantissa) << kHalfShift);
-  // The multiplication moves the exponent bias from 15 to 127, and normalises subnormal halves as well.
+  // The multiplication changes the exponent bias from 15 to 127. It also normalises subnormal halves.
   const float value = std::bit_cast<float>(magnitude << kHalfShift) * kBiasFactor;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
 }
 
-// Bits without their last `shift`, rounded to nearest, ties to even: adds just under half of the last place that stays,
-// and one more where that place is odd.
+// Removes the last `shift` bits, rounding to nearest, ties to even: it adds just under half of the last place that
+// stays, and 1 more if this place is odd.
 inline uint32_t rounded_off(uint32_t bits, int shift) {
   return (bits + (1u << (shift - 1)) - 1 + (bits >> shift & 1)) >> shift;
 }
@@ -53,7 +53,7 @@ inline void narrow(float x, BFloat16& out) {
 inline void narrow(float x, Half& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & kFloatMagnitude;
   const uint32_t sign = bits >> kSignShift & kHalfSign;
-  if (magnitude >= kBeyondHalf) {  // inf and NaN as well
+  if (magnitude >= kBeyondHalf) {  // also true for inf and NaN
     out.bits = uint16_t(sign | (magnitude > kInfinity ? kHalfQuietNan : kHalfInfinity));
   } else if (magnitude < kLeastNormalHalf) {  // a subnormal half: float addition at 1/2 rounds at its last place
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
@@ -67,7 +67,7 @@ inline void narrow(double x, S& out) {
   narrow(float(x), out);
 }
 
-// Channel c of image b as H * W values.
+// Copies channel c of image b to H * W values.
 template <class T>
 void read_plane(const Tensor& t, int64_t b, int64_t c, T* out) {
   visit_floating(t.dtype, [&](auto zero) {
@@ -83,7 +83,7 @@ void read_plane(const Tensor& t, int64_t b, int64_t c, T* out) {
   });
 }
 
-// The reverse, into a contiguous tensor.
+// The reverse copy, into a contiguous tensor.
 template <class T>
 void write_plane(const Tensor& t, int64_t b, int64_t c, const T* in) {
   visit_floating(t.dtype, [&](auto zero) {

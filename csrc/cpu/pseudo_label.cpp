@@ -1,5 +1,5 @@
-// Pseudo-labels: the largest class of every pixel and its softmax probability, one image row at a time, so that
-// enlarged logits exist for one vector of pixels only.
+// Pseudo-labels: the most probable class of each pixel and its softmax probability. Image rows are processed one after
+// another, and enlarged logits exist for one vector of pixels at a time.
 #include <algorithm>
 #include <vector>
 
@@ -12,12 +12,12 @@ namespace {
 
 inline constexpr int64_t kRowsPerTask = 8;
 
-// `peak` if it is at least x; a NaN on either side stays.
+// The larger of `peak` and x; NaN if one of them is NaN.
 inline void raise(float& peak, float x) { peak = x > peak || x != x ? x : peak; }
 
 enum class Sampling { copy, permute, gather };
 
-// Where the vectors of an enlarged row take their values from.
+// The sources of the vectors of an enlarged row.
 template <class T>
 class Columns {
  public:
@@ -106,7 +106,7 @@ class Labeller {
       for (int c = 1; c < classes_; ++c) {
         const Vec<T> value = columns_.template at<S>(source + c * rows_.pitch(), x);
         store<T>(values_ + c * kLanes<T>, value);
-        // A NaN is larger than all but an earlier NaN.
+        // A NaN counts as larger than all numbers but an earlier NaN.
         const Int<T> better = ~(value <= largest) & (largest == largest);
         largest = better ? value : largest;
         label = better ? Int<T>{} + c : label;

@@ -1,9 +1,9 @@
-// Region masks from correlation rows. A row lives on the small key grid and is never enlarged as a whole:
-// - its products with the keys are computed for kQueriesAtOnce sampled queries at once;
-// - the extrema of the enlarged row are found by branch and bound, for no enlarged value leaves the range of the grid
+// Region masks from rows of the correlation map. A row is stored on the small key grid and never enlarged as a whole:
+// - the scores of kQueriesAtOnce sampled queries are computed at the same time;
+// - branch and bound finds the extrema of the enlarged row, because an enlarged value lies in the range of the grid
 //   values around it;
-// - an enlarged image row is linear between two neighbouring grid columns, so that only the cells with the threshold
-//   between their ends are looked at pixel by pixel; everything else is whole runs of bits.
+// - an enlarged image row is linear between two neighbouring grid columns. Only cells with the threshold between the
+//   values at their ends are processed pixel by pixel; all others are whole runs of bits.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -63,7 +63,7 @@ class Masker {
     Run* runs = runs_;
     int32_t count = 0;
     enlarger_.for_each_run_above(threshold, [&](int64_t y, int64_t begin, int64_t end) {
-      // Runs meet where the grid column between them falls between two pixels.
+      // Runs of neighbouring cells meet if the grid column between them lies between two pixels.
       if (count > 0 && runs[count - 1].row == y && runs[count - 1].end == begin)
         runs[count - 1].end = int32_t(end);
       else
@@ -88,7 +88,7 @@ class Masker {
   Buffer<int32_t> sets_;
 };
 
-// The nearest pixel of `outputs` to grid position i of `inputs`, halves up.
+// The pixel of `outputs` that is nearest to grid position i of `inputs`; halves round up.
 int64_t nearest(int64_t i, int64_t inputs, int64_t outputs) {
   return inputs == 1 ? 0 : (2 * i * (outputs - 1) + inputs - 1) / (2 * (inputs - 1));
 }
@@ -117,11 +117,11 @@ class SampledQueries {
 
   int64_t blocks() const { return blocks_; }
   int64_t step() const { return blocks_ * kQueriesAtOnce; }  // between two channels of a query
-  // Channel 0 of a block of queries; the other channels follow at a distance of `step`.
+  // Channel 0 of a block of queries. The next channels follow at distances of `step`.
   const T* block(int64_t b, int64_t i) const { return values_ + b * depth_ * step() + i * kQueriesAtOnce; }
   int64_t position(int64_t b, int64_t k) const { return *index_.at<const int64_t>(0, 0, b, k); }
 
-  // Takes the samples of channel d of image b out of its plane.
+  // Copies the sampled positions of channel d of image b from its plane.
   void gather(int64_t b, int64_t d, const T* plane) {
     T* out = values_ + (b * depth_ + d) * step();
     for (int64_t k = 0; k < step(); ++k) out[k] = plane[position(b, std::min(k, count_ - 1))] * factor_;

@@ -1,5 +1,5 @@
-// Region propagation on bit maps: reliable and valid pixels and each bit of the labels are one bit map an image, so
-// counting the labels inside a mask is a matter of intersections and population counts.
+// Region propagation on bit maps. An image has one bit map for reliable and valid pixels and one for each bit of its
+// labels. So the labels inside a mask are counted by intersections and population counts.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -14,7 +14,7 @@
 namespace corrmatch::CORRMATCH_ISA {
 namespace {
 
-// One mask: its pixels R = mask & valid, of which Q are counted.
+// A mask: its pixels R = mask & valid, and the pixels Q of R that are counted.
 struct Region {
   const int32_t* mask;
   int64_t mask_words;  // of 32 bits
@@ -27,7 +27,7 @@ struct Region {
     return bits;
   }
 
-  // f(i, word i) for all words; the loop over whole words has no branch.
+  // Calls f(i, word i) for all words. The loop over whole words has no branch.
   template <class F>
   void for_each_word(F&& f) const {
     int64_t i = begin;
@@ -57,7 +57,7 @@ Region measure(const LabelMaps& maps, const int32_t* mask, int64_t mask_words) {
   return region;
 }
 
-// The masks of one image in order: later ones see the labels that earlier ones wrote.
+// Processes the masks of an image in order: a later mask sees the labels that earlier ones wrote.
 class Propagation {
  public:
   Propagation(const LabelMaps& maps, float threshold)
@@ -90,7 +90,7 @@ class Propagation {
     return count;
   }
 
-  // The class that most pixels of Q carry if its share of Q is above the threshold, otherwise -1.
+  // The most frequent class of Q if its share of Q exceeds the threshold, otherwise -1.
   int64_t elect() {
     uint64_t* all = members(maps_.planes_count);
     intersect(maps_.counted, all);
@@ -103,7 +103,7 @@ class Propagation {
 
   // A class with more than half of Q has the majority in every plane.
   int64_t majority(const uint64_t* members) const {
-    int64_t candidate = 0, dissent = 0;  // at most `dissent` pixels of Q carry another class
+    int64_t candidate = 0, dissent = 0;  // at most `dissent` pixels of Q have another class
     for (int i = 0; i < maps_.planes_count; ++i) {
       const int64_t ones = count_ones(members, plane(i)), most = std::max(ones, region_->counted - ones);
       if (!passes(most)) return -1;
@@ -125,7 +125,7 @@ class Propagation {
   }
 
   // Exact counts: the members at `depth` share the bits of `prefix` from `depth` on. Lower classes come first and win
-  // ties, so that a branch with no more pixels than the best class so far is cut off.
+  // ties, so a branch with no more pixels than the best class up to now is cut off.
   void split(int depth, int64_t count, int64_t prefix) {
     if (count <= most_ || !passes(count)) return;
     if (depth == 0) {
@@ -163,7 +163,7 @@ class Propagation {
   int64_t winner_ = -1, most_ = 0;
 };
 
-// The masks with their words one after the other; a copy only where they are not.
+// The masks with contiguous words. They are copied only if their words are not contiguous.
 class PackedMasks {
  public:
   explicit PackedMasks(const Tensor& packed) : packed_(packed), copy_(packed.stride[3] == 1 ? 0 : total(packed)) {

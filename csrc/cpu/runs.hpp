@@ -1,4 +1,4 @@
-// Runs (maximal horizontal segments of a region) and the sets of runs that make up connected components.
+// Runs (maximal horizontal segments of a region) and sets of runs, which are connected components.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ class DisjointSets {
       parent_[a] = b;
   }
 
-  // Replaces the members begin..end-1 by the labels of their sets, which go up from `label` in the order of the roots;
-  // returns the next free label. All smaller members must have been replaced before.
+  // Replaces the members begin..end-1 by the labels of their sets. Labels begin at `label` and ascend in the order of
+  // the roots. Returns the next free label. All smaller members must have been replaced before.
   int32_t label_members(int32_t begin, int32_t end, int32_t label) {
     for (int32_t i = begin; i < end; ++i) parent_[i] = parent_[i] == i ? label++ : parent_[parent_[i]];
     return label;
@@ -42,7 +42,7 @@ struct Run {
   int32_t row, begin, end;  // pixels begin..end-1
 };
 
-// Unites runs of two neighbouring rows that touch. `reach` is 1 where diagonal neighbours touch, otherwise 0.
+// Unites runs of two neighbouring rows that touch. `reach` is 1 if diagonal neighbours touch, otherwise 0.
 inline void link_rows(const Run* runs, int32_t above, int32_t above_end, int32_t below, int32_t below_end, int reach,
                       DisjointSets& sets) {
   for (; below < below_end; ++below) {
@@ -51,7 +51,7 @@ inline void link_rows(const Run* runs, int32_t above, int32_t above_end, int32_t
   }
 }
 
-// Sets of connected runs out of `count` runs in raster order.
+// Returns the sets of connected runs among `count` runs in raster order.
 inline void link_runs(const Run* runs, int32_t count, int reach, DisjointSets& sets) {
   int32_t above = 0, above_end = 0;
   for (int32_t row_end, row = 0; row < count; row = row_end) {

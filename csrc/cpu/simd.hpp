@@ -43,7 +43,7 @@ inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 template <class T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // of an Int<T>
 
-// Pointers given to load and store are aligned to the vector.
+// Pointers of load and store have to be aligned to the vector.
 template <class T>
 inline Vec<T> load(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
@@ -68,10 +68,10 @@ inline void store_unaligned(T* p, Vec<T> v) {
 }
 template <class T>
 inline Vec<T> splat(T x) {
-  return x - Vec<T>{};  // folds to a broadcast; adding 0 would not, for it turns -0 into 0
+  return x - Vec<T>{};  // compilers turn this into a broadcast, but not a sum with 0, which turns -0 into 0
 }
 
-// max that keeps a NaN of either side.
+// The maximum, or NaN if one of both is NaN.
 template <class T>
 inline Vec<T> max_nan(Vec<T> a, Vec<T> b) {
   const Vec<T> larger = b > a ? b : a;  // a where either is NaN

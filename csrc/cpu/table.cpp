@@ -1,4 +1,4 @@
-// Compiled once for each instruction set: the table of this one.
+// The table of one instruction set. This file is compiled once for each.
 #include "table.hpp"
 
 #include "ops.hpp"

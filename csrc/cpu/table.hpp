@@ -15,11 +15,11 @@ struct CpuTable {
 #undef OP
 };
 
-// The table in use: the widest that this processor runs, unless another was selected.
+// The table in use. By default it is the one of the widest instruction set of this processor.
 const CpuTable& cpu_table();
-// Names of the instruction sets that this processor runs, narrowest first.
+// Names of the instruction sets that this processor supports, narrowest first.
 std::vector<std::string> cpu_isas();
-// Selects one of cpu_isas() by name; anything else throws std::invalid_argument.
+// Selects one of cpu_isas() by name. Other names throw std::invalid_argument.
 void select_cpu_isa(const std::string& name);
 
 }  // namespace corrmatch

@@ -1,7 +1,7 @@
 // Register-tiled products on tile-packed matrices.
 //
-// A matrix with one column a position is stored as tiles of kWidth columns: tile, then row, then column. All three
-// products of pixel propagation and of its gradients reduce to the two loops below.
+// A matrix with one column for each position is stored as tiles of kWidth columns: tile, then row, then column. The
+// products of pixel propagation and of its gradients all use the two loops below.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ inline constexpr int kWidth = 2 * kLanes<T>;
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 4 : 3;
 inline constexpr int kDotColumns = kVectorRegisters == 32 ? 6 : 4;
 
-// Rows of a block: their tiles stay in the second-level cache between two sweeps. A multiple of kRows and kDotRows.
+// Rows of a block, a multiple of kRows and kDotRows. Their tiles stay in the second-level cache between two sweeps.
 inline constexpr int kBlock = 24;
 static_assert(kBlock % kRows == 0 && kRows % kDotRows == 0);
 
@@ -29,8 +29,8 @@ constexpr int64_t tile_count(int64_t columns) {
   return (columns + kWidth<T> - 1) / kWidth<T>;
 }
 
-// Channels of one image as tiles (tile, channel, column), zero in the columns behind the last. `scratch` holds a
-// plane.
+// Packs channels of one image as tiles (tile, channel, column), with zeros in the columns behind the last. `scratch`
+// has room for a plane.
 template <class T>
 void pack_channel(const Tensor& t, int64_t b, int64_t c, int64_t channels, T* tiles, T* scratch) {
   const int64_t columns = positions(t), padded = tile_count<T>(columns) * kWidth<T>;
@@ -55,7 +55,7 @@ template <int M, class T>
   }
 }
 
-// Accumulators to M rows of a tile.
+// Stores accumulators to M rows of a tile.
 template <int M, class T>
 [[gnu::always_inline]] inline void store_rows(T* out, const Vec<T> (&acc)[M][2]) {
 #pragma GCC unroll 16
@@ -65,7 +65,7 @@ template <int M, class T>
   }
 }
 
-// Calls f(integral_constant<M>, start) for blocks of at most Max that cover [0, n) evenly.
+// Calls f(integral_constant<M>, start) for blocks of M <= Max that divide [0, n) evenly.
 template <int Max, class F>
 inline void for_even_blocks(int64_t n, F&& f) {
   const int64_t count = (n + Max - 1) / Max;
@@ -77,8 +77,8 @@ inline void for_even_blocks(int64_t n, F&& f) {
   }
 }
 
-// tile[m] = sum_k a[k * kBlock + m] * b[k] for m < rows (rounded up to kRows). Long sums are cut into panels, which
-// keeps their rounding error that of a short one.
+// tile[m] = sum_k a[k * kBlock + m] * b[k] for m < rows (rounded up to kRows). Long sums are divided into panels,
+// so their rounding errors are as small as those of short sums.
 template <class T>
 inline void set_tile(const T* a, const T* b, int64_t depth, int64_t rows, T* tile) {
   constexpr int64_t panel = 64;

@@ -5,7 +5,7 @@
 
 namespace corrmatch::cuda {
 
-// One axis.
+// One axis of an enlargement.
 struct Axis {
   int inputs, outputs;
   Divisor steps;
@@ -18,7 +18,7 @@ struct Axis {
                                   " pixels where key has " + std::to_string(from) + " positions, got " +
                                   std::to_string(to));
   }
-  // Where output x lies: behind input `low`, by this share of the way to input `high`.
+  // Output x lies between the inputs `low` and `high`, by this share of the way.
   __device__ __forceinline__ float at(int x, int& low, int& high) const {
     const uint32_t position = uint32_t(x) * uint32_t(inputs - 1);
     low = int(steps.divide(position));
@@ -31,7 +31,7 @@ struct Axis {
   }
 };
 
-// The nearest of `outputs` pixels to position i of `inputs`, halves up.
+// The pixel of `outputs` that is nearest to position i of `inputs`; halves round up.
 __device__ inline int nearest(int64_t i, int64_t inputs, int64_t outputs) {
   return inputs == 1 ? 0 : int((2 * i * (outputs - 1) + inputs - 1) / (2 * (inputs - 1)));
 }

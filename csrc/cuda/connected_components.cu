@@ -1,6 +1,6 @@
-// Connected components by union-find in the label image itself. A pixel's label is the index of another pixel of its
-// component, never a later one, and a root's is its own; unions lower labels by atomic minimum. So the root of a
-// component is its first pixel in raster order, whatever the schedule, and components are numbered by counting roots.
+// Connected components by union-find in the label image. The label of a pixel is the index of an earlier pixel of its
+// component; the label of a root is its own index. Unions lower labels by atomic minimum. So for any schedule the root
+// of a component is its first pixel in raster order, and components are numbered by counting roots.
 
 #include "launch.cuh"
 
@@ -34,11 +34,11 @@ __device__ void unite(int* labels, int a, int b) {
     const int low = min(a, b), high = max(a, b);
     const int before = atomicMin(labels + high, low);
     a = low;
-    b = before == high ? low : before;  // no longer a root: what it had been lowered to is to be united as well
+    b = before == high ? low : before;  // another thread has lowered it: its new label is united, too
   }
 }
 
-// Visits every pixel with a warp for 32 neighbours of a row: f(image, y, x, whether x is inside).
+// Calls f(image, y, x, whether x is inside) for each pixel. A warp has 32 neighbours of a row.
 template <class T, class F>
 __device__ void for_each_pixel(const Image<T>& image, F&& f) {
   const int lane = int(threadIdx.x) % kWarp, words = (image.width + kWarp - 1) / kWarp;
@@ -51,7 +51,7 @@ __device__ void for_each_pixel(const Image<T>& image, F&& f) {
   }
 }
 
-// Every pixel points to the start of its run among the 32 of its warp; background is -1.
+// Each pixel points to the first pixel of its run among the 32 pixels of its warp; background is -1.
 template <class T>
 __global__ void __launch_bounds__(kThreads) start_kernel(Image<T> image, int* out) {
   for_each_pixel(image, [&](int64_t b, int y, int x, bool inside) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) start_kernel(Image<T> image, int* ou
   });
 }
 
-// Unites runs that touch; what a neighbour unites already is left out.
+// Unites runs that touch, without the contacts that a neighbour unites.
 template <class T>
 __global__ void __launch_bounds__(kThreads) unite_kernel(Image<T> image, bool diagonal, int* out) {
   for_each_pixel(image, [&](int64_t b, int y, int x, bool inside) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) unite_kernel(Image<T> image, bool di
   });
 }
 
-// Points every pixel to its root. Bit i of roots[w] says whether pixel 32 w + i is one.
+// Points each pixel to its root. Bit i of roots[w] is set if pixel 32 w + i is a root.
 __global__ void __launch_bounds__(kThreads)
     flatten_kernel(int64_t batch, int pixels, int words, int* out, uint32_t* roots) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// before[w] = number of roots in the words before w; one block an image.
+// before[w] = number of roots in the words before w. Each image has one block.
 __global__ void __launch_bounds__(kScanThreads)
     count_kernel(int64_t batch, int words, const uint32_t* roots, int* before) {
   int* sums = shared_memory<int>();  // of the warps

@@ -1,8 +1,8 @@
-// The connected region of a bit mask that holds a given pixel, by one warp.
+// The connected region of a bit mask that contains a given pixel, computed by one warp.
 //
-// Rows are swept down and up in turns; each takes over what touches it from the row before and then fills its runs as
-// a whole, by the carries of an addition. So a sweep follows any path that does not turn back, and a region of usual
-// shape takes a few sweeps.
+// Sweeps go down and up the rows in turns. A row takes over the bits that touch it from the previous row, and then
+// fills its runs as a whole by the carries of an addition. So a sweep follows any path that does not turn back, and a
+// region of usual shape takes a few sweeps.
 #pragma once
 
 #include "launch.cuh"
@@ -18,16 +18,16 @@ struct BitRows {
   __device__ bool test(int y, int x) const { return row(y)[x / kWarp] >> (x % kWarp) & 1; }
 };
 
-// Fills the runs of `mask` from the set bits of `some` (a part of it) upwards: adding them, a carry clears every bit
-// from the first on.
+// Fills the runs of `mask` from the set bits of `some` (a part of it) upwards: in their sum a carry clears all bits
+// from the first one on.
 __device__ __forceinline__ uint32_t fill_up(uint32_t mask, uint32_t some) { return (mask & ~(mask + some)) | some; }
 
 __device__ __forceinline__ uint32_t fill_both(uint32_t mask, uint32_t some) {
   return __brev(fill_up(__brev(mask), __brev(fill_up(mask, some))));
 }
 
-// Bit i: whether a carry enters lane i, where `makes` says which lanes send one on and `passes` which would pass one
-// on. `carry` enters lane 0 and becomes what leaves the last.
+// Bit i of the result is set if a carry enters lane i. `makes` marks lanes that create a carry, `passes` lanes that
+// pass one on. `carry` enters lane 0 and is replaced by the carry that leaves the last lane.
 __device__ __forceinline__ uint32_t carries(uint32_t makes, uint32_t passes, uint32_t& carry) {
   const uint32_t a = makes | passes;
   const uint64_t sum = uint64_t(a) + makes + carry;
@@ -35,7 +35,8 @@ __device__ __forceinline__ uint32_t carries(uint32_t makes, uint32_t passes, uin
   return uint32_t(sum) ^ a ^ makes;
 }
 
-// Adds to row y of `filled` what touches it in row `from`, and fills its runs in `mask`; whether that changed anything.
+// Adds the bits of row `from` that touch row y to row y of `filled`, and fills its runs in `mask`. Returns whether the
+// row has changed.
 __device__ inline bool fill_row(const BitRows& mask, const BitRows& filled, int y, int from, bool diagonal) {
   const int lane = int(threadIdx.x) % kWarp, pitch = mask.pitch;
   const uint32_t* near = filled.row(from);
@@ -61,7 +62,7 @@ __device__ inline bool fill_row(const BitRows& mask, const BitRows& filled, int 
     if (w < pitch) row[w] = bits;
     changed |= bits != before;
   }
-  __syncwarp();  // from here on other lanes have the words
+  __syncwarp();  // from here on other lanes own the words
   carry = 0;
   for (int first = (pitch - 1) / kWarp * kWarp; first >= 0; first -= kWarp) {
     const int w = first + kWarp - 1 - lane;  // the carry goes down: lane 0 has the last word
@@ -77,7 +78,7 @@ __device__ inline bool fill_row(const BitRows& mask, const BitRows& filled, int 
   return __any_sync(~0u, changed);
 }
 
-// `filled`, all 0, becomes the region of `mask` around (y, x), a pixel of it. One warp.
+// Fills `filled`, all 0, with the region of `mask` around its pixel (y, x). Called by one warp.
 __device__ inline void flood(const BitRows& mask, const BitRows& filled, int y, int x, bool diagonal) {
   if (threadIdx.x % kWarp == 0) filled.row(y)[x / kWarp] = 1u << (x % kWarp);
   __syncwarp();

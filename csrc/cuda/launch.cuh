@@ -1,4 +1,4 @@
-// Launches, shared memory and what they need to know of the device.
+// Launches, shared memory, and the limits of the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,11 +12,11 @@
 namespace corrmatch::cuda {
 
 inline constexpr int kWarp = 32;
-inline constexpr int64_t kMostBlocks = 65535;  // along y; x takes 2^31 - 1
+inline constexpr int64_t kMostBlocks = 65535;  // along y; there may be 2^31 - 1 along x
 
-inline constexpr int64_t kSharedUnasked = 48 * 1024;  // bytes of shared memory that every kernel may have
+inline constexpr int64_t kSharedUnasked = 48 * 1024;  // bytes of shared memory of a kernel without an attribute
 
-// The block's shared memory, all of it: as many bytes as the launch says.
+// The dynamic shared memory of the block.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {
 #ifdef CORRMATCH_EMULATOR
@@ -29,7 +29,7 @@ __device__ __forceinline__ T* shared_memory() {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that was reported is over
+  cudaGetLastError();  // clears the error, which has been reported
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorName(error) + " (" +
                            cudaGetErrorString(error) + ")");
 }
@@ -41,7 +41,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// The most shared memory that a block may ask for.
+// The largest shared memory of a block.
 inline int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -53,12 +53,12 @@ struct Shape {
   int cluster = 1;  // blocks along x that share their shared memory
 };
 
-// Launches `kernel`; an error names it.
+// Launches `kernel`. Errors contain its name.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, uintptr_t stream,
             Arguments... arguments) {
   if (shape.blocks_x > INT32_MAX) throw std::invalid_argument(std::string(name) + ": more blocks than a grid may have");
-  if (shape.shared > kSharedUnasked)  // all there is, for threads may be launching the same kernel for other sizes
+  if (shape.shared > kSharedUnasked)  // the maximum, because other threads may launch the same kernel for other sizes
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_limit())), name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

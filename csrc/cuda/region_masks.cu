@@ -1,6 +1,6 @@
-// Region masks: a block computes one row of the correlation map on the small key grid, and enlarges, cuts and packs it
-// from there, so that nothing of the size of a row or a mask in floating point reaches global memory. A row too long
-// for shared memory lives in scratch memory of the block, and each block then goes through many masks.
+// Region masks: a block computes one row of the correlation map on the small key grid, and enlarges, cuts and packs it.
+// So no row and no mask in floating point is stored in global memory. An exception is a row that is too long for shared
+// memory: it is stored in scratch memory of the block, and each block then computes many masks.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,7 +15,7 @@ namespace corrmatch::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kBlocksInScratch = 4;  // of a multiprocessor, where rows lie in global memory
+constexpr int kBlocksInScratch = 4;  // of a multiprocessor, if rows are stored in global memory
 
 // A map of some floating dtype, (batch, channels, height, width).
 template <class T>
@@ -75,7 +75,7 @@ struct Layout {
   }
 };
 
-// A value of a map, as a number whose order is that of the values, and the first pixel that has it.
+// A value of a map, encoded as a number of the same order, and the first pixel with this value.
 struct Extremum {
   unsigned long long key;
   __device__ static Extremum of(float value, int pixel) {  // value >= 0
@@ -90,7 +90,7 @@ template <class T, class F>
 __device__ T reduce(T value, T* cells, F&& combine) {
   const int lane = int(threadIdx.x) % kWarp;
   for (int step = kWarp / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(~0u, value, step));
-  __syncthreads();  // the last result has been read
+  __syncthreads();  // the previous result has been read
   if (lane == 0) cells[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = cells[0];
@@ -98,7 +98,7 @@ __device__ T reduce(T value, T* cells, F&& combine) {
   return value;
 }
 
-// The row of one mask, and how to enlarge it.
+// The row of a mask, and its enlargement.
 struct Row {
   const RegionMasks& problem;
   const float* grid;
@@ -113,7 +113,8 @@ struct Row {
   }
 };
 
-// Scores of all keys, and then 2^(score - largest); false where that is constant or no number. All threads.
+// Computes scores of all keys, then 2^(score - largest). Returns false if these are constant or NaN. Called by all
+// threads.
 template <class K>
 __device__ bool compute_row(const RegionMasks& problem, const Map<K>& keys, int64_t b, int64_t position, float* query,
                             float* row, unsigned long long* cells, float& least, Extremum& largest) {
@@ -151,7 +152,7 @@ __device__ bool compute_row(const RegionMasks& problem, const Map<K>& keys, int6
   return true;
 }
 
-// Extrema of the enlarged row, from each thread's own of the row. All threads.
+// Extrema of the enlarged row, from the extrema of each thread. Called by all threads.
 __device__ void find_extrema(const RegionMasks& problem, const Row& row, unsigned long long* cells, float& least,
                              Extremum& largest) {
   __syncthreads();  // the row is complete
@@ -172,7 +173,7 @@ __device__ void find_extrema(const RegionMasks& problem, const Row& row, unsigne
   largest.key = reduce(largest.key, cells, larger);
 }
 
-// Words of 32 pixels in raster order: bit(y, x) says which are set. All threads, a warp a word.
+// Writes words of 32 pixels in raster order, whose bits are bit(y, x). Called by all threads; each warp writes a word.
 template <class F>
 __device__ void pack(const RegionMasks& problem, uint32_t* packed, F&& bit) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -184,7 +185,7 @@ __device__ void pack(const RegionMasks& problem, uint32_t* packed, F&& bit) {
   }
 }
 
-// The part of the mask that is connected with the marked pixel. All threads.
+// Keeps the part of the mask that is connected with the marked pixel. Called by all threads.
 template <class F>
 __device__ void pack_connected(const RegionMasks& problem, uint32_t* packed, uint32_t* memory, int mark_y, int mark_x,
                                F&& above) {
@@ -205,7 +206,7 @@ __device__ void pack_connected(const RegionMasks& problem, uint32_t* packed, uin
   pack(problem, packed, [&](int y, int x) { return filled.test(y, x); });
 }
 
-// A kernel of its own for whole masks, which needs fewer registers.
+// A separate kernel for whole masks, which needs fewer registers.
 template <class K, bool kShared, bool kConnected>
 __global__ void __launch_bounds__(kThreads, kConnected ? 2 : 4)
     mask_kernel(RegionMasks problem, Map<K> keys, Layout layout, float* scratch) {
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, kConnected ? 2 : 4)
     float least = 0;
     Extremum largest{0};
     bool varies = position >= 0 && position < int64_t(problem.query_height) * problem.query_width;
-    __syncthreads();  // the last mask is done with the memory
+    __syncthreads();  // the previous mask no longer uses the memory
     if (varies) varies = compute_row(problem, keys, b, position, query, grid, cells, least, largest);
     if (varies) {
       find_extrema(problem, row, cells, least, largest);
@@ -251,7 +252,7 @@ Layout layout_of(const Tensor& key, int64_t height, int64_t width, int connected
   return Layout(key.size[1], key.size[2] * key.size[3], mask_row_words);
 }
 
-// Blocks with scratch memory of their own; 0 where shared memory is enough.
+// The number of blocks with scratch memory; 0 if shared memory is enough.
 int64_t scratch_blocks(const Layout& layout, int64_t masks) {
   if (layout.bytes <= shared_limit()) return 0;
   return std::min<int64_t>(masks, kBlocksInScratch * device_attribute(cudaDevAttrMultiProcessorCount));

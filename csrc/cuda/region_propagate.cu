@@ -1,10 +1,11 @@
-// Region propagation on bit maps: bit i of word w stands for pixel 32 w + i in raster order. The labels of an image
-// are bit planes, so that a region's votes are population counts.
+// Region propagation on bit maps: bit i of word w is pixel 32 w + i in raster order. The labels of an image are bit
+// planes, so the votes of a region are population counts.
 //
-// Four launches: pixels are packed; all masks are filtered at once, for that test does not depend on labels; then, one
-// group of blocks an image, the masks that are left vote in order; claimed pixels are unpacked. In the vote each
-// thread owns some words of all maps, so only counts pass between threads. The maps lie in shared memory, in that of a
-// cluster where one multiprocessor has not enough, or else in global memory.
+// There are four launches. The first packs pixels. The second filters all masks at the same time, because this test
+// does not depend on labels. In the third one team of blocks for each image lets the remaining masks vote, in order.
+// The fourth unpacks claimed pixels. In the vote each thread owns some words of all maps, so threads exchange only
+// counts. The maps are stored in shared memory: of one block, of a cluster if one block has not enough, or else in
+// global memory.
 #include "launch.cuh"
 #include "team.cuh"
 
@@ -80,7 +81,7 @@ struct Masks {
   }
 };
 
-// votes[b, k] = |Q|, or 0 where the mask is skipped. One block a mask.
+// votes[b, k] = |Q|, or 0 if the mask is skipped. Each mask has one block.
 __global__ void __launch_bounds__(kThreads)
     filter_kernel(Masks masks, Maps maps, int64_t batch, const double* threshold, int* votes) {
   uint32_t* sums = shared_memory<uint32_t>();
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A team's part of the maps of an image: `words` of each, `pitch` apart, from word `first` of the image on.
+// A team's part of the maps of an image: `words` of each map, which lie `pitch` apart, from word `first` of the image.
 struct Part {
   uint32_t* data;
   int64_t pitch;
@@ -125,7 +126,7 @@ struct Part {
   }
 };
 
-// The class with more than half of the votes, if there is one: its bits are the majorities of the planes.
+// The class with more than half of the votes, if it exists: its bits are the majorities of the planes.
 __device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, int k, int planes, uint32_t votes,
                              Counter& counter, uint32_t& of_class) {
   uint32_t ones[kMostPlanes] = {};
@@ -149,8 +150,8 @@ __device__ uint32_t majority(const Part& part, const Masks& masks, int64_t b, in
   return c;
 }
 
-// The class with the most votes, the lowest on ties, by counting all. `histogram` has a cell for each class that the
-// planes can name; in a cluster each block has its own.
+// The class with the most votes, the lowest on ties, from the counts of all. `histogram` has a cell for each class that
+// the planes can represent; each block of a cluster has its own.
 __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, int k, int planes, const Team& team,
                               uint32_t* histogram, unsigned long long* best, uint32_t& of_class) {
   const int classes = 1 << planes;
@@ -182,14 +183,14 @@ __device__ uint32_t plurality(const Part& part, const Masks& masks, int64_t b, i
   return ~uint32_t(largest);
 }
 
-// One team an image.
+// Each image has one team.
 template <bool kShared>
 __global__ void __launch_bounds__(kTeamThreads)
     vote_kernel(Masks masks, Maps maps, const double* threshold, const int* votes, uint32_t* histograms) {
   const Team team;
   const int64_t b = blockIdx.x / team.blocks();
   uint32_t* memory = shared_memory<uint32_t>();
-  // Two cells in turns, for a slow thread may still read the last result.
+  // Two cells are used in turns, because a slow thread may still read the previous result.
   unsigned long long *best = reinterpret_cast<unsigned long long*>(memory), *next_best = best + 1;
   Counter counter(team, memory + kBestCells);
   const int share = (maps.words + team.blocks() - 1) / team.blocks();
@@ -209,8 +210,8 @@ __global__ void __launch_bounds__(kTeamThreads)
     part.data = global;
     part.pitch = maps.words;
   }
-  team.sync();  // all blocks of a cluster are there
-  // From here on a thread reads and writes no words of the maps but its own.
+  team.sync();  // all blocks of a cluster have started
+  // From here on a thread reads and writes only its own words of the maps.
 
   const float limit = float(*threshold);
   for (int k = 0; k < masks.count; ++k) {
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(kTeamThreads)
     for (int map = kClaimed; map < maps.count(); ++map)
       for (int word = int(threadIdx.x); word < part.words; word += kTeamThreads)
         global[int64_t(map) * maps.words + word] = part.at(map, word);
-  team.sync();  // no block of a cluster ends while others may look into its memory
+  team.sync();  // no block of a cluster ends while others may read its memory
 }
 
 template <class T>
@@ -278,19 +279,18 @@ struct Sizes {
   int64_t map_bytes() const { return int64_t(4) * batch * (kPlanes + planes) * words; }
   int64_t histogram_bytes() const { return int64_t(4) * batch << planes; }
   int64_t votes_bytes() const { return 4 * batch * masks; }
-  // Shared memory of a block, whatever its team.
+  // Shared memory of a block in any team.
   int64_t fixed_bytes() const { return 4 * (kBestCells + Counter::kCells); }
-  // That of a block of a team of so many which has its part of the maps there.
+  // Shared memory of a block with its part of the maps, in a team of so many blocks.
   int64_t shared_bytes(int blocks) const {
     return fixed_bytes() + (int64_t(4) << planes) + 4 * (kPlanes + planes) * ceil_div(words, blocks);
   }
 };
 
-// The smallest number of blocks whose shared memory holds the maps of an image; 0 if even a cluster is too small.
+// The least number of blocks whose shared memory has room for the maps of an image; 0 if a cluster is too small.
 int team_size(const Sizes& sizes) {
   const int64_t limit = shared_limit();
-  // Use the architecture that the loaded code was compiled for: code for an older GPU also runs on a newer one, but
-  // without clusters.
+  // The architecture is that of the loaded code: code for an older GPU also runs on a newer one, but without clusters.
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, vote_kernel<true>), "region_propagate: vote");
   const int most = code.ptxVersion >= 90 ? kMostCluster : 1;

@@ -1,4 +1,5 @@
-// One block, or the blocks of a cluster, at work on one problem: barriers, shared memory and sums across all of them.
+// A team is one block, or the blocks of a cluster, that work on one problem: barriers, shared memory and sums of a
+// team.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -10,7 +11,7 @@ namespace corrmatch::cuda {
 constexpr int kTeamThreads = 1024, kTeamWarps = kTeamThreads / kWarp;  // of a block
 constexpr int kMostCluster = 8;
 
-// The blocks that share a problem: a cluster, or one block.
+// The blocks of a team.
 class Team {
  public:
   __device__ Team() {
@@ -28,7 +29,7 @@ class Team {
 #endif
     __syncthreads();
   }
-  // The same place in the shared memory of another block.
+  // The same address in the shared memory of another block.
   template <class T>
   __device__ T* of(T* place, int rank) const {
 #if __CUDA_ARCH__ >= 900
@@ -41,17 +42,17 @@ class Team {
   int rank_ = 0, blocks_ = 1;
 };
 
-// Sums over all threads of a team. Two sets of cells take turns, so that one barrier a sum (two in a cluster) is
-// enough: who writes a set again has passed a barrier that all readers of its last sum had reached.
+// Sums over all threads of a team. Two sets of cells take turns, so one barrier for each sum (two in a cluster) is
+// enough: before a thread writes a set again, it passes a barrier that all readers of its last sum have reached.
 class Counter {
  public:
-  static constexpr int kMost = 16;  // sums at once
+  static constexpr int kMost = 16;  // sums at a time
   static constexpr int kSet = kMost * (kTeamWarps + kMostCluster);
   static constexpr int kCells = 2 * kSet;
 
   __device__ Counter(const Team& team, uint32_t* cells) : team_(team), cells_(cells) {}
 
-  // counts[i] becomes its sum, for i < n <= kMost.
+  // Replaces counts[i] by its sum over all threads, for i < n <= kMost.
   __device__ void sum(uint32_t* counts, int n) {
     const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
     uint32_t *of_warps = cells_ + (turn_ ? kSet : 0), *of_blocks = of_warps + kMost * kTeamWarps;
