@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/bench_clustering.py [--points 300000] [--channels 256] [--clusters 120]
 
-The points are drawn: 300 groups of unequal sizes in 40 dimensions, which are mixed into the channels, and noise; half
-precision, in a file, as features between two phases are. Then the best assignment for given centres is timed against
-scipy's exact solver, at a size that it can do.
+The points are random: 300 groups of unequal sizes in 40 dimensions, mixed into the channels, and noise. They are stored
+in half precision in a file, as features between two phases are. Then the best assignment to given centres is timed
+against the exact solver of scipy, at a size that this solver can handle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUPS, DIMENSIONS = 300, 40
 
 
 def draw(path: Path, count: int, channels: int) -> np.ndarray:
-    """Points (count, channels) float16, as a map of the file."""
+    """Points (count, channels) in float16, a memory map of the file."""
     rng = np.random.default_rng(0)
     mixed = rng.normal(size=(DIMENSIONS, channels))
     middles = rng.normal(size=(GROUPS, DIMENSIONS))
@@ -43,14 +43,14 @@ def draw(path: Path, count: int, channels: int) -> np.ndarray:
 
 
 def spread(points: np.ndarray, labels: np.ndarray, clusters: int) -> float:
-    """Mean squared distance from the mean of the cluster."""
+    """The mean squared distance of points from the means of their clusters."""
     centres = means(points, labels, clusters)
     squares = [np.square(points[rows] - centres[labels[rows]]).sum() for rows in parts(len(points))]
     return float(sum(squares)) / len(points)
 
 
 def clustering(points: np.ndarray, clusters: int) -> dict[str, Any]:
-    """Seconds, memory, sizes and cost of the whole; the cost of unbalanced assignment to the same means beside it."""
+    """Measures the whole: seconds, memory, sizes, cost, and the cost of an unbalanced assignment to the same means."""
     labels, seconds = np.empty(0), [0.0, 0.0]
 
     def run() -> None:
@@ -68,7 +68,7 @@ def clustering(points: np.ndarray, clusters: int) -> dict[str, Any]:
 
 
 def against_scipy(points: np.ndarray, clusters: int) -> dict[str, Any]:
-    """One assignment to random centres, whose sizes divide evenly: seconds and cost of both solvers."""
+    """Measures one balanced assignment to random centres: seconds and cost of both solvers."""
     cost = distances(points, points[:clusters].astype(np.float64)).astype(np.float64)
     start = time.perf_counter()
     labels, _ = assign(cost)
@@ -81,7 +81,7 @@ def against_scipy(points: np.ndarray, clusters: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the figures; 1 where sizes are not balanced or the costs differ."""
+    """Prints the figures. Returns 1 if sizes are not balanced or the costs differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=300_000)
     parser.add_argument("--channels", type=int, default=256)

@@ -1,37 +1,37 @@
-"""Measures corrmatch against other ways to compute the same things: time, peak memory, error. Needs no argument.
+"""Measures time, peak memory and error of corrmatch and of other implementations. Needs no argument.
 
-Every contender is compared with the oracle (`corrmatch.reference` in float64) first; one that disagrees is reported,
-not timed, and the exit code is 1. Contenders are timed in turns within a time budget; those that torch.compile makes
-come after all others, in turns with corrmatch. SIGINT ends a run with what was timed so far.
+Each contender is first compared with the oracle (`corrmatch.reference` in float64). A contender that disagrees is
+reported and not timed, and the exit code is 1. Contenders are timed in turns within a time budget. Compiled ones come
+last, in turns with corrmatch. SIGINT ends a run, and what has been timed is kept.
 
-`--json FILE` writes an object, first after a second and then again as it grows:
+`--json FILE` writes an object, after the first second and then again while it grows:
     environment   date, device, device_type, threads, load and load_after (average number of running
-                  processes in the minute before start and end, null where unknown), backends {name: detail},
+                  processes in the minute before start and end, null if unknown), backends {name: detail},
                   variables (of the environment: CORRMATCH_*, TRITON_*), corrmatch, commit (null outside a
                   checkout), torch, triton, numpy, cuda, python, platform; and, null on a CPU, gpu {driver,
                   capability, multiprocessors, memory_bytes}, clocks and clocks_after {sm_mhz, sm_max_mhz,
                   memory_mhz, memory_max_mhz, power_w, power_limit_w, celsius}, exponentials_a_second (at its
                   highest clock)
     command       the arguments
-    interrupted   true while the run goes on, and where it was ended before its time: some contenders may lack
+    interrupted   true during the run, and if the run was stopped: contenders may be missing
     seconds       duration of the run
     failures      number of contenders that failed or disagree with the oracle and of cases that could not be checked
-    cases         a list; each has op, title (what it computes), size, workload, positions (N), batch, dtype,
-                  elements (in one call), unit (of elements), tolerance (of error), exponentials (the least that
-                  forward and both compute, where that bounds them) and contenders, a list of
+    cases         a list; each has op, title (of the op), size, workload, positions (N), batch, dtype,
+                  elements (in one call), unit (of elements), tolerance (of error), exponentials (the least number
+                  in forward and in both, if this bounds their time) and contenders, a list of
         name, ours, family (variants of which only the fastest is timed, or null)
         status            "ok", "wrong", "failed" (it raised an error), "not installed", "slower variant"
-                          or "untimed" (the run was ended before it was timed)
+                          or "untimed" (the run ended before it was timed)
         reason            (if failed) the error
         error             (unless failed or not installed) largest relative Frobenius norm among result and gradients
-                          or, where results are discrete, share of pixels that differ
-        peak_extra_bytes  (if ok) forward and, where it has a backward, both; null where unknown
-        times             (if ok) for forward and, where it has them, backward and both, on a GPU also forward_graph
+                          or, for discrete results, share of pixels that differ
+        peak_extra_bytes  (if ok) forward and, if it has a backward, both; null if unknown
+        times             (if ok) for forward and, if it has them, backward and both, on a GPU also forward_graph
                           and both_graph (replays of a CUDA graph): median, spread (half the interquartile range
-                          over the median), rounds, seconds (of every round)
-        floor_shares      (if ok) for the timed passes that exponentials bound: the least time that those take, at
-                          exponentials_a_second, over the median; empty where that is unknown
-        no_graph          (where no CUDA graph could be captured) the error
+                          over the median), rounds, seconds (of each round)
+        floor_shares      (if ok) for passes that exponentials bound: their least time, at exponentials_a_second,
+                          over the median; empty if unknown
+        no_graph          (if no CUDA graph could be captured) the error
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from ops import OPS
 import corrmatch
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAP_LIMIT = 10**8  # elements of the map up to which the default batch is 4 and not 1
-INTERVAL = 1.0  # seconds between two writings of the JSON
-INTERRUPTED = 130  # exit code of what SIGINT has ended
+MAP_LIMIT = 10**8  # elements of the map; up to this number the default batch is 4, above it 1
+INTERVAL = 1.0  # seconds between two versions of the JSON
+INTERRUPTED = 130  # exit code of a process that SIGINT has ended
 
 
 class Run:
-    """A run of the benchmark: all that was measured so far, written down as it comes.
+    """A run of the benchmark, and its results up to now.
 
-    `save` writes the whole JSON. It is called once a second while contenders are measured, so that a run that is ended
-    at any moment leaves what it has.
+    `save` writes the whole JSON. It is called once a second while contenders are measured, so a run that is stopped at
+    any moment leaves its results.
     """
 
     def __init__(self, options: argparse.Namespace, command: list[str]):
@@ -74,7 +74,7 @@ class Run:
         self.saved = -float("inf")
 
     def all(self) -> None:
-        """Every case, first without what torch.compile makes, then with that."""
+        """Measures all cases, first without compiled contenders, then with them."""
         chosen = chosen_cases(self.options)
         total, op_before = sum(OPS[op].share for op, _ in chosen), None
         later = []
@@ -91,11 +91,11 @@ class Run:
         if later:
             print(f"With what torch.compile makes\n{header(later[0][0].case.op)}", flush=True)
         for measurement, seconds in later:
-            torch.compiler.reset()  # of one function it keeps eight forms, and each size has several
+            torch.compiler.reset()  # it keeps eight forms of a function, and each size has several
             self.measure(measurement, seconds, compiled=True)
 
     def prepared(self, op: str, setting: Setting) -> Iterator[Measurement]:
-        """The cases of an op at one size, with the oracle's answer; those that have none are counted."""
+        """The cases of an op at one size, with the result of the oracle. Cases without one are counted."""
         try:
             for case in OPS[op].cases(setting):
                 available = measure.available_bytes(self.options.device)
@@ -110,7 +110,7 @@ class Run:
             self.without_oracle += 1
 
     def measure(self, measurement: Measurement, seconds: float, compiled: bool = False) -> None:
-        """One heat of a case, and its table."""
+        """Measures a case and prints its table."""
         if measurement not in self.measurements:
             self.measurements.append(measurement)
         try:
@@ -122,22 +122,22 @@ class Run:
         self.save()
 
     def result(self, measurement: Measurement) -> dict[str, Any]:
-        """A case as the JSON holds it."""
+        """A case in the form of the JSON."""
         result = measurement.result() | {"dtype": self.options.dtype, "title": OPS[measurement.case.op].title}
         report.add_floor_shares(result, self.environment["exponentials_a_second"])
         return result
 
     def results(self) -> list[dict[str, Any]]:
-        """All cases so far."""
+        """All cases up to now."""
         return [self.result(measurement) for measurement in self.measurements]
 
     def failures(self, results: list[dict[str, Any]]) -> int:
-        """Contenders that failed or are wrong, and cases without an oracle."""
+        """The number of contenders that failed or are wrong, and of cases without an oracle."""
         rows = [row for result in results for row in result["contenders"]]
         return self.without_oracle + sum(row["status"] in ("wrong", "failed") for row in rows)
 
     def save(self, interrupted: bool = True) -> None:
-        """Writes the JSON where one is asked for, in one piece."""
+        """Writes the JSON, if requested, atomically."""
         self.saved = time.monotonic()
         if self.options.json is None:
             return
@@ -155,7 +155,7 @@ def header(op: str) -> str:
 
 
 def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Setting]]:
-    """What to measure, in order. Inputs are made later, a case at a time."""
+    """The cases in order. Their inputs are made later, one case after another."""
     chosen = []
     for op in options.ops:
         for height, width in options.sizes if options.sizes is not None else OPS[op].sizes:
@@ -173,7 +173,7 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Setting]]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", type=_ops, default=list(OPS), help=f"comma-separated, of {', '.join(OPS)}")
     parser.add_argument("--sizes", type=_sizes, help="grids: 41,65,41x33 (full resolution: 8 (n - 1) + 1)")
@@ -195,7 +195,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def default_device() -> str:
-    """The GPU where corrmatch has a backend for it."""
+    """The GPU, if corrmatch has a backend for it, else the CPU."""
     serves = any(b.available and b.devices == ("cuda",) for b in corrmatch.backends().values())
     return "cuda" if serves and torch.cuda.is_available() else "cpu"
 

@@ -1,9 +1,9 @@
-"""Host time of a call of `ops.pixel_propagate` on the Triton path, with launches stubbed: needs no GPU.
+"""Host time of a call of `ops.pixel_propagate` on the Triton path, with stubbed launches. It needs no GPU.
 
     python benchmarks/bench_host.py [CHECKOUT ...]
 
-Times the corrmatch that is installed, and checkouts whose compiled extensions lie in them, in turns, each in a process
-of its own, and prints microseconds a call: the median over rounds. What the driver takes for a launch is not in it.
+Times the installed corrmatch, and checkouts with their compiled extensions, in turns. Each runs in a separate process.
+Prints microseconds a call, the median over rounds, without the time that the driver takes for a launch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ print(json.dumps(found))
 
 
 def measure(checkout: Path | None) -> dict[str, tuple[float, int]]:
-    """Microseconds and launches a call of one checkout; None is what is installed."""
+    """Microseconds and launches a call of one checkout, or of the installed corrmatch if it is None."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if checkout is not None:
         environment["PYTHONPATH"] = str(checkout)

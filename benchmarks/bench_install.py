@@ -1,7 +1,7 @@
-"""What installing and importing cost: seconds and memory of the build, and what `import corrmatch` adds to torch's.
+"""Costs of installing and importing: seconds and memory of the build, and seconds of `import corrmatch` after torch.
 
-`python benchmarks/bench_install.py` times the import; with `--build` it also builds a wheel from this checkout, as
-MAX_JOBS and the other variables of setup.py say.
+`python benchmarks/bench_install.py` times the import. With `--build` it also builds a wheel from this checkout, under
+MAX_JOBS and the other variables of setup.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ IMPORT = "import time, torch; start = time.perf_counter(); import corrmatch; pri
 
 
 def import_seconds(rounds: int) -> list[float]:
-    """Seconds of `import corrmatch` where torch is there already, each in a fresh process."""
+    """Seconds of `import corrmatch` after `import torch`, each in a fresh process."""
     command = [sys.executable, "-c", IMPORT]
     return [float(subprocess.check_output(command, cwd=tempfile.gettempdir())) for _ in range(rounds)]
 
 
 def peak_of_tree(process: subprocess.Popen[bytes]) -> int:
-    """Waits for the process; the most bytes that it and its descendants held together."""
+    """Waits for the process. Returns the largest sum of bytes that it and its descendants held."""
     top, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
@@ -39,7 +39,7 @@ def peak_of_tree(process: subprocess.Popen[bytes]) -> int:
 
 
 def build() -> tuple[float, int]:
-    """Seconds and peak bytes of building a wheel, pip's isolated environment included."""
+    """Seconds and peak bytes of building a wheel, with the isolated environment of pip."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def build() -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures, and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="build a wheel, too")
     parser.add_argument("--rounds", type=int, default=9, help="fresh processes that import (default: 9)")

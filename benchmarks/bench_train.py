@@ -1,17 +1,17 @@
-"""Times a training step: corrmatch's against the published one in eager PyTorch. Needs `pip install '.[train]'`.
+"""Times the training step of corrmatch and the published one in eager PyTorch. Needs `pip install '.[train]'`.
 
-Both steps get the same network, images and positions of regions, and must agree in every term of the loss and in the
-gradients before they are timed, in turns. The parts are timed apart, so their times need not add up to the whole:
+Both steps have the same network, images and positions of regions. They must agree in all terms of the loss and in the
+gradients before they are timed, in turns. Parts are timed separately, so their times need not add up to the whole:
     network   forwards (pasted, weak with perturbed, strong; to logits of stride 4, query and key), backward from given
               gradients, and optimiser
-    method    all the rest, forward and backward, run on recorded outputs of the network (see `step.planted`)
-    step      the whole; with --variants ours also with each of them, on top of those before it
+    method    all other parts, forward and backward, on recorded outputs of the network (see `step.planted`)
+    step      the whole; with --variants ours also with each variant, on top of the previous ones
 
-`--methods` times a step of every method instead, or of those that it names, against CorrMatch's: passes of networks
+`--methods` instead times a step of each method, or of the named ones, against that of CorrMatch: passes of networks
 with gradient and without, seconds, peak memory.
 
-`--json FILE` writes environment, command, setting, the largest differences, and for every part and contender
-peak_extra_bytes, median, spread, rounds and seconds of each.
+`--json FILE` writes environment, command, setting, the largest differences, and for each part and contender
+peak_extra_bytes, median, spread, rounds and seconds of each round.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from torch import Tensor, nn
 
 from corrmatch.methods import METHODS
 
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # a mask pixel within rounding of one half may fall on either side
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-3, 1e-2  # rounding decides on mask pixels near one half
 PARTS = ("network", "method", "step")
 OURS = "corrmatch"
 VARIANTS = ("bf16", "channels_last", "compile")
 
 
 def leaves_of(network: PlantedNetwork) -> list[Tensor]:
-    """The recorded outputs that are given a gradient."""
+    """The recorded outputs that get a gradient."""
     return [x for raw in network.planted.values() for x in raw if x is not None and x.requires_grad]
 
 
 def gradients(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module]) -> tuple[dict[str, float], list[Tensor]]:
-    """Terms of the loss and the gradients of the recorded outputs."""
+    """Returns the terms of the loss and the gradients of the recorded outputs."""
     network = inputs.leaves()
     loss, scalars = make(network).train()(inputs.batch, inputs.progress())
     terms = {name: float(scalars[name].detach()) for name in ("x", "x_corr", "s", "kl", "fp", "corr")}
@@ -52,7 +52,7 @@ def gradients(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module]) -
 
 
 def disagreement(inputs: StepInputs) -> tuple[float, float]:
-    """Largest relative difference of a term, and of a gradient, between ours and the published step."""
+    """The largest relative difference of a term, and of a gradient, between our step and the published one."""
     (ours, our_grads), (theirs, their_grads) = (gradients(inputs, make) for make in (inputs.ours, inputs.published))
     loss = max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs)
     pairs = zip(our_grads, their_grads, strict=True)
@@ -60,7 +60,7 @@ def disagreement(inputs: StepInputs) -> tuple[float, float]:
 
 
 def method_part(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module]) -> Callable[[], Any]:
-    """What the method adds: from recorded network outputs to their gradients."""
+    """The part of the method: from recorded outputs of the network to their gradients."""
     network = inputs.leaves()
     method = make(network).train()
     leaves = leaves_of(network)
@@ -73,11 +73,11 @@ def method_part(inputs: StepInputs, make: Callable[[PlantedNetwork], nn.Module])
 
 
 def network_part(inputs: StepInputs) -> Callable[[], Any]:
-    """The forwards and the backward of the network alone, from given gradients, and the optimiser."""
+    """The part of the network: its forwards, its backward from given gradients, and the optimiser."""
     network, autocast, optimizer = prepare(inputs)
     b = inputs.batch
     weak_images = torch.cat([b["labeled"]["image"], b["unlabeled"]["weak"]])
-    # Not constant: batch norm would leave of those next to nothing, and such small numbers are slow on a CPU.
+    # Random gradients: of constant ones batch norm would leave tiny numbers, which are slow on a CPU.
     upstream = [[None if x is None else 1e-6 * torch.randn_like(x) for x in inputs.planted[n, True]]
                 for n in (2 * inputs.options.batch, inputs.options.batch)]  # fmt: skip
 
@@ -120,7 +120,7 @@ def whole_step(
 def prepare(
     inputs: StepInputs, variant: Sequence[str] = ()
 ) -> tuple[PlantedNetwork, Callable[[], Any], torch.optim.Optimizer]:
-    """A network in a precision, layout and mode, what it runs under, and its optimiser."""
+    """A network in a precision, layout and mode, with its contexts and its optimiser."""
     network = PlantedNetwork(inputs.network(), inputs.planted)
     if "channels_last" in variant:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,7 +132,7 @@ def prepare(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crop", type=int, default=321)
@@ -156,7 +156,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def contenders(inputs: StepInputs) -> dict[str, dict[str, Callable[[], Any]]]:
-    """What is timed, by part."""
+    """The functions that are timed, by part."""
     makers = {OURS: inputs.ours, "published eager": inputs.published}
     found: dict[str, dict[str, Callable[[], Any]]] = {part: {} for part in PARTS}
     for name, make in makers.items():
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
 def write(
     options: argparse.Namespace, arguments: list[str] | None, environment: dict[str, Any], figures: dict[str, Any]
 ) -> int:
-    """Writes all figures where that is asked for; returns the exit code."""
+    """Writes all figures, if requested, and returns the exit code."""
     if options.json is not None:
         command = list(sys.argv[1:] if arguments is None else arguments)
         record = {
@@ -214,7 +214,7 @@ def write(
 
 
 def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
-    """Weighs and races a step of each method, and prints a line for each."""
+    """Measures memory and time of a step of each method, and prints a line for each."""
     steps, passes = methods.contenders(options)
     print(f"\n{'method':<22}{'passes':>8}{'ms':>9}{'spread':>8}{'ratio':>8}{'peak extra MiB':>16}")
     peaks = {name: measure.peak_extra_bytes(run, options.device) for name, run in steps.items()}
@@ -231,7 +231,7 @@ def measure_methods(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_part(part: str, runs: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Weighs and races the contenders of a part, and prints a line for each."""
+    """Measures memory and time of the contenders of a part, and prints a line for each."""
     for run in runs.values():
         run()  # warms up, compiles
     peaks = {name: measure.peak_extra_bytes(run, options.device) for name, run in runs.items()}
@@ -247,7 +247,7 @@ def measure_part(part: str, runs: dict[str, Callable[[], Any]], options: argpars
 
 
 def race(runs: list[Callable[[], Any]], seconds: float, device: str) -> list[list[float]]:
-    """Seconds of each call; all take turns, three times at least."""
+    """Seconds of each call. The calls take turns, at least three times."""
     samples: list[list[float]] = [[] for _ in runs]
     start = measure.now(device)
     while len(samples[0]) < 3 or measure.now(device) - start < seconds:

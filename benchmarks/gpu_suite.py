@@ -1,20 +1,20 @@
-"""Builds, tests and measures corrmatch on the NVIDIA GPU of this machine, and reports, in nine minutes at most.
+"""Builds, tests and measures corrmatch on the NVIDIA GPU of this machine, in at most nine minutes.
 
 bash benchmarks/gpu_suite.sh OUTDIR [--only tests,ops,regions,train] [--commit HASH] [--archive FILE] [--dry-run]
 
-Needs no network. Every step is a process of its own with a time limit; one that fails does not stop the rest. The
-extension is built into a folder of its own, so an installed corrmatch stays as it is. Writes to OUTDIR
-    results.json   everything, as `suite.results` documents it
-    report.md      the same for people
+Needs no network. Each step is a process with a time limit. A step that fails does not stop the others. The extension is
+built into a separate folder, so an installed corrmatch stays as it is. Writes to OUTDIR
+    results.json   all results, documented in `suite.results`
+    report.md      the same as tables
     *.png          time and memory of pixel_propagate against N, a figure for each dtype
-    logs/          what every step printed
-    runs/          what every benchmark wrote, with the seconds of every round
-results.json, report.md and, where `--archive FILE` asks for one, FILE (OUTDIR as .tar.gz) are written after every
-step: a run that is ended at any moment leaves what it had. The last table says what passed. The exit code is 0 where
-all did, 1 where not.
+    logs/          the output of each step
+    runs/          the JSON of each benchmark, with the seconds of each round
+results.json, report.md and, with `--archive FILE`, FILE (OUTDIR as .tar.gz) are written after each step: a run that is
+stopped at any moment leaves its results. The last table lists the steps that passed. The exit code is 0 if all did,
+else 1.
 
-`--dry-run` needs no GPU: the same steps on the CPU, Triton's interpreter and the emulator, with tiny sizes and what is
-installed.
+`--dry-run` needs no GPU: the same steps run on the CPU, Triton's interpreter and the emulator, with tiny sizes and the
+installed corrmatch.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from suite.steps import LIMITS, Schedule, SuiteStep
 
 PARTS = ("tests", "ops", "regions", "train")
 TOTAL = 540.0  # seconds
-RESERVE = 15.0  # of these, for the report
-LEAST = 5.0  # less is not worth a start
-GRACE = 5.0  # from asking a process to stop, so that it can still write what it has, to killing it
+RESERVE = 15.0  # of these seconds, for the report
+LEAST = 5.0  # a step is not started with less
+GRACE = 5.0  # between SIGINT, after which a process can write its results, and SIGKILL
 
 
 class Suite:
-    """The run: where it writes, how long it may still take, and what has become of its steps."""
+    """The run: its folder, its remaining time, and the results of its steps."""
 
     def __init__(self, options: argparse.Namespace, command: list[str], site: Path):
         self.out, self.dry = options.out.resolve(), options.dry_run
@@ -61,7 +61,7 @@ class Suite:
             self.environment["CORRMATCH_COMMIT"] = options.commit
         self.start, self.command = time.monotonic(), command
         self.archive = None if options.archive is None else options.archive.resolve()
-        self.device: dict[str, Any] | None = None  # what the step of that name wrote down
+        self.device: dict[str, Any] | None = None  # the JSON that the step of this name wrote
         self.done: list[dict[str, Any]] = []
         for folder in ("logs", "runs"):
             shutil.rmtree(self.out / folder, ignore_errors=True)
@@ -89,7 +89,7 @@ class Suite:
         return record["status"] == "passed"
 
     def save(self) -> dict[str, Any]:
-        """Writes down all that is known by now."""
+        """Writes all results up to now."""
         seconds = time.monotonic() - self.start
         collected = results.collect(self.out, self.done, self.device, self.dry, self.command, seconds)
         (self.out / "results.json").write_text(json.dumps(collected, indent=1) + "\n")
@@ -118,13 +118,13 @@ class Suite:
 
 
 def search_path() -> str:
-    """Where programs are looked for: PATH, then the CUDA toolkit."""
+    """The search path of programs: PATH, then the CUDA toolkit."""
     toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     return os.pathsep.join([os.environ.get("PATH", os.defpath), toolkit])
 
 
 def wait(step: SuiteStep, limit: float, environment: dict[str, str], log: Any) -> int | None:
-    """Exit code of a process; None if it had to be stopped. Nothing that it started outlives it."""
+    """Runs a process and its children. Returns its exit code, or None if it had to be stopped."""
     process = subprocess.Popen(
         step.command, cwd=step.folder, env=environment | {"PATH": search_path()}, stdin=subprocess.DEVNULL,
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
@@ -143,12 +143,12 @@ def wait(step: SuiteStep, limit: float, environment: dict[str, str], log: Any) -
 
 
 def _heed_interrupts() -> None:
-    # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+    # A process that a shell starts in the background ignores SIGINT, and so would its children.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUTDIR")
     parser.add_argument("--only", type=_parts, default=PARTS, help=f"comma-separated, of {', '.join(PARTS)}")
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         built = suite.run(plan.build("build", True))
         if not built and not suite.dry:
             built = suite.run(plan.build("build-without-cuda", False))
-        # All that follows hangs on it, so that it gets a second chance.
+        # All other steps depend on it, so it gets a second chance.
         found = any(suite.run(plan.probe(), None if built else "nothing was built") for _ in range(1 + built))
         if found:
             suite.device = json.loads(plan.file("device").read_text())

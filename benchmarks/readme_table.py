@@ -1,10 +1,10 @@
 """Writes the measured tables of README.md from the newest evidence.
 
 python benchmarks/readme_table.py            # after evidence was added to benchmarks/results
-python benchmarks/readme_table.py --check    # exit code 1 where the README says something else
+python benchmarks/readme_table.py --check    # exit code 1 if the README differs
 
-Evidence is benchmarks/results/<device>/<date>/results.json, of `bench_corr --json` or of the GPU suite. The newest of
-a CPU and the newest of a GPU are shown, each between its markers in the README.
+Evidence is benchmarks/results/<device>/<date>/results.json, of `bench_corr --json` or of the GPU suite. The newest
+run on a CPU and the newest on a GPU are shown, each between its markers in the README.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def newest(device_type: str, evidence: Path = EVIDENCE) -> tuple[Path, Record] | None:
-    """File and record of the newest run on a CPU ("cpu") or GPU ("cuda"); None where there is none."""
+    """File and record of the newest run on a CPU ("cpu") or GPU ("cuda"); None if there is none."""
     found = []
     for path in evidence.glob("*/*/results.json"):
         record = json.loads(path.read_text())
@@ -39,7 +39,7 @@ def newest(device_type: str, evidence: Path = EVIDENCE) -> tuple[Path, Record] |
 
 
 def section(device_type: str, evidence: Path = EVIDENCE) -> str:
-    """What the README shows between the markers of a device type."""
+    """The text between the markers of a device type in the README."""
     found = newest(device_type, evidence)
     if found is None:
         return "**Not yet measured on a GPU.**" if device_type == "cuda" else "**Not yet measured.**"
@@ -52,12 +52,12 @@ def section(device_type: str, evidence: Path = EVIDENCE) -> str:
 
 
 def link(path: Path, evidence: Path) -> str:
-    """Address of a file of the evidence, as seen from the README."""
+    """The path of a file of the evidence, relative to the README."""
     return f"benchmarks/results/{path.relative_to(evidence).as_posix()}"
 
 
 def caption(path: Path, record: Record, evidence: Path) -> str:
-    """Where, with what and when."""
+    """Device, software and date of a run."""
     found = record["environment"]
     machine = found["device"]
     if found["device_type"] == "cpu":
@@ -71,7 +71,7 @@ def caption(path: Path, record: Record, evidence: Path) -> str:
 
 
 def propagation(record: Record) -> str:
-    """Pixel propagation: times, ratios, memory and, on a GPU, the share of the exp floor."""
+    """The table of pixel propagation: times, ratios, memory and, on a GPU, the share of the exp floor."""
     cases = [case for case in record["cases"] if case["op"] == "pixel_propagate"]
     if not cases:
         return ""
@@ -96,7 +96,7 @@ def propagation(record: Record) -> str:
 
 
 def others(record: Record) -> str:
-    """The other ops, a row each: sizes and kinds of input make a range."""
+    """The table of the other ops, with a row for each. Sizes and kinds of input make a range."""
     grouped: dict[tuple[str, str], list[Record]] = {}
     for case in record["cases"]:
         if case["op"] != "pixel_propagate":
@@ -119,12 +119,12 @@ def others(record: Record) -> str:
 
 
 def whole(case: Record) -> str:
-    """All that an op does: with the backward where it has one."""
+    """The pass that has everything: forward and backward if the op has one, else forward."""
     return "both" if "both" in our_row(case)["times"] else "forward"
 
 
 def training(record: Record) -> str:
-    """The training step, where the record has one."""
+    """The table of the training step, if the record has one."""
     if record.get("train") is None:
         return ""
     rows = []
@@ -136,7 +136,7 @@ def training(record: Record) -> str:
 
 
 def our_row(case: Record) -> Record:
-    """The row of corrmatch itself."""
+    """The result of corrmatch."""
     row = next(row for row in case["contenders"] if row["ours"])
     if row["status"] != "ok":
         raise ValueError(f"{case['op']} {case['size']}: corrmatch was {row['status']}; that is no evidence")
@@ -144,18 +144,18 @@ def our_row(case: Record) -> Record:
 
 
 def peers(case: Record) -> dict[str, Record]:
-    """The peers that were timed, by name; of a family the fastest."""
+    """The timed peers by name. A family has its fastest member."""
     return {row["name"] if row["family"] is None else row["family"]: row
             for row in case["contenders"] if not row["ours"] and row["status"] == "ok"}  # fmt: skip
 
 
 def timed_pass(row: Record, name: str) -> str:
-    """The replayed pass where there is one: it leaves out what launches cost the host."""
+    """The replay of a CUDA graph, if it was timed: it has no host time of launches."""
     return f"{name}_graph" if f"{name}_graph" in row["times"] else name
 
 
 def ratio(case: Record, name: str, peer: str) -> float | None:
-    """How many times faster than a peer; None where it has no such pass. A peer without a graph runs without."""
+    """Speedup over a peer; None if it lacks the pass. A peer without a CUDA graph is timed without."""
     times = peers(case)[peer]["times"] if peer in peers(case) else {}
     theirs = times.get(name, times.get(name.removesuffix("_graph")))
     return None if theirs is None else theirs["median"] / our_row(case)["times"][name]["median"]
@@ -168,41 +168,41 @@ def ratio_to(case: Record, name: str, peer: str) -> str:
 
 
 def best_ratio(case: Record, name: str) -> str:
-    """How many times faster than the fastest peer."""
+    """Speedup over the fastest peer."""
     found = [x for x in (ratio(case, name, peer) for peer in peers(case)) if x is not None]
     return faster(min(found)) if found else "—"
 
 
 def share(row: Record, name: str) -> str:
-    """Share of the exp floor."""
+    """The share of the exp floor."""
     return f"{100 * row['floor_shares'][name]:.0f} %" if name in row["floor_shares"] else "—"
 
 
 def peak(row: Record | None) -> str:
-    """Memory of forward and backward together."""
+    """Peak memory of forward and backward together."""
     count = None if row is None else row["peak_extra_bytes"].get("both")
     return "—" if count is None else f"{count / 2**20:.{0 if count >= 100 * 2**20 else 1}f} MiB"
 
 
 def dtype(case: Record) -> str:
-    """Of the inputs. Evidence from before it was recorded has bench_corr's default."""
+    """The dtype of the inputs. Old evidence without it has the default of bench_corr."""
     return case.get("dtype", "float32")
 
 
 def duration(seconds: float) -> str:
-    """A time in its unit, three digits."""
+    """A time with its unit and three digits."""
     factor, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
     value = factor * seconds
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def faster(times: float) -> str:
-    """A ratio, two or three digits."""
+    """A ratio with two or three digits."""
     return f"{times:.0f}x" if times >= 20 else f"{times:.1f}x"
 
 
 def span(values: list[float], shown: Callable[[float], str]) -> str:
-    """One value, or the least and the largest."""
+    """A single value, or the smallest and the largest."""
     low, high = shown(min(values)), shown(max(values))
     return low if low == high else f"{low} to {high}"
 
@@ -214,7 +214,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def updated(text: str, evidence: Path = EVIDENCE) -> str:
-    """The README's text with its tables anew."""
+    """The text of the README with new tables."""
     for device_type in ("cpu", "cuda"):
         begin = f"<!-- measured table: {device_type} -->"
         head, found, rest = text.partition(begin)

@@ -1,11 +1,10 @@
-"""What region propagation does to the pseudo-labels of a trained network, under combinations of settings.
+"""Measures the effect of region propagation on pseudo-labels of a trained network, under combinations of settings.
 
     python benchmarks/region_study.py CHECKPOINT KEY=VALUE,VALUE... [KEY=VALUE...] --out FILE.json
 
-labels unlabelled images of which masks are at hand with the network of the checkpoint, once for each combination of the
-values, and prints a line for each: coverage and precision of the pseudo-labels before and after region propagation, how
-many of the pixels that it added and changed are right, and how many would have been right as they were labelled before.
-Nothing is trained. The network needs a correlation head.
+labels unlabelled images whose masks are available, once for each combination of the values, and prints a line for each:
+coverage and precision of the pseudo-labels before and after region propagation, the precision of added and of changed
+pixels, and the precision of their own labels before. Nothing is trained. The network needs a correlation head.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ COLUMNS = (
 
 
 def combinations(settings: list[str]) -> list[list[str]]:
-    """Overrides of each combination: of `a=1,2 b=3` these are a=1 b=3 and a=2 b=3."""
+    """The overrides of each combination. `a=1,2 b=3` has the combinations a=1 b=3 and a=2 b=3."""
     pairs = [setting.split("=", 1) for setting in settings]
     return [
         [f"{key}={value}" for (key, _), value in zip(pairs, values, strict=True)]
@@ -40,7 +39,7 @@ def combinations(settings: list[str]) -> list[list[str]]:
 
 
 def measure(path: Path, overrides: list[str]) -> dict[str, float]:
-    """The rates of `eval.pseudo_labels` for the network of a checkpoint, which labels as in FixMatch."""
+    """The rates of `eval.pseudo_labels` for the network of a checkpoint, used as in FixMatch."""
     network, _, classes = load_model(path)
     config = checkpoint.config_of(checkpoint.load(path), ["method=fixmatch", "propagation.head=true", *overrides])
     data = find_data(config.data)
@@ -49,7 +48,7 @@ def measure(path: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints and keeps every combination."""
+    """Measures all combinations, prints them and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE,VALUE")

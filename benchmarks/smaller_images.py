@@ -1,9 +1,9 @@
-"""Writes a smaller copy of a data set: images by the mean of the pixels that fall together, masks by the nearest one.
+"""Writes a smaller copy of a data set: images by averaging pixels, masks by the nearest pixel.
 
     python benchmarks/smaller_images.py CAMVID CAMVID_240 240 180
 
-Files in a folder whose name contains `annot`, `mask` or `gtFine` are masks. Text files are copied, and name what was
-written. What `configs/camvid_cpu.yaml` trains on is made so.
+Files in a folder whose name contains `annot`, `mask` or `gtFine` are masks. Text files are copied, with the names of
+the new files. The data of `configs/camvid_cpu.yaml` is made in this way.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ IMAGES = (".jpg", ".jpeg", ".png")
 
 
 def is_mask(path: Path) -> bool:
-    """Whether the pixels are class ids, by the folders within the data set."""
+    """Whether a file is a mask, by the names of its folders in the data set."""
     return any(word in str(path.parent) for word in ("annot", "mask", "gtFine"))
 
 
 def shrink(source: Path, target: Path, size: tuple[int, int]) -> None:
-    """Copies a folder; images become PNG of width x height."""
+    """Copies a folder. Images become PNG files of width x height."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for path in tqdm(files):
         place = target / path.relative_to(source)

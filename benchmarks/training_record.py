@@ -1,12 +1,12 @@
-"""Keeps what training runs came to, in one JSON file, and prints a table of what their methods gain.
+"""Collects the results of training runs in a JSON file, and prints a table of the gains of their methods.
 
     python benchmarks/training_record.py FILE.json runs/a runs/b ...
 
-adds the runs to the file, in place of those of the same name, and prints the table; without runs it prints the table.
-A row holds the runs of one setting, whatever their seeds. Its gain is the share of the headroom that it closes,
-(row - labelled alone) / (all labelled - labelled alone). `labelled alone` are the supervised runs with
-as many labelled images, `all labelled` those with the most; both have as many steps as the
-row, those of the run that `model.init` names included.
+adds the runs to the file, or replaces runs of the same name, and prints the table. Without runs it prints the table.
+A row has the runs of one setting with all their seeds. Its gain is the share of the headroom that it closes,
+(row - labelled alone) / (all labelled - labelled alone). `labelled alone` are the supervised runs with as many labelled
+images, `all labelled` those with the most. Both have as many steps as the row, including those of the run that
+`model.init` names.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from corrmatch.config import load_config
 from corrmatch.training.compare import Spread, dotted, read_run
 
 BASE = "camvid_cpu"
-HIDDEN = {  # keys that change no result, and the seed
+HIDDEN = {  # keys that do not affect results, and the seed
     "data.root", "data.check", "work_dir", "train.seed", "train.workers", "train.save_every", "train.log_every",
     "model.pretrained", "eval.pseudo_labels",
 }  # fmt: skip
-Row = tuple[dict[str, Any], list[dict[str, Any]]]  # what runs share, and the runs
+Row = tuple[dict[str, Any], list[dict[str, Any]]]  # the common setting, and the runs
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """A run: what it sets over the shipped configuration, and its evaluations, per cent."""
+    """A run: its differences from the shipped configuration, and its evaluations in per cent."""
     run = read_run(folder)
     if run.snapshot is None:
         raise SystemExit(f"{folder}: there is no evaluation to read the number of images from")
     steps, init = run.last["step"], run.config["model.init"]
-    if init is not None:  # the steps of the run that this one starts from count too
+    if init is not None:  # the steps of the first run count, too
         steps += read_run(Path(init).parent).last["step"]
         run.config["model.init"] = Path(init).parent.name
     plain = dotted(load_config(BASE, ["data.root=.", f"method={run.config['method']}"]))
@@ -74,7 +74,7 @@ def last(row: Row) -> Spread:
 
 
 def gain(row: Row, table: list[Row]) -> float | None:
-    """The share of the headroom that a row closes; None where the runs that it is measured by are not there."""
+    """The share of the headroom that a row closes; None if the runs for comparison are missing."""
     plain = [r for r in table if r[0]["method"] == "supervised" and r[0]["steps"] == row[0]["steps"]]
     low = [r for r in plain if r[0]["labelled"] == row[0]["labelled"]]
     high = max(plain, key=lambda r: r[0]["labelled"], default=None)
@@ -84,7 +84,7 @@ def gain(row: Row, table: list[Row]) -> float | None:
 
 
 def show(spread: Spread, runs: int) -> str:
-    """Mean, and deviation where there are several runs."""
+    """The mean and, with several runs, the deviation."""
     return f"{spread.mean:.1f} ± {spread.deviation:.1f}" if runs > 1 else f"{spread.mean:.1f}"
 
 

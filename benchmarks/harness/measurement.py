@@ -1,4 +1,4 @@
-"""One case under measurement: contenders are verified, weighed and raced; what is known can be asked at any time."""
+"""The measurement of a case: errors, memory and times of its contenders. Its state can be read at any time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FIELDS = ("op", "size", "exponentials", "workload", "positions", "batch", "eleme
 
 
 class Measurement:
-    """What has been found of a case so far: a row for every contender that had its turn, and the seconds of its rounds.
+    """The results of a case up to now: a row for each contender that had its turn, and the seconds of its rounds.
 
-    Whatever a contender raises ends that contender alone: the others can still be measured.
+    An exception of a contender ends this contender alone. The others are measured.
     """
 
     def __init__(self, case: Case, device: str):
@@ -26,16 +26,16 @@ class Measurement:
         self.expected = case.expected()
         self.rows: dict[str, dict[str, Any]] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
-        self.trials: dict[str, float] = {}  # seconds of those that have a family
+        self.trials: dict[str, float] = {}  # seconds of contenders that have a family
 
     def contenders(self, *, compiled: bool) -> list[Contender]:
-        """Those that do not compile or, where any does, those that do and corrmatch, to compare them with."""
+        """Contenders that are not compiled, or compiled ones, if any, together with corrmatch."""
         wanted = [c for c in self.case.contenders if c.compiles == compiled]
         ours = [c for c in self.case.contenders if c.ours]
         return [*ours, *wanted] if compiled and wanted else wanted
 
     def measure(self, contenders: Sequence[Contender], seconds: float) -> Iterator[None]:
-        """Verifies those that are new, weighs and races them; comes back after each step, for the caller to save."""
+        """Compares new contenders with the oracle, then measures memory and times. Yields after each step."""
         for contender in contenders:
             if contender.name not in self.rows:
                 self._verify(contender)
@@ -55,7 +55,7 @@ class Measurement:
             yield
 
     def result(self) -> dict[str, Any]:
-        """The case as the JSON holds it; "untimed" is what agrees with the oracle and was not timed yet."""
+        """The case in the form of the JSON. Contenders that are right and were not timed yet are "untimed"."""
         rows = [dict(row) for row in self.rows.values()]
         for row in rows:
             if row["status"] == "ok" and row["name"] in self.samples:
@@ -69,7 +69,7 @@ class Measurement:
         return [contender for contender in contenders if self.rows[contender.name]["status"] == "ok"]
 
     def _verify(self, contender: Contender) -> None:
-        """Compares a contender with the oracle; of a family only the fastest stays."""
+        """Compares a contender with the oracle. Only the fastest of a family stays."""
         row: dict[str, Any] = {"name": contender.name, "ours": contender.ours, "family": contender.family}
         row["status"] = "ok"
         self.rows[contender.name] = row
@@ -124,5 +124,5 @@ class Measurement:
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """The type and the first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

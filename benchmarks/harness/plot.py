@@ -16,11 +16,11 @@ COLORS = {
     "published eager": "#444444",
     "published, compiled": "#8d5fb8",
 }
-APART = 0.05  # least distance between two labels, as a share of the axis
+APART = 0.05  # least distance of two labels, as a share of the axis
 
 
 def require(ops: list[str]) -> None:
-    """Ends the program with a message where there would be nothing to draw or nothing to draw with."""
+    """Ends the program with a message if there is nothing to draw, or matplotlib is missing."""
     if "pixel_propagate" not in ops:
         raise SystemExit("--plot draws pixel_propagate, which --ops leaves out")
     if importlib.util.find_spec("matplotlib") is None:
@@ -28,7 +28,7 @@ def require(ops: list[str]) -> None:
 
 
 def draw(results: list[dict[str, Any]], environment: dict[str, Any], path: Path) -> None:
-    """Writes the figure; both panels count per image, since the batch differs between sizes."""
+    """Writes the figure. Both panels show figures per image, because batch sizes differ between sizes."""
     from matplotlib.figure import Figure
 
     results = sorted((r for r in results if r["op"] == "pixel_propagate"), key=lambda r: r["positions"])
@@ -58,7 +58,7 @@ def _peak(row: dict[str, Any], name: str) -> float | None:
 
 
 def curves(results: list[dict[str, Any]], figure_of: Any) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Points (N, figure an image) by contender and pass."""
+    """Points (N, figure of an image) by contender and pass."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for result in results:
         for row in result["contenders"]:
@@ -73,7 +73,7 @@ def curves(results: list[dict[str, Any]], figure_of: Any) -> dict[tuple[str, str
 
 
 def panel(axes: Any, found: dict[tuple[str, str], list[tuple[int, float]]], results: list[dict[str, Any]]) -> None:
-    """Curves with their names at their ends."""
+    """Draws curves with their names at their ends."""
     sizes = {result["positions"]: result["size"] for result in results}
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(list(sizes), [f"{n}\n{size}" for n, size in sizes.items()])

@@ -1,4 +1,4 @@
-"""The tables of `bench_corr`. A result is one of the "cases" of its JSON. Needs no torch, as the GPU suite does not."""
+"""The tables of `bench_corr`. A result is one of the "cases" of its JSON. Like the GPU suite it does not need torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNCERTAIN = "peers that start many small parallel steps suffer most from that. -
 
 
 def header(environment: dict[str, Any], options: argparse.Namespace) -> str:
-    """What ran where, and how to read the tables."""
+    """The environment, and an explanation of the tables."""
     backends = "; ".join(f"{name}: {detail}" for name, detail in environment["backends"].items() if name != "reference")
     commit = "not in a checkout" if environment["commit"] is None else f"commit {environment['commit']}"
     load = environment["load"]
@@ -46,12 +46,12 @@ def header(environment: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def threads(environment: dict[str, Any]) -> str:
-    """Number of CPU threads, for people."""
+    """The number of CPU threads, as text."""
     return "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
 
 
 def passes_of(*rows: dict[str, Any]) -> tuple[str, ...]:
-    """The passes that a table shows: of contenders that were timed, some with their backward or none."""
+    """The passes of a table. Backward passes are shown if a contender has been timed with them."""
     return tuple(PASSES) if any("both" in row["times"] for row in rows) else ("forward",)
 
 
@@ -91,7 +91,7 @@ def block(result: dict[str, Any]) -> str:
 
 
 def add_floor_shares(result: dict[str, Any], exponentials_a_second: float | None) -> None:
-    """Gives every timed contender the least time that the exponentials take as a share of the time taken."""
+    """Adds to each timed contender the least time of the exponentials as a share of its time."""
     for row in result["contenders"]:
         if row["status"] == "ok":
             row["floor_shares"] = {
@@ -103,7 +103,7 @@ def add_floor_shares(result: dict[str, Any], exponentials_a_second: float | None
 
 
 def floor_line(row: dict[str, Any]) -> str:
-    """Shares of the exp floor, for people."""
+    """Shares of the exp floor, as text."""
     shares = [
         f"{PASSES[name.removesuffix('_graph')]}{' in a graph' if name.endswith('_graph') else ''} {100 * share:.0f} %"
         for name, share in row["floor_shares"].items()
@@ -134,7 +134,7 @@ def _times(head: str, row: dict[str, Any], timed: list[dict[str, Any]], passes: 
 
 
 def ratio(row: dict[str, Any], timed: list[dict[str, Any]], name: str) -> str:
-    """For corrmatch the fastest peer's time over its own, for a peer its own over corrmatch's."""
+    """The speedup of corrmatch: over the fastest peer in its own row, over the peer in the row of a peer."""
     ours = [r["times"][name]["median"] for r in timed if r["ours"] and name in r["times"]]
     peers = [r["times"][name]["median"] for r in timed if not r["ours"] and name in r["times"]]
     if not ours or not peers:
@@ -150,7 +150,7 @@ def footer(
     elapsed: float,
     environment: dict[str, Any],
 ) -> str:
-    """What the ops have to say of what was measured, and the verdict."""
+    """The notes of the measured ops, and the verdict."""
     notes = [*notes]
     after = environment["load_after"]
     if after is not None and after > environment["threads"] + 0.7:

@@ -1,6 +1,6 @@
-"""A GPU that launches nothing, so that what the host does for a launch can be counted and timed without one.
+"""A driver that launches nothing. With it the work of the host for launches can be counted and timed without a GPU.
 
-Triton compiles for an H100 and asks this driver to load and launch what it made; tensors lie on the CPU.
+Triton compiles for an H100, and this driver loads and launches the binaries. Tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-SHARED = 227 * 1024  # bytes of shared memory that a block may have
+SHARED = 227 * 1024  # bytes of shared memory of a block
 
 
 class Driver:
-    """What Triton's runtime asks of a driver."""
+    """The functions of a driver that Triton's runtime calls."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
@@ -28,28 +28,28 @@ class Driver:
         )
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
-        """A launcher that notes the name of the kernel, its sixth argument."""
+        """A launcher that records the name of the kernel, its sixth argument."""
         return lambda x, y, z, stream, function, *rest: self.launches.append(function)
 
     def get_current_device(self) -> int:
-        """The only one."""
+        """The only device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
+        """The default stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """An H100."""
+        """The target, an H100."""
         return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors lie."""
+        """The device of tensors."""
         return torch.device("cpu")
 
 
 def install() -> Driver:
-    """Makes Triton and corrmatch take CPU tensors for those of an H100. For a process of its own."""
+    """Makes Triton and corrmatch treat CPU tensors as those of an H100, for the rest of the process."""
     from corrmatch.ops import backend
 
     driver = Driver()

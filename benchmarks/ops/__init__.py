@@ -1,6 +1,6 @@
-"""What is measured, one file an op: inputs, contenders, the oracle's answer and the distance from it.
+"""The benchmarks of the ops, one file for each: inputs, contenders, the result of the oracle and the errors.
 
-Each file has a `BENCHMARK`. The oracle is `corrmatch.reference` on the inputs in float64. Nothing here is timed.
+Each file has a `BENCHMARK`. The oracle is `corrmatch.reference` on the inputs in float64. This package times nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Connected components against the libraries that are installed."""
+"""Connected components: corrmatch and the installed libraries."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from corrmatch import ops, reference
 
 COMPONENT_LIBRARIES = ("scipy", "OpenCV", "cc3d")
-IMAGES = 64  # binary images at once, on a GPU
+IMAGES = 64  # binary images of a call, on a GPU
 ORACLE_SIDE = 321  # the oracle of components sweeps once for each pixel of the longest path: seconds; minutes at 801
 
 
 def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Connected components of a binary image by the libraries that are installed."""
+    """Connected components of a binary image by the installed libraries."""
     peers: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     if importlib.util.find_spec("scipy"):
         from scipy import ndimage
@@ -41,7 +41,7 @@ def component_peers(connectivity: int) -> dict[str, Callable[[np.ndarray], np.nd
 
 
 def cupyx_components(connectivity: int) -> Callable[[Tensor], Tensor] | None:
-    """Connected components of a binary image on a GPU by CuPy, where it is installed."""
+    """Connected components of a binary image on a GPU by CuPy, if it is installed."""
     if importlib.util.find_spec("cupyx") is None:
         return None
     import cupy
@@ -52,7 +52,7 @@ def cupyx_components(connectivity: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def cases(s: Setting) -> Iterator[Case]:
-    """Binary images, one on a CPU and many at once on a GPU: smooth blobs, then noise."""
+    """Binary images, one on a CPU and many on a GPU: smooth blobs, then noise."""
     size, generator, batch = s.full, s.generator(), IMAGES if s.device == "cuda" else 1
     kinds = {
         "smooth blobs": smooth(batch, 1, size, max(2, size[0] // 16), generator)[:, 0] > 0,
@@ -63,7 +63,7 @@ def cases(s: Setting) -> Iterator[Case]:
 
 
 def _component_case(kind: str, images: Tensor) -> Case:
-    """Compared with the oracle where that is quick, else a corner is, and the whole with an independent library."""
+    """Compares with the oracle if it is quick; else compares a corner, and the whole with an independent library."""
     batch, height, width = images.shape
     crop = images[:1, :ORACLE_SIDE, :ORACLE_SIDE].contiguous()
     arrays = {id(x): list(x.cpu().numpy()) for x in (images, crop)}
@@ -104,7 +104,7 @@ def _component_case(kind: str, images: Tensor) -> Case:
 
 @dataclass
 class _Numbered:
-    """Components as a library numbers them, an image each: any order will do."""
+    """Components numbered by a library, image by image, in any order."""
 
     labels: list[Any]
 
@@ -113,7 +113,7 @@ class _Numbered:
 
 
 def raster_order(labels: np.ndarray) -> np.ndarray:
-    """Components numbered from 1 in raster order of their first pixel; 0 stays."""
+    """Components numbered from 1 in raster order of their first pixels; 0 stays."""
     names, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     first[names == 0] = -1
     rank = np.empty(len(names), np.int64)

@@ -1,4 +1,4 @@
-"""Losses at every pixel against their composition from torch's functions."""
+"""Losses of enlarged logits: corrmatch and compositions of torch's functions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Pixel propagation against other ways to compute it, forward and backward.
+"""Pixel propagation and other ways to compute it, forward and backward.
 
-Peers take what the op takes, for maps (B, channels, H, W).
+Peers have the arguments of the op, for maps (B, channels, H, W).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Propagate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The published formulation: the whole map, in the dtype of the inputs."""
+    """The published formulation: it stores the whole map, in the dtype of the inputs."""
     q, k, v = query.flatten(2), key.flatten(2), value.flatten(2)
     p = (q.mT @ k / math.sqrt(q.shape[1])).softmax(-1)
     return (v @ p).view(*v.shape[:2], *key.shape[2:])
 
 
 class _RowChunked(torch.autograd.Function):
-    """A few rows of the map at a time, computed again in the backward."""
+    """Stores a few rows of the map at a time, and computes them again in the backward."""
 
     @staticmethod
     def forward(ctx, query, key, value, rows):  # type: ignore[no-untyped-def]
@@ -70,14 +70,15 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 def attention_composition(attention: Attention, *, power_of_two: bool = False) -> Propagate:
-    """Two attentions from parts that exist; differentiable where the lse of `attention` is.
+    """Two calls of an existing attention. The result is differentiable if the lse of `attention` is.
 
-    The first gives lse_i. The second swaps the roles of query and key with -lse_i folded into spare channels, so its
-    softmax over i is proportional to P_ij; the exponential of its own lse undoes its normalisation.
+    The first call yields lse_i. The second swaps query and key, with -lse_i in spare channels, so its softmax over i is
+    proportional to P_ij. A factor, the exponential of its own lse, undoes its normalisation.
 
     Args:
-        attention: (query, key, value, scale), each (B, 1, N, channels), to the result and the lse (B, 1, N).
-        power_of_two: Whether it takes only so many channels.
+        attention: Function of query, key, value, each (B, 1, N, channels), and scale. It returns the result and the lse
+            (B, 1, N).
+        power_of_two: Whether the number of channels must be a power of two.
     """
 
     def propagate(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -105,14 +106,14 @@ def attention_composition(attention: Attention, *, power_of_two: bool = False) -
 
 
 def cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Flash attention of PyTorch on a CPU, forward only: its lse has no gradient there."""
+    """Flash attention of PyTorch on a CPU, forward only, because its lse has no gradient."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
     return out, lse.reshape(query.shape[:-1])
 
 
 @functools.cache
 def flex_attention() -> Attention:
-    """FlexAttention, compiled: a GPU's flash attention whose lse has a gradient."""
+    """Compiled FlexAttention: flash attention on a GPU whose lse has a gradient."""
     from torch.nn.attention.flex_attention import AuxRequest
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -169,9 +170,10 @@ def cases(s: Setting) -> Iterator[Case]:
 
 
 def _compiled(contender: Contender) -> Contender:
-    """The contender, which compiles both its forms, without and with gradients, when it is compared with the oracle.
+    """A compiled contender. Both forms, with and without gradients, are compiled when it is compared with the oracle.
 
-    Of one function torch keeps eight forms, and each size has several: `torch.compiler.reset()` comes before each size.
+    Torch keeps eight forms of a function, and each size has several. So `torch.compiler.reset()` is called before each
+    size.
     """
 
     def answer() -> tuple[Any, ...]:
@@ -184,7 +186,7 @@ def _compiled(contender: Contender) -> Contender:
 
 
 def notes(device: str, compiled: bool) -> list[str]:
-    """What the footer of the tables says."""
+    """The notes below the tables."""
     found = []
     if device == "cpu":
         found.append("The attention composition has no backward on a CPU: its lse carries no gradient there.")

@@ -1,4 +1,4 @@
-"""Pseudo-labels against their composition from torch's functions."""
+"""Pseudo-labels: corrmatch and compositions of torch's functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def with_softmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor,
 
 
 def with_logsumexp(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without the softmax of every class: the largest logit against the log of the sum."""
+    """The same without the softmax of all classes: from the largest logit and the log-sum-exp."""
     large = F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
     peak, labels = large.max(1)
     confidence = (peak - large.logsumexp(1)).exp()

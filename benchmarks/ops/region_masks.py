@@ -1,4 +1,4 @@
-"""Region masks against the published steps."""
+"""Region masks: corrmatch and the published steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def published(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int]) 
 
 
 def chunked(query: Tensor, key: Tensor, index: Tensor, size: tuple[int, int], masks: int = 8) -> Tensor:
-    """The same a few masks at a time, so that the enlarged maps stay in the cache."""
+    """The same for a few masks at a time, so that the enlarged maps stay in the cache."""
     out = torch.empty(query.shape[0], index.shape[0], *size, dtype=torch.bool, device=query.device)
     for b in range(query.shape[0]):
         for i in range(0, index.shape[0], masks):

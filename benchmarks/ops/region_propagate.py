@@ -1,4 +1,4 @@
-"""Region propagation against loops over images and masks."""
+"""Region propagation: corrmatch and loops over images and masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THRESHOLD = 0.85  # Pascal VOC's
 def published(
     labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The published kind of loop: over images and masks in Python, with a read of the result in each turn."""
+    """A loop of the published kind: over images and masks in Python, and each turn reads a result on the host."""
     labels, after = labels.clone(), reliable.clone()
     for b in range(labels.shape[0]):
         for region in masks[b]:
@@ -47,7 +47,7 @@ def published(
 def numpy_loop(
     labels: Tensor, reliable: Tensor, masks: Tensor, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """The same loop in NumPy, which starts its steps sooner and counts bits faster than PyTorch does on a CPU."""
+    """The same loop in NumPy, whose calls have less overhead and count bits faster than PyTorch's on a CPU."""
     labels, after = labels.clone(), reliable.clone()
     limit = np.float32(threshold)
     for label, sure, out, regions in zip(labels.numpy(), reliable.numpy(), after.numpy(), masks.numpy(), strict=True):
@@ -70,7 +70,7 @@ def cases(s: Setting) -> Iterator[Case]:
     size, generator = s.full, s.generator()
     masks = ops.region_masks(query, key, index, size)
     as_bool = masks.to_bool()
-    # Classes follow some of the features' channels, so that many regions lie in one class and many do not.
+    # Classes follow some channels of the features, so many regions have a single class and many have several.
     labels = F.interpolate(query[:, : s.channels // 3].float(), size=size, mode="bilinear").argmax(1)
     doubt = smooth(s.batch, 1, size, 8, generator)[:, 0]
     reliable = (doubt < doubt.flatten().kthvalue(int(0.85 * doubt.numel())).values).to(s.device)

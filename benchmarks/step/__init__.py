@@ -1,1 +1,1 @@
-"""What a training step is measured with."""
+"""Parts of the benchmark of a training step."""

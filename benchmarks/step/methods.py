@@ -1,4 +1,4 @@
-"""One training step of every method, for `bench_train --methods`: the same network, crop and number of images."""
+"""A training step of each method, for `bench_train --methods`, with the same network, crop and number of images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Passes = dict[str, int]
 
 
 def config_of(name: str, options: argparse.Namespace, root: str) -> Config:
-    """A run of the method on the drawn sample."""
+    """A run of the method on the synthetic sample."""
     sample = {"root": root, "images": "JPEGImages/{}.jpg", "masks": "SegmentationClass/{}.png"}
     lists = {split: f"splits/{split}.txt" for split in ("labeled", "unlabeled", "val")}
     model = {"backbone": options.backbone, "pretrained": False, "channels": options.channels}
@@ -38,7 +38,7 @@ def config_of(name: str, options: argparse.Namespace, root: str) -> Config:
 
 
 def contenders(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict[str, Passes]]:
-    """A step of each method, and how many passes of a network it makes with gradient and without."""
+    """A step of each method, and its numbers of passes of a network with gradient and without."""
     steps, passes = {}, {}
     with tempfile.TemporaryDirectory() as root:
         draw_sample(Path(root))
@@ -48,7 +48,7 @@ def contenders(options: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]
 
 
 def step_of(config: Config, device: str) -> tuple[Callable[[], Any], Passes]:
-    """Forward, backward, optimiser and what follows it, on one batch that is at hand, in the last phase."""
+    """The whole step on a given batch, in the last phase: forward, backward, optimiser, `after_step`."""
     torch.manual_seed(0)
     data = find_data(config.data)
     method = build_method(config, CHANNELS).to(device).train()

@@ -1,7 +1,7 @@
-"""Networks whose outputs look like those of a trained one, for `bench_train`.
+"""Networks with outputs like those of a trained network, for `bench_train`.
 
-A fresh network is sure of nothing, so the region steps would have nothing to do. Therefore smooth maps, which are sure
-of their classes in most places, are added to the outputs of the network, or stand in for them.
+A network without training has low confidence everywhere, so region propagation would have nothing to do. Therefore
+smooth maps with high confidence at most pixels are added to the outputs of the network, or replace them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from corrmatch.models.network import Prediction, enlarge
 from step.published import PublishedStep
 
 THETA, MOMENTUM = 0.85, 0.999
-PLANTED_SHARE = 0.01  # of what the network says, beside the planted values
+PLANTED_SHARE = 0.01  # weight of the network's outputs beside the planted values
 
 
 class PlantedNetwork(nn.Module):
-    """DeepLabV3+ with planted values added to its outputs; without a network, those values alone.
+    """DeepLabV3+ with planted values added to its outputs; without a network, the planted values alone.
 
     `planted` has the values for each call of a training step, by the number of images and the mode (True: training).
     """
@@ -37,7 +37,7 @@ class PlantedNetwork(nn.Module):
         self.network, self.planted = network, planted
 
     def forward(self, images: Tensor, *, perturb: bool = False, correlate: bool = False) -> Prediction:
-        """As `DeepLabV3Plus`."""
+        """Has the arguments and the result of `DeepLabV3Plus`."""
         values = self.planted[images.shape[0], self.training]
         if self.network is None:
             return values
@@ -47,7 +47,7 @@ class PlantedNetwork(nn.Module):
 
 
 class Given(NamedTuple):
-    """A factory that hands out one network."""
+    """A factory that always returns the same network."""
 
     network: nn.Module
     num_classes: int
@@ -58,7 +58,7 @@ class Given(NamedTuple):
 
 
 class StepInputs:
-    """A batch, and the planted outputs for it, from one seed.
+    """A batch and the planted outputs for it, from one seed.
 
     A step calls the network three times: on the second unlabelled batch in evaluation mode, on labelled and weak images
     together with perturbed features, and on the strong images.
@@ -100,16 +100,16 @@ class StepInputs:
         return Prediction(logits.to(device), other, query.to(device), key.to(device))
 
     def progress(self) -> Progress:
-        """The first step; its generator draws the positions of the regions."""
+        """The first step, whose generator draws the positions of regions."""
         return Progress(0, 1, 1, 0, torch.Generator(self.options.device).manual_seed(1))
 
     def network(self) -> DeepLabV3Plus:
-        """The same weights each time."""
+        """The network, with the same weights in each call."""
         torch.manual_seed(0)
         return DeepLabV3Plus(self.options.backbone, CHANNELS, channels=self.options.channels).to(self.options.device)
 
     def leaves(self) -> PlantedNetwork:
-        """The planted outputs alone, to be given gradients in training mode."""
+        """The planted outputs alone, which get gradients in training mode."""
         planted = {}
         for (count, training), values in self.planted.items():
             copies = (None if x is None else x.clone().requires_grad_(training) for x in values)
@@ -117,12 +117,12 @@ class StepInputs:
         return PlantedNetwork(None, planted)
 
     def ours(self, network: PlantedNetwork) -> nn.Module:
-        """The shipped method."""
+        """The method of corrmatch."""
         keys = {"threshold": THETA, "momentum": MOMENTUM}
         part = {"head": True, "regions": True, "num_masks": MASKS}
         config = parse([OmegaConf.create({"data": {"root": ""}, "corrmatch": keys, "propagation": part})])
         return CorrMatch(Given(network, CHANNELS), config).to(self.options.device)
 
     def published(self, network: PlantedNetwork) -> nn.Module:
-        """The peer."""
+        """The published method."""
         return PublishedStep(network, THETA, MOMENTUM, MASKS)

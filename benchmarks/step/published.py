@@ -1,7 +1,7 @@
-"""The published training step, written out in eager PyTorch from its formulas: what `bench_train` measures us against.
+"""The published training step in eager PyTorch, written from its formulas. `bench_train` compares corrmatch with it.
 
-It stores the whole correlation map, keeps region masks as enlarged floats, loops over classes, images and masks with
-a read of the result in each turn, and makes each loss from torch's own.
+It stores the whole correlation map and region masks as enlarged floats. It loops over classes, images and masks, and
+each turn reads a result on the host. Its losses are those of torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from corrmatch.methods.base import Progress
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """To the size of the images."""
+    """Enlarges logits to the size of the images."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def propagate(query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The map (B, HW, HW), and the large logits spread along it, enlarged to their size."""
+    """The correlation map (B, HW, HW), and the logits propagated along it and enlarged to their former size."""
     q, k = query.flatten(2), key.flatten(2)
     p = (q.mT @ k / math.sqrt(q.shape[1])).softmax(-1)
     value = enlarge(logits.detach(), query.shape[2:])
@@ -32,7 +32,7 @@ def propagate(query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tenso
 
 
 def region_masks(p: Tensor, index: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Rows of the map, enlarged as floats, min-max normalised, cut at one half. Bool (B, K, H, W)."""
+    """Region masks, bool (B, K, H, W): rows of the map, enlarged, normalised by extrema and cut at one half."""
     rows = p.detach()[:, index].unflatten(2, grid)
     large = enlarge(rows, size).flatten(2)
     low, high = large.min(2, keepdim=True)[0], large.max(2, keepdim=True)[0]
@@ -40,7 +40,7 @@ def region_masks(p: Tensor, index: Tensor, grid: tuple[int, int], size: tuple[in
 
 
 def moved_threshold(theta: float, momentum: float, confidence: Tensor, labels: Tensor, ignore: Tensor) -> float:
-    """Class by class the largest confidence, averaged over the classes that occur."""
+    """The largest confidence of each class, averaged over the classes that occur."""
     counted = ~ignore
     classes = labels[counted].unique()
     if len(classes) == 0:
@@ -50,14 +50,14 @@ def moved_threshold(theta: float, momentum: float, confidence: Tensor, labels: T
 
 
 def masked_mean(pixels: Tensor, reliable: Tensor, counted: Tensor) -> Tensor:
-    """Sum over the reliable pixels, over the number of those that count."""
+    """The sum over reliable pixels, divided by the number of pixels that count."""
     return (pixels * reliable).sum() / counted.sum()
 
 
 class PublishedStep(nn.Module):
-    """One step, of the arguments and the result of `corrmatch.methods.corrmatch.CorrMatch`; `theta` is a float.
+    """A step with the arguments and the result of `corrmatch.methods.corrmatch.CorrMatch`. `theta` is a float.
 
-    The network hands out query and key, and propagates nothing itself.
+    The network returns query and key, and does not propagate.
     """
 
     def __init__(self, model: nn.Module, theta: float, momentum: float, num_masks: int):
@@ -65,7 +65,7 @@ class PublishedStep(nn.Module):
         self.model, self.theta, self.momentum, self.num_masks = model, theta, momentum, num_masks
 
     def forward(self, batch: dict[str, dict[str, Tensor]], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its terms."""
+        """Returns the loss and its terms."""
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         box, count, size = unlabeled["box"][:, 0], labeled["image"].shape[0], tuple(labeled["image"].shape[2:])
         self.model.eval()

@@ -1,4 +1,4 @@
-"""What people read of the GPU suite's results: report.md, plots, the last table."""
+"""The report of the GPU suite: report.md, plots, and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ DRY = "**Dry run: nothing in this report was measured on a GPU.** It shows only 
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    """report.md and, where matplotlib is there, a figure for each dtype of pixel_propagate."""
+    """Writes report.md and, if matplotlib is installed, a figure for each dtype of pixel_propagate."""
     plots = draw(results, out) if importlib.util.find_spec("matplotlib") is not None else []
     blocks = [heading(results), steps(results), *figures(results), *training(results), *plots]
     (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
 def draw(results: dict[str, Any], out: Path) -> list[str]:
-    """The figures, as they are shown in the report."""
+    """The figures in the report."""
     shown = []
     cases = [case for case in results["cases"] if case["op"] == "pixel_propagate"]
     for dtype in dict.fromkeys(case["dtype"] for case in cases):
@@ -30,7 +30,7 @@ def draw(results: dict[str, Any], out: Path) -> list[str]:
 
 
 def heading(results: dict[str, Any]) -> str:
-    """What ran where. The first line of a dry run says that it is one."""
+    """The environment. The report of a dry run begins with a line that says so."""
     found = results["environment"]
     lines = [DRY, ""] if results["dry_run"] else []
     if found is None:
@@ -57,7 +57,7 @@ def heading(results: dict[str, Any]) -> str:
 
 
 def steps(results: dict[str, Any]) -> str:
-    """What passed."""
+    """The table of steps and their results."""
     lines = ["## Steps", "", "| step | | seconds | limit | SM clock, MHz | |", "|---|---|---|---|---|---|"]
     for step in results["steps"]:
         clocks = [f"{x['sm_mhz']:g}" for x in step["clocks"] or () if x is not None and x["sm_mhz"] is not None]
@@ -101,7 +101,7 @@ def line(step: dict[str, Any]) -> str:
 
 
 def remark(step: dict[str, Any]) -> str:
-    """Counts of tests, and the reason of what did not pass."""
+    """The counts of tests, and the reason of a failure."""
     tests = step["tests"]
     counts = [] if tests is None else [f"{tests[kind]} {kind}" for kind in ("passed", "failed", "skipped")]
     return ", ".join([*([step["reason"]] if step["reason"] is not None else []), *counts])

@@ -1,8 +1,8 @@
-"""results.json of the GPU suite, version 1: what it holds and how it comes together.
+"""results.json of the GPU suite, version 1: its format and its construction.
 
     schema       1
-    dry_run      true: nothing in it was measured on a GPU
-    environment  as of `bench_corr`; null where the step "device" failed
+    dry_run      true if nothing in it was measured on a GPU
+    environment  that of `bench_corr`; null if the step "device" failed
     command      arguments of the suite
     seconds      duration of the whole run
     failures     number of steps that neither passed nor were left out
@@ -15,14 +15,13 @@
         seconds   it took
         limit     seconds that it was allowed
         log       file below OUTDIR; null if it did not run
-        tests     {passed, failed, skipped, names} of a run of tests, names being of those that failed; else null
-        clocks    [before, after] of a benchmark, as of `bench_corr`, each null on a CPU; else null
-    cases        of all runs of `bench_corr`, as it documents them, without the seconds of every round: every figure
-                 with median, spread, share of the exp floor, peak memory, and its peers
-    train        of `bench_train`: setting, differences and parts, without the seconds; null where it wrote nothing
+        tests     {passed, failed, skipped, names (of failed tests)} of a run of tests; else null
+        clocks    [before, after] of a benchmark, in the form of `bench_corr`, each null on a CPU; else null
+    cases        of all runs of `bench_corr`, documented there, without the seconds of each round
+    train        of `bench_train`: setting, differences and parts, without the seconds; null if it wrote nothing
 
-results.schema.json beside this file says the same as a JSON Schema, which the tests hold the suite to. `bench_corr
---json` writes environment and cases in the same form, so both serve as evidence (`readme_table`).
+results.schema.json in this folder is the same as a JSON Schema, and tests check the suite against it. `bench_corr
+--json` writes environment and cases in the same form, so both are evidence for `readme_table`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from typing import Any
 VERSION = 1
 FINE = ("passed", "left out")
 
-TRAIN = ("setting", "differences", "parts")  # what is kept of a record of `bench_train`
+TRAIN = ("setting", "differences", "parts")  # parts of a record of `bench_train` that are kept
 
 
 def collect(
@@ -46,11 +45,11 @@ def collect(
     command: list[str],
     seconds: float,
 ) -> dict[str, Any]:
-    """The results, from the steps and from what the benchmarks wrote."""
+    """The results, from the steps and the JSON of the benchmarks."""
     cases, train = [], None
     for step in steps:
         path = out / "runs" / f"{step['name']}.json"
-        step["clocks"] = None  # where a run was ended before its time, the second of the two is
+        step["clocks"] = None  # if a run was stopped, the second is missing
         if step["part"] not in ("ops", "regions", "train") or not path.exists():
             continue
         record = json.loads(path.read_text(), object_hook=_without_rounds)
@@ -70,7 +69,7 @@ def _without_rounds(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tests(path: Path) -> dict[str, Any] | None:
-    """Counts of a JUnit file, and the names of what failed; None where there is none."""
+    """The counts of a JUnit file and the names of failed tests; None if there is no file."""
     if not path.exists():
         return None
     counts, names = {"passed": 0, "failed": 0, "skipped": 0}, []

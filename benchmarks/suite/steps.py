@@ -1,4 +1,4 @@
-"""The steps of the GPU suite: their time limits, in order, and their commands."""
+"""The steps of the GPU suite: order, time limits and commands."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKERS = 8  # processes of the tests: each holds a context and oracles on the one GPU
-LARGE = 64 * 2**30  # bytes of a GPU that holds the oracle of eight images of 101 x 101
+WORKERS = 8  # processes of the tests; each has a context and oracles on the same GPU
+LARGE = 64 * 2**30  # bytes of a GPU with room for the oracle of eight images of 101 x 101
 
-# Every op that is measured has a file; it is not imported, for corrmatch is not yet built.
+# The ops are found by their files. These are not imported, because corrmatch is not built yet.
 OPS = tuple(sorted(path.stem for path in (ROOT / "benchmarks/ops").glob("[!_]*.py")))
-MASKS, COMPONENTS = ("region_masks", "region_propagate"), ("connected_components",)  # with steps of their own
-# The rest is timed in one step, in float32; pixel_propagate, whose peers take longest, comes last.
+MASKS, COMPONENTS = ("region_masks", "region_propagate"), ("connected_components",)  # ops with separate steps
+# The other ops are timed in one step, in float32. pixel_propagate comes last, because its peers are the slowest.
 SINGLE = sorted({*OPS} - {*MASKS, *COMPONENTS}, key=lambda op: (op == "pixel_propagate", op))
-LIMITS = {  # seconds that a step may take, in the order of the run: what is worth most comes first
+LIMITS = {  # seconds that a step may take, in the order of the run; the most valuable steps come first
     "build": 150,
-    "build-without-cuda": 60,  # only where the first failed: Triton's kernels can still be measured
+    "build-without-cuda": 60,  # only if the first failed, so that Triton's kernels can be measured
     "device": 120,  # the first import of torch, from a cold disk
     "tests-core": 75,
-    "ops-bfloat16": 240,  # of which peers that compile take most; they come last
+    "ops-bfloat16": 240,  # mostly for compiled peers, which come last
     "regions-masks": 45,
     "regions-components": 45,
     "train": 90,
@@ -38,8 +38,8 @@ from harness import machine
 with open(sys.argv[2], "w") as file:
     json.dump(machine.environment(sys.argv[1]), file)"""
 
-# Of the tests, with a GPU: what only a GPU can show, then every body that runs on one. Without one, some that take
-# the interpreter and the emulator through the same door. Files and an expression for -k.
+# Files of tests and an expression for -k. With a GPU: first tests that only a GPU can run, then all tests that use it.
+# Without: some tests that use the interpreter and the emulator in the same way.
 MORE = ("pixel_propagate_layout", "backend", "cuda_kernels", "golden", "threads", "transforms")
 TESTS = {
     "tests-core": (["test_gpu.py"], ""),
@@ -58,15 +58,15 @@ DRY_TESTS = {
 
 @dataclass
 class SuiteStep:
-    """A process to run.
+    """A process of the suite.
 
     Attributes:
-        name: Of the step and its files. Up to the first hyphen it names the part.
-        command: What to run.
-        folder: Where.
-        environment: Variables that it gets besides.
-        needs: Modules without which it cannot run.
-        tool: A program without which it is left out.
+        name: Name of the step and its files. It begins with the part, up to the first hyphen.
+        command: Program and arguments.
+        folder: Working directory.
+        environment: Additional variables of the environment.
+        needs: Modules that the step requires.
+        tool: A program; without it the step is left out.
     """
 
     name: str
@@ -78,14 +78,14 @@ class SuiteStep:
 
     @property
     def part(self) -> str:
-        """What `--only` calls it."""
+        """Its part, a name for `--only`."""
         return self.name.split("-")[0]
 
 
 def architectures() -> str | None:
-    """What to build for: the GPUs of this machine, as their driver names them; None where it does not say.
+    """The architectures of the GPUs in this machine, from their driver; None if it does not report them.
 
-    nvcc's own "native" takes the oldest architecture that it knows where it finds no GPU, and only warns.
+    "native" of nvcc would only warn if it finds no GPU, and use its oldest architecture.
     """
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
@@ -99,18 +99,18 @@ def architectures() -> str | None:
 
 
 class Schedule:
-    """Makes the steps: full ones on a GPU, tiny ones on a CPU in a dry run. `site` is where the build is put."""
+    """Makes the steps: full ones on a GPU, tiny ones on a CPU in a dry run. `site` is the folder of the build."""
 
     def __init__(self, out: Path, dry: bool, site: Path):
         self.out, self.dry, self.site = out, dry, site
         self.device = "cpu" if dry else "cuda"
 
     def file(self, name: str, suffix: str = ".json") -> Path:
-        """What a step writes beside its log."""
+        """The file that a step writes, besides its log."""
         return self.out / "runs" / f"{name}{suffix}"
 
     def build(self, name: str, cuda: bool) -> SuiteStep:
-        """pip, without isolation and without an index. In a dry run it stops before it compiles."""
+        """The build: pip without isolation and without an index. A dry run stops before compilation."""
         options = ["--dry-run"] if self.dry else ["--target", str(self.site)]
         command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *options]
         variables = {"CORRMATCH_BUILD_CUDA": str(int(cuda))}
@@ -120,12 +120,12 @@ class Schedule:
         return SuiteStep(name, [*command, str(ROOT)], environment=variables, needs=("pip", "pybind11", "ninja"))
 
     def probe(self) -> SuiteStep:
-        """Writes down the machine and the software."""
+        """The step that records machine and software."""
         command = [sys.executable, "-c", DEVICE, self.device, str(self.file("device"))]
         return SuiteStep("device", command, ROOT / "benchmarks")
 
     def tests(self, name: str, workers: int = 0, tool: tuple[str, ...] = (), **variables: str) -> SuiteStep:
-        """Some tests. They run in their folder, for the source tree lacks the extension."""
+        """A run of tests, in their folder, because the source tree has no extension."""
         files, expression = (DRY_TESTS if self.dry else TESTS)[name]
         command = [*([] if self.dry else tool), sys.executable, "-m", "pytest", "-q", *files, "-k", expression]
         command += ["-o", "addopts=--import-mode=importlib", f"--junitxml={self.file(name, '.xml')}"]
@@ -148,7 +148,7 @@ class Schedule:
         return SuiteStep("train", command, needs=TRAINER)
 
     def steps(self, memory: int) -> list[SuiteStep]:
-        """What follows build and device, in order."""
+        """The steps after build and device, in order."""
         workers = min(WORKERS, len(os.sched_getaffinity(0)))
         batch = ["--batch", "8"] if memory >= LARGE else []
         half = ["--ops", "pixel_propagate", "--dtype", "bfloat16", *batch, "--budget", "30"]
@@ -161,6 +161,6 @@ class Schedule:
             self.train(),
             self.corr("ops-float32", "--ops", ",".join(SINGLE), "--sizes", "41,65", "--budget", "15"),
             self.tests("tests-rest", workers),
-            # Without its cache torch asks the driver for every tensor, so that the tool knows where each one ends.
+            # Without its cache torch allocates each tensor by the driver, so the tool knows the end of each tensor.
             self.tests("tests-sanitizer", tool=memcheck, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         ]
