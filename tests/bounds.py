@@ -1,8 +1,8 @@
-"""How far a result may be from the oracle, `corrmatch.reference` in float64, derived from the arithmetic.
+"""Bounds of the distance between a result and the oracle, `corrmatch.reference` in float64, from the arithmetic.
 
-The error of a score is so many units in the last place of what is added up for it, which gives a factor for P and for
-its sums. Where numbers may leave the range of the dtype, or rounding alone decides, any result is right; where the
-oracle is not finite, the result must not be either.
+The error of a score is a number of units in the last place of its terms, and gives a factor for P and its sums. Any
+result is right if numbers may leave the range of the dtype, or if rounding alone decides. If the oracle is not finite,
+the result must not be finite, either.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from corrmatch import reference
 
 
 class RowsOfP:
-    """RowsOfP of P in float64, and the error that a computation in the dtypes of `maps` may make.
+    """P in float64, and the largest error of a computation in the dtypes of `maps`.
 
     Attributes:
         p: (B, N_q, N_k).
-        slack: (B, N_q): relative error of a row.
-        lost: What of an entry may be lost to underflow.
-        error: (B, N_q, N_k): of an entry; inf in rows whose scores may leave the range.
+        slack: (B, N_q), the relative error of a row.
+        lost: The part of an entry that underflow may remove.
+        error: (B, N_q, N_k), the error of an entry; inf in rows whose scores may leave the range.
     """
 
     def __init__(self, query: Tensor, key: Tensor, scale: float | None, *others: torch.dtype, rounding: float = 0.0):
@@ -35,7 +35,7 @@ class RowsOfP:
         self.slack = 2 * (depth + 8) * info.eps * (1 + size) + 2 * k.shape[2] * info.eps + 2 * rounding + 2 * lost
         tight = torch.maximum(torch.maximum(2 * size, large), product) < info.max / 4
         if rounding > 0:
-            tight &= self.slack < 80  # beyond, an entry that should be 1 may leave the range
+            tight &= self.slack < 80  # above it an entry that should be 1 may leave the range
         self.lost = 4 * info.smallest_normal if rounding == 0 else 2.0**-32  # the least of float16, before the bias
         # In half types rows are not divided by their sum, and may add up to more than 1.
         limit = float("inf") if rounding > 0 else 1.0
@@ -45,7 +45,7 @@ class RowsOfP:
 
 
 def different(name: str, found: Tensor, expected: Tensor) -> str | None:
-    """Where two tensors are not equal."""
+    """A description of the elements in which two tensors differ."""
     found = found.cpu()
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return f"{name}: {found.dtype} {tuple(found.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
@@ -57,15 +57,15 @@ def different(name: str, found: Tensor, expected: Tensor) -> str | None:
 
 
 def unbounded(*maps: Tensor) -> Tensor:
-    """Images with a number that is not finite: bool (B,)."""
+    """Whether each image has a number that is not finite, bool (B,)."""
     return torch.stack([~x.isfinite().flatten(1).all(1) for x in maps]).any(0)
 
 
 def beyond(name: str, found: Tensor, expected: Tensor, bound: Tensor, wild: Tensor | None = None) -> str | None:
-    """Where a number is farther from the expected one than the bound.
+    """A description of the numbers whose distance from the expected ones exceeds the bound.
 
-    Where the input is `wild` and the expected number not finite, the one found must not be either; where it only left
-    the range of float64, anything goes.
+    If the input is `wild` and the expected number is not finite, the number must not be finite, either. If the expected
+    number only left the range of float64, any number is right.
     """
     found = found.cpu().double()
     close = ((found - expected).abs() <= bound) | (bound == float("inf"))

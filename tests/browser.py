@@ -1,4 +1,4 @@
-"""Pages as a browser sees them, and as a parser reads them."""
+"""Pages in a browser, and their content from a parser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
-# A window cannot be as narrow as a phone, a frame can. What is found ends in the only <pre>.
+# A window cannot be as narrow as a phone, but a frame can. Results are written into the only <pre>.
 FRAME = """<!doctype html><iframe style="width:{width}px;height:800px;border:0" srcdoc="{page}"></iframe><script>
 addEventListener("load", () => {{
   const inside = document.querySelector("iframe").contentWindow, seen = inside.document;
@@ -28,14 +28,14 @@ addEventListener("load", () => {{
 
 
 def find_browser():
-    """Of Debian's packages, or playwright's; None where there is none."""
+    """The path of Chromium, from Debian's packages or playwright; None if it is missing."""
     downloaded = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache/ms-playwright")
     candidates = [*map(shutil.which, NAMES), *map(str, sorted(downloaded.glob("chromium*/chrome-linux*/*")))]
     return next((path for path in candidates if path and Path(path).name in NAMES), None)
 
 
 def run(browser, folder, page, *options):
-    """Without a network."""
+    """Runs Chromium without a network."""
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
                "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", *options]  # fmt: skip
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
@@ -44,7 +44,7 @@ def run(browser, folder, page, *options):
 
 
 def measure(browser, folder, page, width):
-    """What was found in the page after loading it in a window of this width: see FRAME."""
+    """Loads the page in a window of this width and returns what FRAME found in it."""
     frame = folder / f"{width}.html"
     frame.write_text(FRAME.format(width=width, page=html.escape(page.read_text(encoding="utf-8"))), encoding="utf-8")
     text = run(browser, folder, frame, "--window-size=1400,900", "--dump-dom")
@@ -52,7 +52,7 @@ def measure(browser, folder, page, width):
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of cells, texts of SVG by the chart's label, and what the page refers to."""
+    """Reads tables as lists of rows of cells, texts of SVG by label of the chart, and references of the page."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Python code in a process of its own."""
+"""Python code in a separate process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-# Where a child starts decides what it can import: these helpers, but not the source tree, which lacks the extension
-# unless the installation is editable.
+# The working directory of a child decides what it can import: these helpers, but not the source tree, which has no
+# extension unless the installation is editable.
 FOLDER = Path(__file__).parent
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """What the code prints."""
+    """The output of the code."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
@@ -22,7 +22,7 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def in_two_processes(test_file: str, call: str, folder: Path) -> None:
-    """Runs a call of what a test file defines in two processes of torchrun."""
+    """Runs a call of a function in a test file, in two processes of torchrun."""
     file, script = Path(test_file), folder / "two.py"
     script.write_text(f"from pathlib import Path\nfrom {file.stem} import *\n{call}\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]

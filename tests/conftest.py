@@ -1,9 +1,9 @@
 """Fixtures of all tests.
 
-A test with the argument `backend` runs once for every backend of the op that its module names in `OP`, or the test
-itself in its attribute `op`; with `dtype` besides, once for every floating dtype of each; with `sample`, once for every
-sample call and backend of its op. Every test runs with one thread, on random numbers of its own and with uninitialised
-memory poisoned.
+A test with the argument `backend` runs once for each backend of its op, which its module names in `OP` or the test in
+its attribute `op`. With an argument `dtype` it runs for each floating dtype of each backend, and with `sample` for each
+sample call and backend. Tests run with one thread, with random numbers from a seed of their own, and with poisoned
+uninitialised memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from samples import SAMPLES
 
 from corrmatch import _C
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic algorithms without
-torch.backends.cudnn.allow_tf32 = False  # tolerances are those of float32
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for deterministic algorithms
+torch.backends.cudnn.allow_tf32 = False  # for the tolerances of float32
 torch.set_num_threads(
     1
-)  # test workers run side by side; said here for fixtures of modules, which come before any test's
+)  # test workers run side by side; set here because fixtures of modules run before those of tests
 
 hypothesis.settings.register_profile(
     "corrmatch",
@@ -37,8 +37,8 @@ hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("co
 
 
 def pytest_addoption(parser):
-    # The rule of tolerance is statistical: one seed in three fails one test in thousands by a hair. So that a red run
-    # blames the change and not the dice, the seed is fixed unless another is asked for.
+    # Tolerances are statistical: with one seed in three, one test in thousands fails by a little. The seed is fixed by
+    # default, so that a failure is caused by a change and not by chance.
     parser.addoption(
         "--seed", type=seed, default=2024, help="of the random numbers: a number (default: 2024) or random"
     )
@@ -50,7 +50,7 @@ def seed(text):
 
 
 def pytest_configure(config):
-    # Workers inherit it. Threads that wait without spinning leave the processor to the other workers.
+    # Workers inherit it. Waiting threads do not spin, so other workers can use the processor.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     hypothesis.settings.load_profile("fast" if config.option.fast else "corrmatch")
 
@@ -94,7 +94,7 @@ def samples_of(metafunc):
 
 @pytest.fixture
 def backend(request):
-    """A backend; on a CPU with one of the instruction sets selected."""
+    """A backend, with its instruction set selected."""
     target = request.param
     before = _C.cpu.isa()
     if target.isa is not None:
@@ -112,7 +112,7 @@ def random_numbers(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty gives NaN, or the largest integer: an element that a kernel leaves out shows."""
+    """Fills torch.empty with NaN or the largest integer, so that elements which a kernel does not write are found."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -122,7 +122,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A test of more threads sets its own number, and the next one has one again."""
+    """Restores one thread before each test, because tests of threads set other numbers."""
     yield
     torch.set_num_threads(1)
 
@@ -135,7 +135,7 @@ def no_backend_chosen(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small_sample(tmp_path_factory):
-    """The drawn data set, cut to four steps an epoch."""
+    """The synthetic data set, with four steps an epoch."""
     from corrmatch.data.sample import draw_sample
 
     folder = tmp_path_factory.mktemp("sample")

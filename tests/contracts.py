@@ -1,4 +1,4 @@
-"""What the extension's operators rely on, for the tables CONTRACT of `support`."""
+"""Assumptions of the operators in the extension, for the tables CONTRACT of `support`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["FLOATING", "INTEGERS", "lent"]
 
 
 def lent(x: Tensor, dtypes: tuple, *shape: int, contiguous: bool = False) -> None:
-    """The shape is right and every element lies in memory that the tensor owns."""
+    """Asserts the shape, and that all elements lie in memory that the tensor owns."""
     assert x.device.type == "cpu"
     assert x.dtype in dtypes
     assert tuple(x.shape) == shape

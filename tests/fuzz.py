@@ -1,9 +1,9 @@
-"""Random calls of every op on every backend, against the oracle.
+"""Random calls of all ops on all backends, compared with the oracle.
 
     python tests/fuzz.py [--cases 2000] [--seed 0] [--only CASE] [--ops ...] [--backends ...]
 
-The cases run in a process of their own, so that a crash or a hang is seen as well. Whatever goes wrong prints the
-command that repeats it. What the cases are, and what agreement means, is in support/ for each op.
+The cases run in a separate process, so that crashes and hangs are found, too. For each failure the command that repeats
+it is printed. The files of the ops in support/ define cases and agreement.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from random_inputs import RandomCall
 
 from corrmatch import _C, ops
 
-PATIENCE = 120.0  # seconds that one call may take
+PATIENCE = 120.0  # seconds that a call may take
 
 
 def work(seed: int, cases: list[int], names: list[str], only: list[str], pipe: Connection) -> None:
-    """Runs the cases; says to the pipe what it is about to do and what was wrong: (case, backend, op, text or None)."""
+    """Runs the cases. Writes each start and each failure to the pipe: (case, backend, op, text or None)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # what a kernel leaves out is NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True  # elements that a kernel does not write are NaN
     for index in cases:
         pipe.send((index, "", "", None))
         drawn = random_calls.random_call(seed, index)
@@ -51,7 +51,7 @@ def work(seed: int, cases: list[int], names: list[str], only: list[str], pipe: C
 
 
 def attempt(drawn: RandomCall, target: backends.Target) -> str | None:
-    """What is wrong with one backend's result."""
+    """Describes what is wrong with the result of a backend."""
     if target.isa is not None:
         _C.cpu.select_isa(target.isa)
     torch.set_num_threads(1 if target.interpreted else drawn.threads)
@@ -67,10 +67,10 @@ def attempt(drawn: RandomCall, target: backends.Target) -> str | None:
 
 
 def fuzz(seed: int, cases: list[int], names: list[str], only: list[str], patience: float = PATIENCE) -> int:
-    """Prints findings and a summary; returns how many there were. A crash or a hang costs the case, not the run."""
+    """Prints failures and a summary, and returns the number of failures. A crash or a hang ends a case, not the run."""
     found, calls, start = 0, Counter(), time.monotonic()
     while cases:
-        # Nothing was computed here, so that a fork is safe, and fast; but it could not use a GPU that was asked for.
+        # A fork is fast, and safe because this process has computed nothing. But a forked process could not use a GPU.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         here, there = context.Pipe(duplex=False)
         worker = context.Process(target=work, args=(seed, cases, names, only, there), daemon=True)
@@ -107,12 +107,12 @@ def fuzz(seed: int, cases: list[int], names: list[str], only: list[str], patienc
 
 
 def ending(code: int | None) -> str:
-    """How a process ended, in words."""
+    """Describes the end of a process."""
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000, help="how many (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="other cases (default: 0)")
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backends", nargs="+", default=[], help="cpu-avx2, triton and so on (default: all)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        build.extension()  # here, not while a call's time is running
+        build.extension()  # here, not while a call is timed
     cases = list(range(options.cases)) if options.only is None else [options.only]
     return int(fuzz(options.seed, cases, options.ops, options.backends) > 0)
 

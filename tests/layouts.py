@@ -1,4 +1,4 @@
-"""The same values in other memory layouts."""
+"""Copies of tensors in other memory layouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sliced(x: Tensor) -> Tensor:
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """Contiguous, but one element off any alignment."""
+    """A contiguous tensor that is not aligned: it begins one element later."""
     memory = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
     memory[1:] = x.flatten()
     return memory[1:].view(x.shape)
@@ -41,12 +41,12 @@ MAPS = {**ANY, "channels_last": channels_last}
 
 
 def wide(*shape, dtype=torch.float32) -> Tensor:
-    """Of any size, in the memory of one number."""
+    """A tensor of any size in the memory of one number."""
     return torch.zeros(1, dtype=dtype).expand(shape)
 
 
 def moved(x: Tensor, device: str) -> Tensor:
-    """On the device with its strides and offset, which Tensor.to keeps of dense tensors only."""
+    """Moves a tensor to the device with strides and offset. Tensor.to keeps them for dense tensors only."""
     if x.device.type == device:
         return x
     storage = x.untyped_storage().to(device=device)

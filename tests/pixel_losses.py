@@ -1,4 +1,4 @@
-"""Pixel losses in plain PyTorch and in float64, and the rule of tolerance for them."""
+"""Pixel losses in plain PyTorch and in wide arithmetic, and their tolerances."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from accuracy import assert_accurate
 from corrmatch import ops
 
 GRID, LARGE = (5, 6), (9, 13)
-TERMS = {"pixels": 2, "gradient": 3}  # how many times the error of the plain formulation each may have
+TERMS = {"pixels": 2, "gradient": 3}  # largest errors, in units of the error of the plain formulation
 
 
 def plain(name, logits, other, weight):
-    """Terms of the loss and gradients of the logits, with everything at full size, in the dtype of the logits."""
+    """Terms of the loss and gradients of the logits, computed at full size in the dtype of the logits."""
     leaf = logits.detach().requires_grad_()
     large, *rest = (enlarge(x, weight.shape[1:]) for x in (leaf, other)[: 2 if name == "divergence" else 1])
     if name == "divergence":
@@ -31,7 +31,7 @@ def enlarge(x, size):
 
 
 def run(name, backend, logits, other, weight=None, **options):
-    """The same of the op."""
+    """Terms of the loss and gradients from the op."""
     leaf = layouts.moved(logits.detach(), backend.device).requires_grad_()
     other, weight = (None if x is None else layouts.moved(x, backend.device) for x in (other, weight))
     loss, pixels = getattr(ops, name)(leaf, other, weight, backend=backend.name, **options)
@@ -51,12 +51,12 @@ def inputs(name, dtype, grid, size=None, batch=3, classes=21):
     target = (torch.randn(batch, classes, *grid) * 3).to(dtype)
     labels = torch.randint(classes, (batch, *size))
     weight = torch.rand(batch, *size) * (torch.rand(batch, *size) < 0.7)
-    weight[:, 0, 0] = 0.5  # something counts
+    weight[:, 0, 0] = 0.5  # at least one pixel counts
     return logits, target if name == "divergence" else labels, weight
 
 
 def exact(name, logits, other, weight):
-    """Terms of the loss and gradients in long double, from the formulas; and for each what was added up."""
+    """Terms of the loss and gradients in long double, from the formulas, and the sums of their absolute terms."""
     x, w = logits.double().numpy().astype(np.longdouble), weight.double().numpy().astype(np.longdouble)
     axes = [Axis(small, large) for small, large in zip(x.shape[2:], w.shape[1:], strict=True)]
     w = w[:, None]
@@ -94,7 +94,7 @@ class Axis:
         return sum(x[..., index] * weight for index, weight in self.neighbours)
 
     def gathered(self, x):
-        """The transpose."""
+        """The transpose of `enlarged`."""
         found = np.zeros((*x.shape[:-1], self.small), x.dtype)
         for index, weight in self.neighbours:  # indices ascend: one sum for each that occurs
             starts = np.flatnonzero(np.diff(index, prepend=-1))

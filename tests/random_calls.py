@@ -1,4 +1,4 @@
-"""Random calls of every op for `fuzz.py`, made of what `support` says of each."""
+"""Random calls of all ops for `fuzz.py`, made by `support`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAKERS = {make: weight for support in OPS.values() for make, weight in support.R
 
 
 def random_call(seed: int, index: int) -> RandomCall:
-    """The call of that number: the same one every time."""
+    """The call of this number, which is always the same."""
     r = random.Random(f"{seed}/{index}")
     torch.manual_seed(r.getrandbits(60))
     made = r.choices(list(MAKERS), list(MAKERS.values()))[0](r)

@@ -1,4 +1,4 @@
-"""Random shapes, layouts, dtypes, options and numbers that a caller may pass, for the random calls of `support`."""
+"""Random valid shapes, layouts, dtypes, options and numbers for the random calls of `support`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass
 class RandomCall:
-    """One call: `tensors` and `options` are the keyword arguments of the function `name`.
+    """A call of the function `name` with the keyword arguments `tensors` and `options`.
 
     Attributes:
-        disagreement: (call, target, what the target made of it) to what is wrong with that; None where nothing is.
+        disagreement: Function of call, target and result. It describes what is wrong; None if the result is right.
         threads: Threads of the CPU kernels.
-        grad: Gradient of the result, where gradients are computed: those of the maps in `leaves`.
+        grad: Gradient of the result, if gradients of the maps in `leaves` are computed.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RandomCall:
         return f"{self.name}({shapes}, {', '.join(f'{k}={v}' for k, v in self.options.items())})"
 
     def on(self, target: Target) -> Any:
-        """What the target makes of it; with gradients, a tuple of the result and them."""
+        """The result of the target; with gradients a tuple of result and gradients."""
         tensors = {k: there(x, target.device) for k, x in self.tensors.items()}
         options = dict(self.options) if target.name == "torch" else {**self.options, "backend": target.name}
         if isinstance(options.get("threshold"), Tensor):
@@ -67,7 +67,7 @@ def maps(batch, depth, height, width, device="cpu"):
 
 
 def side(r: random.Random) -> tuple[int, int]:
-    """A grid: mostly small, now and then a long strip."""
+    """A grid, mostly small, sometimes a long strip."""
     if r.random() < 0.15:
         strip = (1, r.randint(1, 150))
         return strip if r.random() < 0.5 else strip[::-1]
@@ -79,10 +79,10 @@ def channels(r: random.Random) -> int:
 
 
 def numbers(r: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Floating numbers of a kind."""
+    """Random floating numbers of a kind."""
     x = torch.randn(shape, dtype=torch.float64) * r.choice((0.1, 1, 1, 1, 3))
     info = torch.finfo(dtype)
-    largest = min(info.max, 1e100)  # products of two are in the range of the oracle
+    largest = min(info.max, 1e100)  # products of two numbers are in the range of the oracle
     kind = r.random()
     if kind < 0.05:
         x = torch.full_like(x, r.choice((0.0, 1.0, -3.0, largest, info.tiny, -0.0)))
@@ -101,7 +101,7 @@ def numbers(r: random.Random, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def placed(r: random.Random, x: Tensor, repeats: bool = True) -> Tensor:
-    """The tensor somewhere else in memory; where it `repeats`, sometimes one slice of it again and again."""
+    """The tensor in another memory layout. With `repeats` it may repeat one slice, with stride 0."""
     if x.numel() == 0 or x.dim() < 2 or r.random() < 0.4:
         return x
     if repeats and r.random() < 0.15:
@@ -116,13 +116,13 @@ def flags(r: random.Random, *shape: int) -> Tensor:
 
 
 def dtypes(r: random.Random, count: int) -> list[torch.dtype]:
-    """Mostly one for all."""
+    """A random dtype for each, mostly the same for all."""
     first = r.choice(FLOATING)
     return [first if r.random() < 0.9 else r.choice(FLOATING) for _ in range(count)]
 
 
 def features(r: random.Random, flat: bool, count: int = 2) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    """Query, key and, where three are wanted, value; and the grids of query and key."""
+    """Query, key and, if three are requested, value; and the grids of query and key."""
     batch, depth, values = r.choice((0, 1, 1, 2, 3)), channels(r), channels(r)
     grids = [(side(r)), (side(r))]
     if r.random() < 0.3:

@@ -1,7 +1,7 @@
-"""Recorded outputs of published methods, and networks that say what was recorded.
+"""Recorded outputs of published methods, and networks that return recorded outputs.
 
-They are looked for in the folder that CORRMATCH_GOLDEN names (and its folder `methods`), else in shared/golden/methods
-beside the checkout, else the small ones of tests/data/methods are taken: a test runs over every seed that is found.
+The recordings are those in the folder CORRMATCH_GOLDEN (and its folder `methods`), else in shared/golden/methods beside
+the checkout, else the small ones of tests/data/methods. A test runs for each seed that is found.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def recorded(pattern):
 
 
 def load(path, prefix=""):
-    """Entries by name, as tensors; half-precision inputs are exact, so they are widened."""
+    """Entries by name, as tensors. Half-precision inputs are exact, so they are converted to float32."""
     with np.load(path) as file:
         arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
     tensors = {name: torch.from_numpy(np.asarray(x)) for name, x in arrays.items() if x.dtype.kind in "fiub"}
@@ -47,12 +47,12 @@ def load(path, prefix=""):
 
 
 def relative(x, expected):
-    """Largest difference over the largest expected value."""
+    """The largest difference over the largest expected value."""
     return ((x - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 class Recorded(nn.Module):
-    """A network that says, call by call, what was recorded, and keeps what it was given.
+    """A network that returns recorded outputs, call by call, and keeps its inputs.
 
     Attributes:
         answers: Logits, or predictions, in the order of the calls.
@@ -80,7 +80,7 @@ class Factory:
 
 
 def method_of(name, num_classes, *networks, **options):
-    """A method whose networks say what was recorded; `options` are its keys."""
+    """A method whose networks return recorded outputs. `options` are its keys."""
     config = parse([OmegaConf.create({"data": {"root": "x"}, "method": name, name: options})])
     kind = METHODS[name]
     config.propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
@@ -92,7 +92,7 @@ def progress(step=0, **changes):
 
 
 def weak_to_strong(at, views):
-    """The batch of a recorded step of FixMatch or UniMatch with so many strong views."""
+    """The batch of a recorded step of FixMatch or UniMatch, with so many strong views."""
     batch = {"labeled": {"image": at["x_image"], "label": at["x_label"].long()}}
     for name, prefix in {"unlabeled": "u", "mix": "mix"}.items():
         if f"{prefix}_weak" in at:

@@ -1,4 +1,4 @@
-"""A call of every op on random inputs, for tests that go over all of them: what `support` says of each."""
+"""Sample calls of all ops on random inputs, for tests of all ops. `support` has those of each op."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from support import OPS
 from torch import Tensor
 
-# Name of the sample: the op, and what makes the call.
+# Name of a sample: its op, and the function that makes the call.
 SAMPLES = {name: (op, make) for op, support in OPS.items() for name, make in support.SAMPLES.items()}
 DIFFERENTIABLE = tuple(name for support in OPS.values() for name in support.DIFFERENTIABLE)
 
@@ -16,7 +16,7 @@ def results(found) -> list[Tensor]:
 
 
 def with_gradients(call, arguments) -> list[Tensor]:
-    """Results, and the gradients of every floating map, which come first."""
+    """The result, then the gradients of the floating maps, which are the first arguments."""
     leaves = [x.detach().requires_grad_() if x.is_floating_point() and x.dim() == 4 else x for x in arguments]
     found = call(*leaves)
     wanted = [x for x in leaves if x.requires_grad]

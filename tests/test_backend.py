@@ -1,4 +1,4 @@
-"""Which backends there are and which one serves a call."""
+"""Available backends, and the choice of one for a call."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_op_has_the_same_file_name_in_every_room(name, sources):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
 def test_instruction_sets_of_this_processor():
-    """No instruction set that could run is left out of the tests."""
+    """All instruction sets of this processor are tested."""
     lines = (line.split() for line in Path("/proc/cpuinfo").read_text().splitlines())
     flags = next((set(line) for line in lines if line[:1] == ["flags"]), set())
     expected = ["generic"]
@@ -79,7 +79,7 @@ def test_best_available_by_default():
 def test_environment_variable(monkeypatch):
     monkeypatch.setenv("CORRMATCH_BACKEND", "reference")
     assert choose("pixel_propagate", None, X) == "reference"
-    assert choose("pixel_propagate", "cpu", X) == "cpu"  # the argument wins
+    assert choose("pixel_propagate", "cpu", X) == "cpu"  # the argument has priority
     monkeypatch.setenv("CORRMATCH_BACKEND", "")
     assert choose("pixel_propagate", None, X) == "cpu"
     monkeypatch.setenv("CORRMATCH_BACKEND", "gpu")
@@ -150,7 +150,7 @@ def test_gpus_that_are_too_old_are_refused(monkeypatch, major, minor, served):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shared", "served"), [(99, False), (163, True), (227, True)])
 def test_channels_that_do_not_fit_the_shared_memory_are_refused(monkeypatch, dtype, shared, served):
-    """Before the forward: the backward takes most."""
+    """Refuses before the forward, by the needs of the backward, which are larger."""
     properties = SimpleNamespace(major=8, minor=6, name="NVIDIA X", shared_memory_per_block_optin=shared * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     kernels = dataclasses.replace(backends_module._BACKENDS[1], devices=("cuda",), missing=None)

@@ -1,4 +1,4 @@
-"""The benchmark: what it prints, what it writes, and that nothing wrong gets timed."""
+"""The benchmark: its output, its JSON, and that wrong contenders are not timed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_wrong_peer_is_reported_and_not_timed(monkeypatch, tmp_path, capsys, gar
 
 
 class CompilationError(Exception):
-    """As Triton's own errors, no RuntimeError."""
+    """An error that is not a RuntimeError, like those of Triton."""
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, CompilationError])
@@ -178,7 +178,7 @@ def test_what_compiles_comes_last_and_is_compared_with_corrmatch(monkeypatch, tm
 
 @pytest.mark.parametrize("timed", ["pseudo_label", "pixel_propagate"])
 def test_interrupted_run_leaves_what_was_timed(tmp_path, timed):
-    """SIGINT while another op is measured, or the same. The file is whole at every moment."""
+    """SIGINT during another op, or the same. The file is complete at any moment."""
     figures = tmp_path / "figures.json"
     ops = dict.fromkeys([timed, "pixel_propagate"])
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--batch", "1", "--sizes", "61", "--ops", ",".join(ops)]
@@ -231,7 +231,7 @@ def test_oracle_that_does_not_fit_fails(monkeypatch, tmp_path, capsys):
 
 
 def test_channels_and_patches(tmp_path):
-    """As of a transformer: 14 pixels a position, which is no whole ratio of the grids."""
+    """A grid of a transformer: 14 pixels a position, so the ratio of the sizes is not whole."""
     shape = ("--sizes", "5x4", "--channels", "3,150", "--patch", "14")
     code, record = run(tmp_path, "--ops", "pixel_propagate,region_masks,pixel_loss,connected_components", *shape)
     assert code == 0

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: both steps agree, and nothing wrong gets timed."""
+"""The benchmark of a training step: both steps agree, and wrong steps are not timed."""
 
 from __future__ import annotations
 

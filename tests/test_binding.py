@@ -1,7 +1,7 @@
-"""Wrong sizes never reach the binding: an op refuses its arguments, or the contract of its kernel holds.
+"""Invalid sizes never reach the binding: an op refuses its arguments, or the contract of its operator holds.
 
-The kernels take addresses, sizes and strides on trust (csrc/cpu/ops.def). Here their place is taken by checks of
-that contract, and calls with one or two arguments changed at random go through the public functions.
+The operators do not check addresses, sizes and strides (csrc/cpu/ops.def). In these tests checks of their contract
+replace them, and the public functions are called with one or two arguments changed at random.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_only_what_is_optional_may_be_left_out():
 
 @pytest.fixture
 def reached(monkeypatch):
-    """Puts the checks in the place of the operators; a list of those that were called."""
+    """Replaces the operators by the checks. Returns a list to which calls are added."""
     called = []
 
     def watched(name, check):
@@ -53,7 +53,7 @@ def reached(monkeypatch):
 
 
 def changed(r: random.Random, x):
-    """Another argument in the place of x: of another shape, dtype, device, type or size."""
+    """An argument that replaces x, of another shape, dtype, device, type or size."""
     if isinstance(x, RegionMasks):
         if r.random() < 0.5:
             return RegionMasks(changed(r, x.packed), x.size)

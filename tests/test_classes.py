@@ -1,4 +1,4 @@
-"""What is said about the labelled pixels of each class."""
+"""Messages about the labelled pixels of each class."""
 
 from __future__ import annotations
 

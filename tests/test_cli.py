@@ -1,4 +1,4 @@
-"""The command, and what importing the bare source tree says."""
+"""The command, and errors of importing a source tree without the extension."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_source_tree_without_a_build(tmp_path):
 
 
 def importing(tmp_path, spoil):
-    """The last line of `import corrmatch` from a copy of the package whose extension `spoil` has changed."""
+    """The last line of `import corrmatch` from a copy of the package, after `spoil` has changed its extension."""
     folder = tmp_path / "corrmatch"
     shutil.copytree(Path(corrmatch.__file__).parent, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(_C.__file__, folder)
@@ -113,7 +113,7 @@ def rename_a_library(path):
     }.values(),
 )
 def test_extension_that_cannot_be_loaded(tmp_path, spoil, reason):
-    """The message is the loader's own, and names the file."""
+    """The message is that of the loader, and names the file."""
     message = importing(tmp_path, spoil)
     assert message.startswith("ImportError: corrmatch's compiled extension is there and cannot be loaded: ")
     assert reason in message
@@ -130,7 +130,7 @@ def test_extension_of_another_python(tmp_path):
 
 
 def test_import_is_light(tmp_path):
-    """It compiles nothing and does not wake the CUDA driver; nor does the first call, or bring in the compiler."""
+    """An import and a first call compile nothing, do not start the CUDA driver and do not import the compiler."""
     code = """
 import sys, torch
 def woken(*_): raise AssertionError("a process forked after this could not use the GPU")
@@ -145,5 +145,5 @@ heavy |= {"timm", "accelerate", "torchmetrics", "omegaconf", "tensorboard", "tqd
 found = heavy & (set(sys.modules) - before)
 assert not found, found
 """
-    done = run("-c", code, cwd=tmp_path, TRITON_INTERPRET="")  # as users have it
+    done = run("-c", code, cwd=tmp_path, TRITON_INTERPRET="")  # the setting of users
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Runs compared: what makes a row, what the page says, what a browser makes of it."""
+"""The comparison of runs: rows, content of the page, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fresh_process():
 
 
 def written(folder, *overrides, miou=(0.25, 0.5, 0.375), labeled=23, kept=True):
-    """A work directory as the log leaves it, without any training."""
+    """A work directory with the files of a log, without training."""
     folder.mkdir(parents=True)
     config = load_config("sample", ["data.root=data", f"work_dir={folder}", *overrides])
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -225,7 +225,7 @@ def test_more_labels_are_another_row(tmp_path):
 
 
 def test_lists_of_unknown_length_are_not_taken_for_splits(tmp_path):
-    """Runs without the files of an evaluation do not say how many labels they had."""
+    """Runs without the files of an evaluation have no number of labels."""
     runs = [written(tmp_path / "a", kept=False), written(tmp_path / "b", "data.labeled=x.txt", kept=False)]
     rows = read_rows(runs)
     assert len(rows) == 2
@@ -331,7 +331,7 @@ def luminance(color):
 
 
 def test_colours_stand_out_by_day_and_by_night(tmp_path):
-    """4.5 to 1, as the accessibility guidelines ask of text; letters are of these colours."""
+    """The contrast of letters is at least 4.5 to 1, as accessibility guidelines require."""
     text = page(read_rows([written(tmp_path / "a")]))
     themes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL)]
     assert len(themes) == 2

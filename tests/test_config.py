@@ -1,4 +1,4 @@
-"""Configurations: files, overrides, and what is said about mistakes."""
+"""Configurations: files, overrides, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_recipes():
 
 
 def test_recipes_of_unimatch_v2():
-    """Crop, epochs, images a process, classes; all else is the same."""
+    """Crop, epochs, images of a process and classes. Other keys are the same."""
     published = {
         "pascal_518_dinov2": (518, 60, 4, 21),
         "cityscapes_798_dinov2": (798, 180, 2, 19),
@@ -233,7 +233,7 @@ def test_every_key_says_what_it_is():
 
 @dataclass
 class Bounded:
-    """Keys of every kind of limit."""
+    """Keys with each kind of limit."""
 
     share: float | None = key(0.5, "a share", low=0, high=1)
     sides: list[int] = key([4], "sides", low=2)

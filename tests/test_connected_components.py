@@ -1,4 +1,4 @@
-"""Connected components against scipy, cc3d and a flood fill, numbering included."""
+"""Connected components compared with scipy, cc3d and a flood fill, including their numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONNECTIVITY = pytest.mark.parametrize("connectivity", [4, 8])
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 STEPS = {4: [(0, 1), (0, -1), (1, 0), (-1, 0)]}
 STEPS[8] = STEPS[4] + [(1, 1), (1, -1), (-1, 1), (-1, -1)]
-# Around words of 64 pixels, and around strips of 32 rows, which exist where there are threads for them.
+# Sizes near words of 64 pixels and strips of 32 rows, which exist with several threads.
 SIZES = [(1, 1), (2, 2), (1, 63), (1, 64), (1, 65), (1, 200), (200, 1), (31, 64), (33, 127), (64, 128), (97, 129)]
 
 
@@ -35,7 +35,7 @@ def by_scipy(image, connectivity):
 
 
 def by_cc3d(image, connectivity):
-    """cc3d with its labels renumbered in raster order."""
+    """Components of cc3d, renumbered in raster order."""
     cc3d = pytest.importorskip("cc3d")
     return by_order_of_appearance(cc3d.connected_components(image.astype(np.int32), connectivity=connectivity))
 
@@ -95,7 +95,7 @@ def test_random_images(backend, connectivity, size, density, threads):
 @CONNECTIVITY
 @pytest.mark.parametrize("granularity", [1, 2, 4, 8, 16])
 def test_noise_of_every_density(backend, connectivity, granularity):
-    """As the YACCLAB benchmark draws it: blocks of so many pixels, set with a probability of 0.1 to 0.9."""
+    """Random images like those of YACCLAB: blocks of so many pixels, set with a probability of 0.1 to 0.9."""
     height, width = (49, 83) if backend.interpreted or backend.name == "reference" else (197, 331)
     for density in np.arange(0.1, 0.95, 0.1):
         blocks = torch.rand(-(-height // granularity), -(-width // granularity)) < density
@@ -162,7 +162,7 @@ def patterns(n):
 @pytest.mark.parametrize("name", patterns(9))
 def test_patterns(backend, connectivity, n, name):
     if backend.name == "reference":
-        n = min(n, 67)  # it takes a step for every pixel of the longest way
+        n = min(n, 67)  # the reference takes a step for each pixel of the longest path
     image = patterns(n)[name]
     for threads in (1, 4):
         torch.set_num_threads(threads)
@@ -172,7 +172,7 @@ def test_patterns(backend, connectivity, n, name):
 @CONNECTIVITY
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
 def test_dtypes(backend, connectivity, integer):
-    """Values that agree in some of their bytes only are different."""
+    """Values that agree in some of their bytes are different."""
     limits = torch.iinfo(integer)
     values = torch.tensor([0, 1, limits.max, limits.min, limits.max // 2 + 1, limits.max - 1, 3, 2], dtype=integer)
     image = values[torch.randint(8, (17, 90))]
@@ -192,7 +192,7 @@ def test_bool(backend, connectivity):
 @pytest.mark.parametrize("integer", [torch.bool, *INTEGERS], ids=str)
 @pytest.mark.parametrize("background", [-(2**63), -(2**31) - 1, -129, -1, 2, 256, 65536, 2**32, 2**63 - 1])
 def test_background_that_does_not_occur(backend, integer, background):
-    """Every pixel belongs to a component, also where the value would wrap around to one that occurs."""
+    """A background outside of the dtype removes no pixel, even if it would wrap around to a value that occurs."""
     image = torch.randint(0, 2, (9, 70)).to(integer)
     found = components(backend, image, 8, background=background)
     assert np.array_equal(found, by_flood_fill(image.long().numpy(), 8, background))

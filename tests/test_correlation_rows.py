@@ -1,4 +1,4 @@
-"""Rows of the correlation map, which have one implementation for all devices."""
+"""Rows of the correlation map, with one implementation for all devices."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_flat_maps_and_any_layout():
 
 
 def test_gradient():
-    """Rows that are sampled twice add up; rows that are not have none."""
+    """Gradients of rows that are sampled twice add up; rows that are not sampled have none."""
     query = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     key = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     for index in (torch.tensor([4, 0, 4]), torch.tensor([[4, 0, 4], [1, 1, 1]])):
@@ -87,7 +87,7 @@ def test_gradient_is_as_accurate_as_autograd(dtype):
 @DTYPE
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_backward_under_autocast(dtype, autocast):
-    """Gradients of query and key are those without it, to the last bit, wherever forward and backward are called."""
+    """Gradients have the same bits under autocast, wherever forward and backward are called."""
     maps = [torch.randn(2, 6, 5, 7).to(dtype), torch.randn(2, 6, 4, 9).to(dtype)]
     index, grad = torch.randint(35, (2, 8)), torch.randn(2, 8, 4, 9).to(dtype)
 

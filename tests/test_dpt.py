@@ -68,7 +68,7 @@ def test_levels_at_the_published_crop():
 
 @pytest.mark.parametrize("size", ODD)
 def test_images_are_fitted_to_the_patches(network, size):
-    """By the nearest multiples; the logits of the fitted image are those of the image."""
+    """Images are fitted to the nearest multiples. Logits of the fitted image are those of the image."""
     images = torch.randn(2, 3, *size)
     fitted = [16 * max(1, int(side / 16 + 0.5)) for side in size]
     small = F.interpolate(images, fitted, mode="bilinear", align_corners=True)
@@ -106,7 +106,7 @@ def test_windows_of_any_size(network):
 
 
 def test_position_tables_are_resampled_by_timm(network):
-    """At the size that the weights come with, the table is the stored one."""
+    """At the size of the weights the table is the stored one."""
     backbone = network.backbone
     side = backbone.patch_embed.grid_size[0]
     table = backbone.pos_embed
@@ -151,7 +151,7 @@ def test_wrong_backbones_are_explained(backbone, message):
 
 
 def test_weights_from_a_file(tmp_path):
-    """Those of the published encoder have a mask token besides, which has no part in it."""
+    """Weights of the published encoder also have a mask token, which is not used."""
     torch.manual_seed(0)
     source = timm.create_model("test_vit", num_classes=0)
     torch.save(source.state_dict() | {"mask_token": torch.zeros(1, 64)}, tmp_path / "weights.pth")
@@ -224,7 +224,7 @@ def test_trains_resumes_and_predicts_at_odd_sizes(small_sample, tmp_path, fresh_
 
 
 def test_correlation_channels_are_a_key(tmp_path):
-    """Published: as many as classes."""
+    """As published, the number of channels is the number of classes."""
     for channels, expected in ((None, 150), (32, 32)):
         config = small_config("x", tmp_path, *VIT, f"model.correlation_channels={channels or 'null'}")
         method = build_method(config, 150)

@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA sources on the CPU: its primitives give right answers, its launches are CUDA's."""
+"""The emulator that runs CUDA sources on the CPU: its primitives are right, and its launches are like those of CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA sources on the CPU shows every fault that is planted."""
+"""The emulator that runs CUDA sources on the CPU detects all planted faults."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def schedule(request):
 
 
 def differing(name, given, right, **numbers):
-    """On how many of ten seeds the kernel's result is not the right one."""
+    """The number of seeds, of ten, for which the result of the kernel is wrong."""
     wrong = 0
     for number in range(10):
         seed(number)

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them."""
+"""Runs of the examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def accuracies(printed):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The run without arguments: its folder and what it printed."""
+    """A run without arguments: its folder and its output."""
     folder = tmp_path_factory.mktemp("sample")
     done = run(folder)
     assert done.returncode == 0, done.stderr
@@ -89,7 +89,7 @@ def test_unusable_labels_are_explained(sample, tmp_path, labels, message):
     assert "Traceback" not in done.stderr
 
 
-# What a script is given to be quick, and the rows of its table: the better ones behind.
+# Arguments that make a script quick, and the rows of its table, the better ones last.
 QUICK = {
     "across_images": (["out.png"], ["same place", "carried over"]),
     "frozen_features": (
@@ -99,7 +99,7 @@ QUICK = {
     "fixmatch": (["--steps", "6", "--out", "out.png"], ["labelled alone", "with propagation"]),
     "head_on_smp": (["--steps", "3", "--out", "out.png"], ["logits", "propagated logits", "both"]),
 }
-TRAINED = ("fixmatch", "head_on_smp")  # so few steps gain nothing
+TRAINED = ("fixmatch", "head_on_smp")  # there is no gain after so few steps
 
 
 @pytest.mark.parametrize("name", QUICK)

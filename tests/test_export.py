@@ -1,4 +1,4 @@
-"""Trained networks as programs of their own: what they say, what they carry, and what is said about mistakes."""
+"""Exported networks: their results, their data, and messages about mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns, lists and paths as users write them."""
+"""Patterns, lists and paths that users write."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(root, *names):
     ],
 )
 def test_patterns(root, monkeypatch, pattern, expected):
-    """Every character but {} and a last .* means itself, in the pattern and in the name of the folder."""
+    """All characters but {} and a last .* are literal, in the pattern and in the name of the folder."""
     monkeypatch.setenv("HOME", str(root))
     names = ("a.png", "sub/b.png", "mask_c.png", "sub/mask_d.png", "mask_e.TIF")
     draw(root, *(f"masks/{name}" for name in names))
@@ -59,7 +59,7 @@ def test_hidden_and_foreign_files_are_passed_over(root):
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._a.jpg", ".a.jpg", "a.txt", "scan.pdf", "cells.h5"):
         (root / "images" / name).write_bytes(b"\0")
     (root / "images" / "folder.jpg").mkdir()
-    os.mkfifo(root / "images" / "pipe.png")  # would be waited for
+    os.mkfifo(root / "images" / "pipe.png")  # reading it would wait for ever
     found = scan(root, "data.images", "images/{}.*")
     assert set(found.files) == {"a", "B"}
     assert len(found.passed) == 9

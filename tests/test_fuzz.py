@@ -1,4 +1,4 @@
-"""A share of the random calls of `fuzz.py`, and that it sees what it is there to see."""
+"""Some of the random calls of `fuzz.py`, and tests that it detects faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_share(pytestconfig):
-    """Whatever goes wrong prints the line that repeats it."""
+    """The command that repeats it is printed for each failure."""
     command = [sys.executable, "fuzz.py", "--cases", "100", "--seed", str(pytestconfig.option.seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """Recorded inputs and outputs of the published implementation.
 
-The small vectors lie in tests/data; larger ones are read from the folder CORRMATCH_GOLDEN, ../shared/golden beside the
-repository if that is not set.
+Small vectors are in tests/data. Larger ones are read from the folder CORRMATCH_GOLDEN, by default ../shared/golden
+beside the repository.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ test_region_masks.op = "region_masks"
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("step")])
 def test_training_steps(backend, name):
-    """What the ops give in two steps: labels, the threshold, labels and reliability after region propagation."""
+    """Results of the ops in two steps: labels, threshold, and labels and reliability after region propagation."""
     vectors = load(name)
     theta = nn.DynamicThreshold(0.85 if "voc" in name else 0.6).to(backend.device)
     labeller = backend.name if backend.name in {target.name for target in targets("pseudo_label")} else None
@@ -105,7 +105,7 @@ def test_training_steps(backend, name):
         )
         assert torch.equal(after.cpu(), at["labels_after"].long())
         assert not torch.equal(after, labels)
-        # The strong view gets a gradient just where its pixels are reliable after region propagation.
+        # The strong view gets a gradient only where its pixels are reliable after region propagation.
         for gradient in ("grad_out_s", "grad_corr_s"):
             assert torch.equal(reliable_after.cpu(), at[gradient].abs().sum(1) > 0)
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, devices, no synchronisation with the host, full sizes, memory."""
+"""Tests that need a GPU: graphs, streams, devices, synchronisation with the host, full sizes, memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_cuda_graph(sample, target):
 
 @both
 def test_side_stream(sample, target):
-    """Work goes to the current stream: behind what it waits for."""
+    """Work is queued on the current stream, after the work that the stream waits for."""
     call, arguments = SAMPLES[sample][1](device="cuda", backend=target.name)
     run = runner(sample)
     expected = run(call, arguments)
@@ -93,7 +93,7 @@ def test_second_device_while_the_first_is_current(sample, target):
 @pytest.mark.parametrize(("batch", "side"), [(4, 41), (2, 65), (1, 101)])
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.3, "normalize": True}], ids=str)
 def test_published_sizes(dtype, batch, side, options):
-    """Against the reference in float64 on the same device."""
+    """Results are compared with the reference in float64 on the same device."""
     maps = [torch.randn(batch, 21, side, side, device="cuda").to(dtype) for _ in range(4)]
 
     def run(f, tensors):
@@ -131,7 +131,7 @@ def test_memory_is_linear_in_the_positions(side):
 
 
 def test_more_images_than_a_grid_has_rows():
-    """Beyond 65,535 blocks along y one goes over several images; Triton's blocks are counted along x."""
+    """With more than 65,535 images a CUDA block processes several; blocks of Triton are counted along x."""
     image = torch.arange(70_000, device="cuda").remainder(3).to(torch.uint8).view(-1, 1, 1)
     assert torch.equal(ops.connected_components(image), (image > 0).int())
     logits = torch.randn(70_000, 3, 1, 1, device="cuda")

@@ -1,4 +1,4 @@
-"""The GPU suite: its dry run from end to end, and what it does where something fails."""
+"""The GPU suite: its dry run from end to end, and failures of steps."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_dry_run_goes_through_every_step(tmp_path):
 
 
 class Machine:
-    """Stands in for the processes of a run on a GPU: what each was, and how it ends."""
+    """A stand-in for the processes of a run on a GPU. It records them and ends them as told."""
 
     def __init__(self, codes, clock):
         self.codes, self.clock, self.steps, self.variables = codes, clock, {}, {}
@@ -140,13 +140,13 @@ def test_a_run_on_a_gpu(run, monkeypatch, tmp_path):
 
 
 def test_limits_of_a_run_fit_nine_minutes(run, monkeypatch):
-    """Where every step takes all it may, those that come later get what is left."""
+    """If all steps take as long as they may, later steps get the remaining time."""
     now = [0.0]
     monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
     code, results, machine = run(clock=now)
     assert code == 1
     assert list(machine.steps) == ORDER[: len(machine.steps)]
-    assert set(OPS) < set(machine.steps) < set(ORDER)  # what is worth most has had its turn
+    assert set(OPS) < set(machine.steps) < set(ORDER)  # the most valuable steps have run
     assert now[0] == gpu_suite.TOTAL - gpu_suite.RESERVE
     assert (results["steps"][-1]["status"], results["steps"][-1]["reason"]) == ("not run", "no time left")
     assert set(suite_steps.LIMITS) == {*ORDER, "build-without-cuda"}
@@ -169,7 +169,7 @@ def test_a_failing_step_stops_no_other(run, capsys):
 
 
 def test_a_run_that_is_ended_leaves_what_it_had(run, tmp_path):
-    """Whatever ends it: everything is written after every step."""
+    """Results are written after each step, so they are complete however the run ends."""
     archive = tmp_path / "all.tgz"
     seen = []
 

@@ -1,4 +1,4 @@
-"""Images and masks of every kind that people have, and of every kind that is broken."""
+"""Images and masks of all kinds that users have, and broken files of all kinds."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def saved(image, kind, **more):
 
 
 def hostile(image):
-    """Files that readers fail on in ways of their own."""
+    """Files on which readers raise unusual exceptions."""
     whole = {kind: saved(image.resize((90, 60)), kind) for kind in ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "ICO")}
     files = {f"cut.{kind.lower()}": data[: len(data) // 3] for kind, data in whole.items()}
     files |= {f"head.{kind.lower()}": data[:9] for kind, data in whole.items()}

@@ -26,10 +26,11 @@ LINE = re.compile(
 )
 UNSPLIT = {"row", "row, mean key", "column", "backward row", "backward column"}
 PASSES = UNSPLIT | {f"{name}, split" for name in UNSPLIT}
-# Linear in the positions: without an inner loop.
+# Kernels that are linear in the positions have no inner loop.
 LINEAR = {name for support in OPS.values() for name in getattr(support, "LINEAR", ())}
-BLOCKS = {"row": 4, "row, mean key": 3, "column": 5, "backward row": 3, "backward column": 4}  # an H100 holds, bfloat16
-TILES = {name: name.removesuffix(", mean key").replace(" ", "_") for name in UNSPLIT}  # in `configs.Tiles`
+# Blocks that fit on a multiprocessor of an H100.
+BLOCKS = {"row": 4, "row, mean key": 3, "column": 5, "backward row": 3, "backward column": 4}  # bfloat16
+TILES = {name: name.removesuffix(", mean key").replace(" ", "_") for name in UNSPLIT}  # names in `configs.Tiles`
 SINGLE = {"row": 8, "row, mean key": 15, "column": 12, "backward row": 25, "backward column": 20}  # slots, float32
 
 
@@ -65,15 +66,15 @@ def test_published_channels(arch, tmp_path):
         if arch == 90:
             assert int(match["copies"]) > 0, "loads that the loop waits for"
             assert int(match["loads"]) == 0
-            # triton 3.8 has a fence between copies and products, 3.6 none; more are stores that are waited for.
+            # triton 3.8 has a fence between copies and products, 3.6 none. More fences would wait for stores.
             assert int(match["fences"]) <= (0 if TRITON < (3, 7) else 1)
             if match["dtype"] == "float32":
                 assert float(match["slots"]) <= SINGLE[unsplit] + (0 if match["kernel"] in UNSPLIT else 0.3)
-        # The online softmax of the row pass has one exponential a row and tile besides.
+        # The online softmax of the row pass also has one exponential for each row and tile.
         assert 1 <= float(match["exponentials"]) <= (1.2 if match["kernel"].startswith("row") else 1)
 
 
-SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may have
+SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory of a block
 WIDEST = """
 import sys
 from corrmatch.kernels import inspect, pixel_propagate, pixel_propagate_backward
@@ -96,7 +97,7 @@ for name in ("column", "backward_row", "backward_column"):
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize(("dtype", "pieces"), [("bfloat16", 1), ("float32", 3)])
 def test_the_most_channels_fit_the_shared_memory(arch, dtype, pieces, tmp_path, monkeypatch):
-    """Those that `Backend.refusal` lets through, and the mass."""
+    """The numbers of channels that `Backend.refusal` allows, and one more for the mass."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     most = 128 if SHARED[arch] < 128 and pieces > 1 else 256

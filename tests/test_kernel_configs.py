@@ -1,4 +1,4 @@
-"""Tile shapes of the Triton kernels: all of them compute the same, and the tuner picks among them."""
+"""Tile shapes of the Triton kernels: all compute the same results, and the tuner chooses one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = {config for table in TABLES for of_class in table.values() for config 
 
 
 def propagate(dtype):
-    """Results and gradients of a problem of several tiles with ragged edges, and what they should be."""
+    """Results and gradients of a problem of several tiles with ragged edges, and the expected ones."""
     maps = [torch.randn(1, c, *size).to(dtype) for c, size in ((21, (11, 13)), (21, (14, 15)), (17, (11, 13)))]
     grad = torch.randn(1, 17, 14, 15).to(dtype)
     leaves = [x.to(DEVICE).requires_grad_() for x in maps]
@@ -34,7 +34,7 @@ def propagate(dtype):
 
 
 def distinct(configs):
-    """Warps and stages mean nothing to the interpreter."""
+    """The interpreter ignores warps and stages."""
     return sorted({c if DEVICE == "cuda" else c._replace(warps=1, stages=1) for c in configs})
 
 
@@ -48,7 +48,7 @@ def test_every_tile_shape_gives_the_same(monkeypatch, config):
 
 
 def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
-    """Of every tile those splits that the plan allows, too."""
+    """The tuner tries all splits that the plan allows, for each tile."""
     kernels = (row_kernel, column_kernel, backward_row_kernel, backward_column_kernel)
     candidates = [(tile, splits) for tile in CANDIDATES[-3:] for splits in (1, 2)]
     timed, best = [], candidates[3]
@@ -63,7 +63,7 @@ def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
     monkeypatch.setattr(plan, "splits_for", lambda *_: 3)
     monkeypatch.setattr(triton.runtime.Autotuner, "do_bench", property(lambda self: seconds))
     monkeypatch.setattr(launch, "AUTOTUNE", True)
-    for _ in range(2):  # the second time everything is known
+    for _ in range(2):  # the second call is already tuned
         accuracy.assert_all_accurate(*propagate(torch.bfloat16))
         assert len(timed) == len(kernels) * len(candidates)
     for kernel in kernels:
@@ -75,7 +75,7 @@ def test_tuner_times_the_candidates_and_keeps_the_fastest(monkeypatch):
 
 
 def test_float32_products_are_as_exact_as_those_of_torch():
-    """However it is told: its two interfaces refuse to be read after one another."""
+    """The setting is found through either interface of torch, which raise errors after use of the other."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     x = torch.zeros(1, 3, 4, 4, device=DEVICE)
@@ -111,4 +111,4 @@ def test_family_of_an_architecture(arch, family):
         for size, larger in pairwise(sizes):
             assert configs.tiles_for(arch, single, size) == table[size]
             assert configs.tiles_for(arch, single, 2 * size) == table[larger]
-        assert configs.tiles_for(arch, single, 2 * sizes[-1]) == table[sizes[-1]]  # what choose refuses
+        assert configs.tiles_for(arch, single, 2 * sizes[-1]) == table[sizes[-1]]  # sizes that `choose` refuses

@@ -21,12 +21,12 @@ LAUNCHING = [support for support in OPS.values() if hasattr(support, "LAUNCHES")
 
 @pytest.fixture
 def untouched_memory(monkeypatch):
-    """Memory that is never written takes no room."""
+    """A tensor whose memory is never written, so that it takes no memory."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
 def far(x, dim):
-    """The same numbers with the last slice along `dim` more than 2^31 elements behind the first."""
+    """A copy whose last slice along `dim` lies more than 2^31 elements behind the first."""
     count, rest = x.shape[dim], x.select(dim, 0).contiguous()
     step = BEYOND // (count - 1) + x.numel()
     memory = torch.empty((count - 1) * step + x.numel(), dtype=x.dtype, device=x.device)
@@ -36,7 +36,7 @@ def far(x, dim):
 
 
 def small(x):
-    """In a dtype of one or two bytes."""
+    """A tensor in a dtype of one or two bytes."""
     return x.half() if x.is_floating_point() and x.dim() > 0 else x
 
 
@@ -70,7 +70,7 @@ def selected_isa(request):
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_images_of_801_by_401(sample, selected_isa, monkeypatch):
-    """Odd and not square, at the grid of stride 8; the reference stores the map."""
+    """An odd size that is not square, with a grid of stride 8. The reference stores the map."""
     op, make = SAMPLES[sample]
     size = (801, 401) if op in ("region_propagate", "connected_components") else (101, 51)
     call, arguments = make(size)
@@ -81,7 +81,7 @@ def test_images_of_801_by_401(sample, selected_isa, monkeypatch):
     for ours, expected in zip(found["cpu"], found["reference"], strict=True):
         if ours.is_floating_point():
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-        elif op in ("region_masks", "pseudo_label"):  # a pixel may lie within rounding of a threshold or of a tie
+        elif op in ("region_masks", "pseudo_label"):  # rounding may decide on pixels at a threshold or a tie
             assert (ours != expected).float().mean() < 1e-4
         else:
             assert torch.equal(ours, expected)
@@ -122,7 +122,7 @@ print(grown, float((found - expected).norm() / expected.norm()), float((found - 
 
 @pytest.mark.parametrize("isa", _C.cpu.isas()[-1:])
 def test_forward_of_65536_positions(isa):
-    """Every entry, in memory linear in the positions: the map itself would take 16 GiB."""
+    """All entries are compared in memory linear in the positions. The map would take 16 GiB."""
     grown, error, largest = map(float, run_python(LARGE_MAP, isa).split())
     assert grown < 64  # MiB
     assert error < 1e-5
@@ -130,7 +130,7 @@ def test_forward_of_65536_positions(isa):
 
 
 class Grids:
-    """Stands in the place of a kernel and notes with what grid it is launched."""
+    """Replaces a kernel and records the grids of its launches."""
 
     def __init__(self):
         self.seen = []
@@ -142,7 +142,7 @@ class Grids:
 
 @pytest.mark.skipif(not targets("pseudo_label")[0].interpreted, reason="launches nothing")
 def test_grids_of_large_batches(monkeypatch, untouched_memory):
-    """A grid takes 2^31 - 1 blocks along x and 65,535 along y and z. Nothing is computed here."""
+    """A grid has at most 2^31 - 1 blocks along x and 65,535 along y and z. This test computes nothing."""
     grids = {}
     for support in LAUNCHING:
         for module, names in support.LAUNCHES.items():
@@ -172,7 +172,7 @@ def test_images_that_are_too_large(name):
 
 
 def test_packed_images_that_are_too_large():
-    """Kernels count within an image in 32 bits; the last that fits is not refused for its size."""
+    """Kernels use 32 bits within an image. The largest size that fits is not refused."""
     query, value = (wide(1, channels, 2048, 2049, dtype=torch.float16) for channels in (3, 257))
     with pytest.raises(ValueError, match=r"^value: .*at most 2\^31 numbers.*got 512 x 4196352"):
         plan.Layout.of(query, query, value, False, False)

@@ -1,4 +1,4 @@
-"""What the host does for a call: how many launches, how many binaries, and that straight launches are the same."""
+"""Work of the host for a call: number of launches and binaries, and the equality of direct launches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="counts launc
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels that the interpreter has run."""
+    """A list to which the names of interpreted kernels are added."""
     from triton.runtime.interpreter import GridExecutor
 
     found, call = [], GridExecutor.__call__
@@ -106,7 +106,7 @@ print(json.dumps({name: names.count(name) for name in names}))
 
 
 def test_images_of_fifty_sizes_compile_once():
-    """Neither sizes nor strides nor addresses make another binary; the forms of a call do."""
+    """Sizes, strides and addresses need no new binary; other forms of a call do."""
     counts = json.loads(stubbed(BINARIES))
     expected = dict.fromkeys((*FORWARD, *BACKWARD, "confidence_gate_kernel", "open_rows_kernel", "label_kernel"), 1)
     expected |= {"loss_kernel": 1, "pack_kernel": 2, "row_kernel": 2, "column_kernel": 2}  # without and with a gate
@@ -139,7 +139,7 @@ def test_what_is_compiled_is_launched_straight():
 
 
 def stubbed(code):
-    """What the code prints on a GPU that launches nothing."""
+    """The output of the code on a stubbed GPU, which launches nothing."""
     interpreted = os.environ.pop("TRITON_INTERPRET", None)
     try:
         return run_python(STUBBED + code, str(BENCHMARKS)).splitlines()[-1]

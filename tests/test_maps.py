@@ -1,4 +1,4 @@
-"""Maps that a run makes for itself: what they hold, what they belong to, how they reach a batch."""
+"""Maps that a run makes: their content, their images, and their way into batches."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_maps_follow_the_image(tmp_path, items):
-    """Wherever it is cropped, flipped and padded."""
+    """The map stays aligned with the image through crop, flip and padding."""
     maps, shares = Maps(tmp_path / "m"), Maps(tmp_path / "m", kind=SHARES)
     maps.claim(items, CLASSES)
     labels = np.zeros((40, 56), np.uint8)

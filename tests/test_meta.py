@@ -1,4 +1,4 @@
-"""Tensors without data, on the meta device or fake: results have the shapes and dtypes that real ones have."""
+"""Tensors without data, on the meta device or fake: results have the shapes and dtypes of real ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def described(tensors):
 @pytest.mark.parametrize("check", ["0", "1"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_on_the_meta_device(monkeypatch, form, check):
-    """Even where values are to be checked: there are none."""
+    """CORRMATCH_CHECK has no effect, because there are no values."""
     monkeypatch.setenv("CORRMATCH_CHECK", check)
     call, tensors = FORMS[form]
     found = results(call(*(x.to("meta") for x in tensors)))

@@ -1,4 +1,4 @@
-"""The polynomials of exp2 in simd.hpp are those that minimax.py makes."""
+"""The polynomials of exp2 in simd.hpp are those of minimax.py."""
 
 from __future__ import annotations
 

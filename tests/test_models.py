@@ -108,7 +108,7 @@ def test_a_prediction_is_split_between_images():
 
 
 def test_modes_come_back():
-    """Frozen parts too."""
+    """Afterwards all parts are in their former modes, including frozen ones."""
     model = DeepLabV3Plus("resnet10t", 5, **SMALL).train()
     model.backbone.eval()
     with evaluating(model):
@@ -210,7 +210,7 @@ def test_multi_grid_and_dropout():
 
 
 def test_channels_beside_the_colours(tmp_path):
-    """The first convolution is new, all else is from the file."""
+    """The first convolution is new; all other weights are from the file."""
     given = timm.create_model("resnet18")
     torch.save(given.state_dict(), tmp_path / "weights.pth")
     model = DeepLabV3Plus("resnet18", 1, in_channels=7, pretrained=str(tmp_path / "weights.pth"), **SMALL)
@@ -224,7 +224,7 @@ def test_channels_beside_the_colours(tmp_path):
 
 
 def test_a_decoder_takes_features_of_another_network():
-    """With random weights of its own, whatever the network starts from."""
+    """A further decoder has its own random weights, for any start of the network."""
     build = NetworkFactory(load_config("sample", ["data.root=x", "model.channels=16"]).model, 5)
     network = build()
     started = dataclasses.replace(build, init=network.state_dict())
@@ -235,7 +235,7 @@ def test_a_decoder_takes_features_of_another_network():
 
 
 def test_without_dropout():
-    """Norm layers stay in training mode; afterwards all is as it was."""
+    """Norm layers stay in training mode, and the modes are restored afterwards."""
     model = DeepLabV3Plus("resnet18", 5, dropout=(0.5, 0.5, 0.5), correlation=True, **SMALL)
     images = torch.randn(2, 3, 33, 33)
     with without_dropout(model):

@@ -98,7 +98,7 @@ def test_head_pickles(head):
 
 
 class Segmenter(torch.nn.Module):
-    """A small model with the head."""
+    """A small model with a correlation head."""
 
     def __init__(self, num_masks):
         super().__init__()
@@ -178,7 +178,7 @@ def test_threshold_stays_without_a_present_class():
 
 
 def test_threshold_keeps_its_buffer():
-    """What ops were given moves along: an update is in place."""
+    """An update is in place, so tensors that were passed to ops change."""
     theta = nn.DynamicThreshold(0.6, momentum=0.5)
     given = theta.threshold
     returned = theta.update(torch.ones(3))
@@ -217,7 +217,7 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_a_cast_leaves_the_threshold_alone(cast):
-    """With a momentum of 0.999 it would not move in bfloat16."""
+    """In bfloat16 the threshold would not change with a momentum of 0.999."""
     theta = nn.DynamicThreshold(0.85, 0.999)
     for _ in range(3):
         theta.update(torch.tensor([0.99, 0.97, 0.0]))
@@ -255,7 +255,7 @@ def test_threshold_of_a_checkpoint_in_another_precision(dtype, assign):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_peaks_of_another_precision(dtype):
-    """Their mean is that of float32: the sum of a thousand peaks in float16 is not."""
+    """The mean is computed in float32: the sum of a thousand peaks in float16 would be wrong."""
     peaks = torch.full((1000,), 0.75, dtype=dtype)
     assert nn.DynamicThreshold(0.0, 0.5).update(peaks).item() == pytest.approx(0.375, abs=1e-7)
 
@@ -309,7 +309,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_threshold_of_two_processes(tmp_path):
-    """Both hold the threshold of the classes' maxima over both."""
+    """Both processes have the threshold of the maxima over both."""
     with ThreadPoolExecutor(2) as pool:
         outputs = pool.map(lambda rank: run_python(WORKER, rank, str(tmp_path / "store")), ("0", "1"))
     results = [float(output) for output in outputs]

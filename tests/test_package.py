@@ -1,4 +1,4 @@
-"""What is packed: the source distribution and the Python files of the wheel."""
+"""Content of the source distribution, and Python files of the wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-# Tracked, but of no use without the repository.
+# Tracked files that are useful only in the repository.
 LEFT_OUT = {".gitignore", ".ci/run", ".ci/packages", ".pre-commit-config.yaml", ".github/workflows/ci.yml"}
 # Written by setuptools.
 WRITTEN = {"PKG-INFO", "setup.cfg"}

@@ -1,4 +1,4 @@
-"""Cross-entropy and divergence of enlarged logits, and their gradients, against plain PyTorch in float64."""
+"""Cross-entropy and divergence of enlarged logits, and their gradients, compared with plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from test_pseudo_label import SIZES as USUAL
 from corrmatch import ops
 
 OP = "pixel_loss"
-SIZES = [*USUAL, ((2, 300), (3, 310))]  # several blocks of the Triton kernel in a row, interpreted too
+SIZES = [*USUAL, ((2, 300), (3, 310))]  # several blocks of the Triton kernel in a row, also in the interpreter
 BOTH = pytest.mark.parametrize("name", ["cross_entropy", "divergence"])
 
 
 @BOTH
 @pytest.mark.parametrize(("grid", "size"), SIZES, ids=str)
 def test_is_as_accurate_as_the_plain_formulation(backend, dtype, name, grid, size):
-    if backend.interpreted and size is not None:  # a step of the interpreter for each pixel of a cell
+    if backend.interpreted and size is not None:  # the interpreter takes a step for each pixel of a cell
         size = tuple(min(a, 3 * b) for a, b in zip(size, grid, strict=True))
     height, width = size or grid
-    # Few large images do: the error is a norm over all pixels, and the oracle takes its time.
+    # A few large images are enough: the error is a norm over all pixels, and the oracle is slow.
     batch = 2 if backend.interpreted else 4 if height * width > 900 else 16
     made = inputs(name, dtype, grid, size, batch)
     assert_right(name, run(name, backend, *made), *made)
@@ -46,7 +46,7 @@ def test_range_of_logits(backend, dtype, name, scale):
 @BOTH
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_pixels_without_weight_may_be_anything(backend, dtype, name, size):
-    """An infinite logit reaches pixels on all sides, and a label of 255 is no class."""
+    """An infinite logit affects pixels on all sides, and the label 255 is not a class."""
     logits, other, weight = inputs(name, dtype, GRID, size)
     weight = weight + 0.1
     bad = logits.clone()
@@ -64,7 +64,7 @@ def test_pixels_without_weight_may_be_anything(backend, dtype, name, size):
 @BOTH
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_a_pixel_counts_unless_its_weight_is_0(backend, name, size):
-    """Against the loss where its weight is negative; and a NaN shows, at its pixel."""
+    """A negative weight reverses the gradient. A NaN is visible, at its pixel."""
     logits, other, weight = inputs(name, torch.float32, GRID, size)
     against = torch.rand_like(weight) < 0.1
     terms, gradient = run(name, backend, logits, other, torch.where(against, -weight, weight))
@@ -149,7 +149,7 @@ def test_without_weights_every_pixel_counts_once(backend, dtype, name):
 
 
 def test_gradients_below_the_range_of_half_types_survive_a_loss_scale(backend):
-    """A mean over a million pixels has gradients of 1e-8 and less, which float16 has not."""
+    """A mean over a million pixels has gradients of 1e-8 and less, below the range of float16."""
     logits, labels, _ = inputs("cross_entropy", torch.float16, GRID)
     gradients = []
     for weight, scale in ((1.0, 1.0), (2.0**-30, 2.0**30)):
@@ -249,7 +249,7 @@ def test_empty_batch(backend, dtype, name):
 
 @pytest.mark.parametrize("label", [21, 255, -1])
 def test_a_label_that_counts_and_is_no_class_is_refused(backend, label, monkeypatch):
-    monkeypatch.setenv("CORRMATCH_CHECK", "1")  # a GPU does not look unasked
+    monkeypatch.setenv("CORRMATCH_CHECK", "1")  # on a GPU labels are not checked by default
     logits, labels, weight = (x.to(backend.device) for x in inputs("cross_entropy", torch.float32, GRID, LARGE))
     labels[1, 7, 11] = label
     weight[1, 7, 11] = 0

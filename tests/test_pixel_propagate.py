@@ -1,4 +1,4 @@
-"""Pixel propagation: results and gradients against the wide oracle, for every backend, dtype and kind of shape."""
+"""Pixel propagation: results and gradients compared with the wide oracle, for all backends, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from corrmatch import ops
 
 OP = "pixel_propagate"
 
-# batch, D, C, query grid, key grid. Small maps come in large batches: the norm of an error is then hardly a matter of
-# chance. The sizes lie around those of row blocks (24), tiles (4 to 32 columns) and groups of blocks (8 and more).
+# batch, D, C, query grid, key grid. Small maps have large batches, so that chance has little effect on the norm of an
+# error. The sizes are near those of row blocks (24), tiles (4 to 32 columns) and groups of blocks (8 and more).
 SHAPES = [
     (256, 1, 1, (1, 1), (1, 1)),
     (256, 1, 1, (1, 7), (1, 7)),
@@ -57,7 +57,7 @@ def propagate(backend, query, key, value, grad, **options) -> Propagated:
 
 
 def check(backend, tensors, *, gate=None, options=None, **form):
-    """`form` goes to the oracle and to the op, `options` to the op, and `gate`, which they amount to, to the oracle."""
+    """Compares op and oracle. `form` is for both; the op gets `options`, and the oracle `gate`, their meaning."""
     actual = propagate(backend, *tensors, **(options or {}), **form)
     oracle, terms = exact(*tensors, gate=gate, **form)
     assert_all_accurate(actual, oracle, plain(*tensors, gate=gate, **form), terms)
@@ -87,7 +87,7 @@ def test_scale(backend, scale):
 
 
 def test_scores_of_one_sign(backend):
-    """Equal rows of scores far from 0 still give P that sums to 1."""
+    """P sums to 1 even if all scores of a row are equal and far from 0."""
     query, key = torch.full((1, 1, 5, 5), 20.0), torch.full((1, 1, 3, 9), -60.0)
     value = torch.randn(1, 3, 5, 5)
     z = ops.pixel_propagate(*(x.to(backend.device) for x in (query, key, value)), backend=backend.name)
@@ -193,7 +193,7 @@ def test_empty_batch(backend, dtype, normalize):
 
 
 def test_scores_far_below_the_largest_count_for_nothing(backend, dtype):
-    """Where the exponential is below all numbers of the accumulation dtype, P is 0."""
+    """P is 0 where the exponential is below the range of the accumulation dtype."""
     key = torch.tensor([0.0, -1000]).to(dtype).view(1, 1, 1, 2).to(backend.device)
     query = torch.ones_like(key[..., :1])
     z = ops.pixel_propagate(query, key, query, backend=backend.name)
@@ -203,8 +203,8 @@ def test_scores_far_below_the_largest_count_for_nothing(backend, dtype):
 def test_ties_round_to_even(backend, dtype):
     """With a single key P is 1, and the sum of two values lies half-way between two numbers of the dtype.
 
-    Of float32 Triton's kernels add up pieces, and tensor cores cut off what lies below the last place of a sum: either
-    neighbour will do.
+    Triton's kernels add up pieces of float32 numbers, and tensor cores cut sums off. So for them either neighbour is
+    right.
     """
     value = (2 / torch.finfo(dtype).eps + torch.arange(0, 16, 2)).to(dtype)
     value = torch.stack([value, torch.ones_like(value)], 1).view(8, 1, 1, 2).to(backend.device)
@@ -224,7 +224,7 @@ def test_mean_of_equal_values_is_that_value(backend):
 
 
 def test_mean_of_the_most_channels(backend):
-    """The mass is a channel more."""
+    """The mass needs one more channel."""
     check(backend, maps((1, 256, 256, (3, 5), (4, 4))), normalize=True)
 
 
@@ -237,7 +237,7 @@ def test_rows_hand_out_all_of_their_value(backend):
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 @pytest.mark.parametrize("score", [-5.5, 5.5])
 def test_values_of_any_size(backend, score, size):
-    """Sums of exponentials are far from 1 where all scores are; they must not carry the values out of range."""
+    """Sums of exponentials may be far from 1. Values that are divided by them must stay in range."""
     query, key = torch.ones(1, 21, 5, 5), torch.full((1, 21, 5, 5), score)
     value = torch.randn(1, 3, 5, 5) * size
     z = ops.pixel_propagate(*(x.to(backend.device) for x in (query, key, value)), backend=backend.name)

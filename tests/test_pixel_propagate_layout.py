@@ -1,4 +1,4 @@
-"""Pixel propagation: memory layouts, which gradients are asked for, derivatives, and numbers that are not finite."""
+"""Pixel propagation: memory layouts, subsets of gradients, derivatives, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_layouts(backend, dtype, layout):
         expected = propagate(backend, *tensors, **options)
         if "confidence" in options:
             options = {**options, "confidence": layouts.ANY.get(layout, layouts.transposed)(options["confidence"])}
-        # Leaves keep their layout, so this is what the op sees.
+        # Leaves keep their layout, so the op gets it.
         actual = propagate(backend, *placed, **options)
         assert_same(backend, actual, expected)
 
@@ -124,7 +124,7 @@ def test_numerical_gradient(backend, options, normalize):
     if torch.float64 not in backend.dtypes:
         pytest.skip("float64 is for CPUs")
     leaves, function = leaves_and_function(backend, {**options, "normalize": normalize})
-    # What the threshold is compared with stays on its side under a small perturbation.
+    # No confidence crosses the threshold under a small perturbation.
     assert not options or function(*leaves).abs().sum() > 0
     assert gradcheck(function, leaves)
 
@@ -159,7 +159,7 @@ def test_bad_value_reaches_its_channel(backend, dtype, bad):
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_bad_feature_reaches_its_image(backend, dtype, where, bad, normalize):
-    """A row with a NaN hands out NaN everywhere; infinite scores of both signs make one."""
+    """A row with a NaN makes all results NaN. Infinite scores of both signs make a NaN."""
     query, key, value, _ = (x.to(backend.device) for x in maps(SHAPE, dtype))
     clean = ops.pixel_propagate(query, key, value, normalize=normalize, backend=backend.name)
     {"query": query, "key": key}[where][1, 2, 3, 4] = bad

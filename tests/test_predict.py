@@ -1,4 +1,4 @@
-"""From a checkpoint to images, and the commands around it."""
+"""Predictions from a checkpoint, and the commands for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the sample, a run on it and its predictions, all by the commands."""
+    """A folder with the sample, a run and its predictions, made by the commands."""
     folder = tmp_path_factory.mktemp("trained")
     AcceleratorState._reset_state(reset_partial_state=True)
     assert cli.main(["sample", str(folder / "data")]) == 0

@@ -1,4 +1,4 @@
-"""Pseudo-labels against softmax and enlargement in float64."""
+"""Pseudo-labels compared with softmax and enlargement in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_right(found, logits, size=None, ignore=None):
     labels, confidence, peak = found
     exact = plain(logits.double(), size)
     best, chosen = exact.max(1).values, exact.gather(1, labels.unsqueeze(1)).squeeze(1)
-    # The largest class, but for ties within rounding: of the type that logits are enlarged in.
+    # The largest class, except for ties up to rounding errors in the dtype of the enlargement.
     margin = 1e-12 if logits.dtype == torch.float64 else 1e-5
     assert (chosen >= best * (1 - margin)).all()
 
@@ -112,7 +112,7 @@ def test_classes_that_are_absent_or_ignored_have_no_peak(backend):
     torch.testing.assert_close(peak, torch.tensor([0, one, 0, 0, 0]))
     labels, confidence, peak = label(backend, logits, ignore=torch.ones_like(ignore))
     assert torch.equal(peak, torch.zeros(5))
-    assert (labels[0, 2] == 3).all()  # ignored pixels have labels and confidence all the same
+    assert (labels[0, 2] == 3).all()  # ignored pixels have labels and confidence, too
     assert (confidence > 0.9).all()
 
 
@@ -145,13 +145,13 @@ def test_bad_logits_stay_where_they_are(backend, dtype, bad, size):
         assert torch.equal(confidence.isnan(), near)
     assert torch.equal(labels[~near], clean[0][~near])
     assert torch.equal(confidence[~near], clean[1][~near])
-    for c in range(6):  # a NaN is not passed over
+    for c in range(6):  # a NaN is not ignored
         chosen = confidence[labels == c]
         assert peak[c].isnan() == chosen.isnan().any()
 
 
 def test_classes_that_are_out_of_the_question(backend, dtype):
-    """Logits of -inf take nothing from the others, be they the first that are seen."""
+    """Logits of -inf do not affect the others, even if they come first."""
     logits = torch.randn(2, 6, 9, 11).to(dtype)
     logits[:, [0, 1, 4]] = -float("inf")
     labels, confidence, peak = label(backend, logits)
