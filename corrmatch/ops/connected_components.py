@@ -27,9 +27,9 @@ def connected_components(
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        int32 in the shape of image: 0 on background, else 1 .. n in raster order of the first pixels of the components,
-        as scipy.ndimage.label numbers them. All backends and numbers of threads give the same result. It has no
-        gradient.
+        int32 in the shape of image. It is 0 on background, else 1 .. n in raster order of the first pixels of the
+        components, as scipy.ndimage.label numbers them. All backends and numbers of threads give the same result. It
+        has no gradient.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape or backend; the message names the argument.

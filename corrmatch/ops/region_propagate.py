@@ -46,7 +46,7 @@ def region_propagate(
         backend: "cpu", "cuda", "reference", or None for the best available.
 
     Returns:
-        Two new tensors without gradient: the labels after propagation, in their dtype, and the reliability, bool.
+        Two new tensors without gradient, the labels after propagation, in their dtype, and the reliability, bool.
 
     Raises:
         TypeError, ValueError: A wrong type, dtype, shape, device or backend; a label out of range (on a CPU, elsewhere
