@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent
-ROUNDS = 3
+ROUNDS = 7
 CHILD = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])

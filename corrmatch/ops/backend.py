@@ -6,11 +6,13 @@ Each op registers its implementations and their limits in the file that defines 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +89,12 @@ def implementation(op: str, backend: str, **limits: Any) -> Callable[[Run], Run]
 def call(op: str, backend: str, *arguments: Any) -> Any:
     """Calls the implementation of `op` on `backend`."""
     return _IMPLEMENTATIONS[backend][op].run(*arguments)
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """A module of Triton kernels. The first call that needs it imports it, because the import of Triton is slow."""
+    return importlib.import_module(f"corrmatch.kernels.{name}")
 
 
 @dataclass(frozen=True)

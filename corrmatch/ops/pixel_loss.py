@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype
 from corrmatch.ops import checks
-from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, kernels, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -156,11 +156,9 @@ def _triton(
     logits: Tensor, labels: Tensor | None, target: Tensor | None, weight: Tensor, loss: Tensor, pixels: Tensor,
     grad: Tensor | None,
 ) -> None:  # fmt: skip
-    from corrmatch.kernels import pixel_loss as kernels
-
     if labels is not None:  # the operator for CPUs checks them
         checks.classes(labels, weight != 0, logits.shape[1], "where the weight is not 0")
-    kernels.loss(logits, labels, target, weight, loss, pixels, grad)
+    kernels("pixel_loss").loss(logits, labels, target, weight, loss, pixels, grad)
 
 
 def checked_labels_op(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from corrmatch import _C, reference
 from corrmatch.dtypes import accumulation_dtype, autocast_dtype, confidence_gate, without_autocast
 from corrmatch.ops import checks
-from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, kernels, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -164,10 +164,9 @@ def _triton(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, threshold: Tensor | None, scale: float, out: Tensor,
     normalizer: Tensor, packed: Tensor, open_rows: Tensor,
 ) -> None:  # fmt: skip
-    from corrmatch.kernels import pixel_propagate as kernels
-
     rows = open_rows if open_rows.numel() > 0 else None
-    kernels.forward(query, key, value, gate, threshold, scale, out, packed, normalizer, rows)
+    forward = kernels("pixel_propagate").forward
+    forward(query, key, value, gate, threshold, scale, out, packed, normalizer, rows)
 
 
 def _empty_results(
@@ -179,9 +178,7 @@ def _empty_results(
     if backend != "triton":
         normalizer = out.new_empty((query.shape[0], 2, query.shape[2] * query.shape[3]), dtype=dtype)
         return out, normalizer, out.new_empty(0), out.new_empty(0, dtype=torch.int32)
-    from corrmatch.kernels.plan import Layout
-
-    layout = Layout.of(query, key, value, mass, gradient)
+    layout = kernels("plan").Layout.of(query, key, value, mass, gradient)
     open_rows = (query.shape[0], layout.rows[2] + 1) if gated else (0,)
     return (
         out,
@@ -213,10 +210,9 @@ def pixel_propagate_backward_op(
         return grads
     dquery, dkey, dvalue = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     if backend == "triton":
-        from corrmatch.kernels import pixel_propagate_backward as kernels
-
         gated = open_rows if open_rows.numel() > 0 else None
-        kernels.backward(grad_out, query, key, value, packed, normalizer, gated, scale, dquery, dkey, dvalue)
+        backward = kernels("pixel_propagate_backward").backward
+        backward(grad_out, query, key, value, packed, normalizer, gated, scale, dquery, dkey, dvalue)
     else:
         run_on_cpu(
             _C.cpu.pixel_propagate_backward, borrow(grad_out), borrow(query), borrow(key), borrow(value),

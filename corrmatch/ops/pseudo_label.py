@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corrmatch import _C, reference
 from corrmatch.ops import checks
-from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, run_on_cpu
+from corrmatch.ops.backend import HALF_AND_SINGLE, call, choose, implementation, kernels, run_on_cpu
 from corrmatch.ops.borrowing import borrow
 from corrmatch.ops.registration import register
 
@@ -71,10 +71,8 @@ def _cpu(logits: Tensor, ignore: Tensor | None, height: int, width: int) -> tupl
 
 @implementation("pseudo_label", "triton", dtypes=HALF_AND_SINGLE, channels=256, capability=80)
 def _triton(logits: Tensor, ignore: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    from corrmatch.kernels import pseudo_label as kernels
-
     results = _empty_results(logits, height, width)
-    kernels.label(logits, ignore, *results)
+    kernels("pseudo_label").label(logits, ignore, *results)
     return results
 
 
