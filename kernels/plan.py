@@ -196,7 +196,8 @@ class Layout(NamedTuple):
         """The layout for these inputs. Raises ValueError if an image is too large."""
         dtype, pieces = packed_form(query.dtype, key.dtype, value.dtype, mass)
         n_q, n_k = padded(query.shape[2] * query.shape[3]), padded(key.shape[2] * key.shape[3])
-        depth, channels = padded_channels(query.shape[1]), padded_channels(value.shape[1] + mass)
+        # int: torch 2.11 cannot add a bool to a symbolic size.
+        depth, channels = padded_channels(query.shape[1]), padded_channels(value.shape[1] + int(mass))
         for name, count, positions in (("query", depth, n_q), ("key", depth, n_k), ("value", channels, max(n_q, n_k))):
             if pieces * count * positions > MOST_NUMBERS:
                 raise ValueError(
