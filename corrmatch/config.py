@@ -80,6 +80,8 @@ class PropagationConfig:
     mask_threshold: float = key(0.5, "of the region masks", low=0, high=1)
     region_threshold: float | None = key(None, "of a region's reliable and dominant shares; null: that of pixels",
                                          low=0, high=1)  # fmt: skip
+    label_temperature: float | None = key(None, "propagate pseudo-labels along the correlation of the decoder's "
+                                          "features, at this temperature; null: do not", low=0.001)  # fmt: skip
     rule: str = key("rewrite", "a region gives its label to all its pixels, or confirms those that have it already",
                     choices=("rewrite", "confirm"))  # fmt: skip
     regions_from: int = key(0, "the step from which regions are used", low=0)

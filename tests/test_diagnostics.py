@@ -118,7 +118,7 @@ def test_effective_support_between_the_ends():
 class Brightness(nn.Module):
     """Three classes by brightness."""
 
-    def forward(self, images, correlate):
+    def forward(self, images, correlate, features):
         bright = images.mean(1)
         return Prediction(torch.stack([-bright - 1, torch.zeros_like(bright), bright - 1], 1))
 
@@ -147,7 +147,7 @@ def test_images_are_cut_and_their_padding_does_not_count(shades):
     config = Config()
     config.train.crop, config.train.workers = 9, 0
     method = SimpleNamespace(
-        corrected=lambda logits: logits,
+        corrected=lambda out: out.logits,
         labeller=Brightness(),
         threshold=0.0,
         propagation=Propagation(PropagationConfig(head=False)),

@@ -54,6 +54,8 @@ def build_method(
     """
     kind = METHODS[config.method]
     propagation = resolve(config.propagation, kind.correlation, kind.pseudo_labels)
+    if config.propagation.label_temperature is not None and not kind.spreads_labels:
+        raise ConfigError(f"propagation.label_temperature: method {config.method} does not support it; leave it null")
     if config.train.labels_first and not kind.labels_first:
         raise ConfigError(f"train.labels_first: method {config.method} has no such steps; see model.init")
     build = NetworkFactory(config.model, num_classes, bool(propagation.head), pretrained, init)

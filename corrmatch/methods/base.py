@@ -21,7 +21,7 @@ from corrmatch.methods.parts.progress import Progress as Progress
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.models.factory import NetworkFactory
-from corrmatch.models.network import Network, enlarge
+from corrmatch.models.network import Network, Prediction, enlarge
 
 Batch = dict[str, dict[str, Tensor]]
 
@@ -65,6 +65,7 @@ class Method(nn.Module):
         score_all: Whether all networks of `evaluated` are scored during training, or only the first.
         bar: Scalars that the progress bar shows in addition to the loss.
         labels_first: Whether it supports `train.labels_first`, steps on labelled images alone before it begins.
+        spreads_labels: Whether it supports `propagation.label_temperature`.
         carries_on: Whether the optimiser keeps its state, such as momentum, from one phase to the next.
         phase: The current phase.
         model: The trained network. Further networks are further attributes, built by the same factory.
@@ -78,6 +79,7 @@ class Method(nn.Module):
     score_all: ClassVar[bool] = False
     bar: ClassVar[Sequence[str]] = ()
     labels_first: ClassVar[bool] = False
+    spreads_labels: ClassVar[bool] = False
     carries_on: ClassVar[bool] = False
     phase: int = 0
 
@@ -123,9 +125,9 @@ class Method(nn.Module):
         """The least confidence of a pseudo-label: the method's key of this name, or 0."""
         return getattr(self.options, "threshold", 0.0)
 
-    def corrected(self, logits: Tensor) -> Tensor:
-        """The logits (B, C, h, w) of unlabelled images that pseudo-labels are made from."""
-        return logits
+    def corrected(self, out: Prediction) -> Tensor:
+        """The logits (B, C, h, w) that pseudo-labels are made from, of a prediction on unlabelled images."""
+        return out.logits
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps and bool maps (B, H, W) and bool masks (B, K, H, W) to log, with a network in evaluation mode."""

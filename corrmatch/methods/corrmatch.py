@@ -86,19 +86,19 @@ class CorrMatch(SelfTraining):
         labeled, unlabeled, mix = batch["labeled"], batch["unlabeled"], batch["mix"]
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        said = answer(self.model, self.teacher, mix["weak"]).logits
+        said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
         pasted = PseudoLabels.of(self.corrected(said), mix["ignore"])
         # The network sees the weak views where it labels them itself, or where a term is of its answers there.
         seen = self.teacher is None or self.weights["fp"] > 0 or self.weights["corr"] > 0
         both = torch.cat([labeled["image"], unlabeled["weak"]]) if seen else labeled["image"]
-        weak = self.model(both, perturb=self.weights["fp"] > 0, correlate=part.head)
+        weak = self.model(both, perturb=self.weights["fp"] > 0, correlate=part.head, features=part.spreads)
         if self.teacher is not None:
-            labelling = self.teacher(unlabeled["weak"], correlate=part.regions)
+            labelling = self.teacher(unlabeled["weak"], correlate=part.regions, features=part.spreads)
         else:
             labelling = weak.split(count)[1]
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
-        masks, corrected = part.masks(labelling, size, progress), self.corrected(labelling.logits)
+        masks, corrected = part.masks(labelling, size, progress), self.corrected(labelling)
         classes = None if self.class_thresholds is None else self.threshold
         targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, classes)
         self.count(labelling.logits, targets.weak, truth)
@@ -130,10 +130,10 @@ class CorrMatch(SelfTraining):
 
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """The prediction and the pseudo-labels of the images."""
-        out = model(images, correlate=self.propagation.head)
+        out = model(images, correlate=self.propagation.head, features=self.propagation.spreads)
         size = (images.shape[2], images.shape[3])
         padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
-        pseudo = PseudoLabels.of(self.corrected(out.logits), padding)
+        pseudo = PseudoLabels.of(self.corrected(out), padding)
         shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.threshold)}
         if not self.propagation.regions:
             return shown

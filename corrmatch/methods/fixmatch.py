@@ -50,18 +50,19 @@ class FixMatch(SelfTraining):
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
         mix, other = batch.get("mix"), None
         if mix is not None:
-            said = answer(self.model, self.teacher, mix["weak"]).logits
+            said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
             other = PseudoLabels.of(self.corrected(said), mix["ignore"])
         strong = paste(strong, strong.flip(0) if mix is None else mix["strong"][:, 0], box)
         if self.teacher is not None:
-            weak = self.teacher(unlabeled["weak"], correlate=part.regions)
+            weak = self.teacher(unlabeled["weak"], correlate=part.regions, features=part.spreads)
             both = self.model(torch.cat([labeled["image"], strong]), correlate=part.head)
             labelled, mixed = both.split(count)
         else:
-            both = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), correlate=part.head)
+            images = torch.cat([labeled["image"], unlabeled["weak"]])
+            both = self.model(images, correlate=part.head, features=part.spreads)
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
-        pseudo, threshold = self.label(weak.logits, unlabeled["ignore"], truth)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
         target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress)
         labels, reliable = part.targets(target, threshold, masks, ~box & target.counted, weak.logits.shape[1])

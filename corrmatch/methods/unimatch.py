@@ -38,16 +38,19 @@ class UniMatch(SelfTraining):
         labeled, unlabeled, mix, part = batch["labeled"], batch["unlabeled"], batch["mix"], self.propagation
         truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
-        said = answer(self.model, self.teacher, mix["weak"]).logits
+        said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
         other = PseudoLabels.of(self.corrected(said), mix["ignore"])
-        plain = self.model(torch.cat([labeled["image"], unlabeled["weak"]]), perturb=True, correlate=part.head)
+        both = torch.cat([labeled["image"], unlabeled["weak"]])
+        plain = self.model(both, perturb=True, correlate=part.head, features=part.spreads)
         labelled, perturbed = plain.split(count)
-        weak = perturbed if self.teacher is None else self.teacher(unlabeled["weak"], correlate=part.regions)
+        weak = perturbed
+        if self.teacher is not None:
+            weak = self.teacher(unlabeled["weak"], correlate=part.regions, features=part.spreads)
         pairs = zip(unlabeled["strong"].unbind(1), mix["strong"].unbind(1), boxes, strict=True)
         strong = self.model(torch.cat([paste(*pair) for pair in pairs]), correlate=part.head)
         along = part.logits(strong).chunk(2) if part.head else (None, None)
 
-        pseudo, threshold = self.label(weak.logits, unlabeled["ignore"], truth)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
         masks = part.masks(weak, size, progress)
         scalars = {"x": self.supervised(labelled.logits, truth)}
         if part.head:

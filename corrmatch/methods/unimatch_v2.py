@@ -46,8 +46,8 @@ class UniMatchV2(SelfTraining):
         labeled, unlabeled, part = batch["labeled"], batch["unlabeled"], self.propagation
         truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         images, size = unlabeled["weak"], (truth.shape[1], truth.shape[2])
-        weak = answer(self.model, self.teacher, images, correlate=part.regions)
-        pseudo, threshold = self.label(weak.logits, unlabeled["ignore"], truth)
+        weak = answer(self.model, self.teacher, images, correlate=part.regions, features=part.spreads)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
         labelled = self.model(labeled["image"], correlate=part.head)
         views = [paste(view, view.flip(0), box) for view, box in zip(unlabeled["strong"].unbind(1), boxes, strict=True)]
         factors = complementary_dropout(len(images), self.model.widths, images.device)

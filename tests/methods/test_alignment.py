@@ -7,6 +7,7 @@ import torch
 from recordings import method_of
 
 from corrmatch.methods.parts.alignment import Alignment
+from corrmatch.models.network import Prediction
 
 NO_PADDING = torch.zeros(2, 33, 41, dtype=torch.bool)
 
@@ -117,7 +118,7 @@ def test_methods_label_with_it(name):
     method.alignment.labels.copy_(torch.tensor([4, 4, 4]))
     said = torch.tensor([2.0, 1.0, 0.0]).reshape(1, 3, 1, 1)
     assert said.argmax(1).item() == 0
-    assert method.corrected(said).argmax(1).item() == 1
+    assert method.corrected(Prediction(said)).argmax(1).item() == 1
     plain = method_of(name, 3, network)
     assert plain.alignment is None
-    assert torch.equal(plain.corrected(said), said)
+    assert torch.equal(plain.corrected(Prediction(said)), said)

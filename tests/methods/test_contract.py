@@ -62,7 +62,8 @@ ALIVE = {
 # Forms of methods that are published besides.
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
-    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train",)),
+    "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05", "fixmatch.align=0.5")),
+    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train", "propagation.label_temperature=0.1")),
     "corrmatch, thresholds of classes": (
         "corrmatch",
         (

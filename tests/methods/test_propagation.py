@@ -49,6 +49,34 @@ def test_a_confirmed_pixel_keeps_its_label_and_becomes_reliable(pseudo, masks):
     assert torch.equal(reliable, before | (after & (given == labels)))
 
 
+def test_labels_are_propagated_along_the_features_of_the_decoder():
+    generator = torch.Generator().manual_seed(0)
+    features, logits = (torch.randn(2, c, 5, 7, generator=generator) for c in (6, 3))
+    found = Propagation(PropagationConfig(label_temperature=0.2)).spread(logits, Prediction(logits, features=features))
+    x = features.flatten(2).double()
+    x = x / x.norm(dim=1, keepdim=True)
+    p = (x.mT @ x / 0.2).softmax(2)
+    expected = logits.double().softmax(1).flatten(2) @ p / p.sum(1, keepdim=True)
+    torch.testing.assert_close(found.softmax(1).flatten(2).double(), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(found.argmax(1), logits.argmax(1)), "the case changes no label"
+    assert not found.requires_grad
+
+
+def test_without_the_key_labels_stay():
+    logits = torch.randn(1, 3, 2, 2)
+    off = Propagation(PropagationConfig())
+    assert not off.spreads
+    assert off.spread(logits, Prediction(logits)) is logits
+    with pytest.raises(ValueError, match="features=True"):
+        Propagation(PropagationConfig(label_temperature=0.1)).spread(logits, Prediction(logits))
+
+
+@pytest.mark.parametrize("name", ["supervised", "dual_teacher"])
+def test_methods_that_cannot_propagate_labels_refuse(name, small_sample, tmp_path):
+    with pytest.raises(ConfigError, match=rf"propagation.label_temperature: .*{name}"):
+        Trainer(small_config(small_sample, tmp_path, f"method={name}", "propagation.label_temperature=0.1"))
+
+
 def test_regions_have_a_threshold_of_their_own(pseudo, masks):
     config = dataclasses.replace(ON, region_threshold=0.4)
     for threshold in (0.4, torch.tensor(0.4), torch.full((3,), 0.4)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from corrmatch import nn, ops
@@ -21,12 +22,32 @@ class Propagation:
     Attributes:
         head: Whether a correlation head is trained. `logits` uses it.
         regions: Whether pseudo-labels are propagated in regions. `masks` and `targets` do it.
+        spreads: Whether pseudo-labels are propagated along the decoder's features. `spread` does it.
         weight: The weight of the terms of propagated logits, in methods that do not publish one.
     """
 
     def __init__(self, config: PropagationConfig):
         self.config = config
         self.head, self.regions, self.weight = bool(config.head), bool(config.regions), config.weight
+        self.spreads = config.label_temperature is not None
+
+    def spread(self, logits: Tensor, out: Prediction) -> Tensor:
+        r"""Logits of propagated probabilities; the logits themselves without `propagation.label_temperature`, T.
+
+        .. math::
+            z_j \leftarrow \log \frac{\sum_i P_{ij} \operatorname{softmax}(z_i)}{\sum_i P_{ij}}, \qquad
+            P_{ij} = \operatorname{softmax}_j (\cos(x_i, x_j) / T)
+
+        with the decoder's features x of `out`. Labels become more alike where features are alike. No gradient.
+        """
+        if self.config.label_temperature is None:
+            return logits
+        if out.features is None:
+            raise ValueError("the network was not asked for the decoder's features: pass features=True")
+        unit = functional.normalize(out.features.detach().float(), dim=1)
+        scale = 1 / self.config.label_temperature
+        spread = ops.pixel_propagate(unit, unit, logits.detach().float().softmax(1), scale=scale, normalize=True)
+        return spread.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.dtype)
 
     def logits(self, out: Prediction) -> Tensor:
         """The logits propagated along the correlation map, at the stride of the last features."""

@@ -15,6 +15,7 @@ from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.methods.parts.teacher import MODES, Teacher
 from corrmatch.methods.parts.threshold import ClassThreshold
 from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Prediction
 
 
 class SelfTraining(Method):
@@ -40,6 +41,7 @@ class SelfTraining(Method):
                                         "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
 
     labels_first = True
+    spreads_labels = True
     bar: ClassVar[Sequence[str]] = ("reliable",)
 
     def __init__(self, build: NetworkFactory, config: Config):
@@ -62,9 +64,10 @@ class SelfTraining(Method):
         """The key of this name, or the current thresholds of the classes (C,)."""
         return self.options.threshold if self.class_thresholds is None else self.class_thresholds.threshold
 
-    def corrected(self, logits: Tensor) -> Tensor:
-        """The logits without gradient, aligned if `align` is set."""
-        return logits.detach() if self.alignment is None else self.alignment(logits)
+    def corrected(self, out: Prediction) -> Tensor:
+        """The logits without gradient, aligned if `align` is set, and then propagated along the decoder's features."""
+        logits = out.logits.detach() if self.alignment is None else self.alignment(out.logits)
+        return self.propagation.spread(logits, out)
 
     def learn_labels(self, labeled: Mapping[str, Tensor]) -> Step:
         """As in all methods; the alignment also counts the labels."""
@@ -72,18 +75,18 @@ class SelfTraining(Method):
             self.alignment.see_labels(labeled["label"])
         return super().learn_labels(labeled)
 
-    def label(self, logits: Tensor, ignore: Tensor, truth: Tensor) -> tuple[PseudoLabels, float | Tensor]:
+    def label(self, out: Prediction, ignore: Tensor, truth: Tensor) -> tuple[PseudoLabels, float | Tensor]:
         """Pseudo-labels of weak views, and their threshold.
 
         The batch counts for the frequencies and thresholds of the classes, which are updated at the end of the step.
 
         Args:
-            logits: (B, C, h, w), of the weak views.
+            out: The prediction on the weak views.
             ignore: bool (B, H, W), padding of the views.
             truth: (B', H, W), the labels of the batch.
         """
-        pseudo = PseudoLabels.of(self.corrected(logits), ignore)
-        self.count(logits, pseudo, truth)
+        pseudo = PseudoLabels.of(self.corrected(out), ignore)
+        self.count(out.logits, pseudo, truth)
         return pseudo, self.threshold
 
     def count(self, logits: Tensor, pseudo: PseudoLabels, truth: Tensor) -> None:

@@ -70,12 +70,14 @@ class Teacher(nn.Module):
         self.network.load_state_dict(student.state_dict())
 
 
-def answer(student: nn.Module, teacher: Teacher | None, images: Tensor, *, correlate: bool = False) -> Prediction:
+def answer(
+    student: nn.Module, teacher: Teacher | None, images: Tensor, *, correlate: bool = False, features: bool = False
+) -> Prediction:  # fmt: skip
     """The teacher's prediction; without a teacher, the student's in evaluation mode. No gradient."""
     if teacher is not None:
-        return teacher(images, correlate=correlate)
+        return teacher(images, correlate=correlate, features=features)
     with evaluating(student), torch.no_grad():
-        return student(images, correlate=correlate)
+        return student(images, correlate=correlate, features=features)
 
 
 def _move(mine: list[Tensor], theirs: list[Tensor], decay: float) -> None:
