@@ -116,7 +116,7 @@ def main() -> None:
         arguments.file.write_text(json.dumps(content, indent=1) + "\n")
     table = rows(content["runs"])
     print(
-        "| method and keys | labelled | steps | seeds | last | best | gain |", "|---|---|---|---|---|---|---|", sep="\n"
+        "| method and keys | labelled | steps | runs | last | best | gain |", "|---|---|---|---|---|---|---|", sep="\n"
     )
     for row in table:
         print(line(row, table))
