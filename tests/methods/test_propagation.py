@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from recordings import progress
+from recordings import method_of, progress
 from training import scalars, small_config
 
 from corrmatch.config import ConfigError, PropagationConfig
@@ -60,6 +60,20 @@ def test_labels_are_propagated_along_the_features_of_the_decoder():
     torch.testing.assert_close(found.softmax(1).flatten(2).double(), expected, rtol=1e-4, atol=1e-6)
     assert not torch.equal(found.argmax(1), logits.argmax(1)), "the case changes no label"
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2", "corrmatch"])
+def test_methods_label_with_propagated_logits(name):
+    method = method_of(name, 3, torch.nn.Conv2d(1, 1, 1), align=0.5)
+    method.alignment.mean.copy_(torch.tensor([0.6, 0.3, 0.1]))
+    method.alignment.labels.copy_(torch.tensor([4, 4, 4]))
+    method.propagation = Propagation(PropagationConfig(label_temperature=0.2))
+    generator = torch.Generator().manual_seed(0)
+    features, logits = (torch.randn(2, c, 5, 7, generator=generator) for c in (6, 3))
+    out = Prediction(logits, features=features)
+    expected = method.propagation.spread(method.alignment(logits), out)
+    assert torch.equal(method.corrected(out), expected)
+    assert not torch.equal(expected.argmax(1), logits.argmax(1)), "the case changes no label"
 
 
 def test_without_the_key_labels_stay():

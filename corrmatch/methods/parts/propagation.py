@@ -35,10 +35,11 @@ class Propagation:
         r"""Logits of propagated probabilities; the logits themselves without `propagation.label_temperature`, T.
 
         .. math::
-            z_j \leftarrow \log \frac{\sum_i P_{ij} \operatorname{softmax}(z_i)}{\sum_i P_{ij}}, \qquad
+            z_j \leftarrow \log \sum_i P_{ij} \operatorname{softmax}(z_i), \qquad
             P_{ij} = \operatorname{softmax}_j (\cos(x_i, x_j) / T)
 
-        with the decoder's features x of `out`. Labels become more alike where features are alike. No gradient.
+        with the decoder's features x of `out`. The softmax of the result divides by the mass sum_i P_ij. Labels become
+        more alike where features are alike. No gradient.
         """
         if self.config.label_temperature is None:
             return logits
@@ -46,7 +47,7 @@ class Propagation:
             raise ValueError("the network was not asked for the decoder's features: pass features=True")
         unit = functional.normalize(out.features.detach().float(), dim=1)
         scale = 1 / self.config.label_temperature
-        spread = ops.pixel_propagate(unit, unit, logits.detach().float().softmax(1), scale=scale, normalize=True)
+        spread = ops.pixel_propagate(unit, unit, logits.detach().float().softmax(1), scale=scale)
         return spread.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.dtype)
 
     def logits(self, out: Prediction) -> Tensor:
