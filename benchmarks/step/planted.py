@@ -36,14 +36,16 @@ class PlantedNetwork(nn.Module):
         super().__init__()
         self.network, self.planted = network, planted
 
-    def forward(self, images: Tensor, *, perturb: bool = False, correlate: bool = False) -> Prediction:
-        """Has the arguments and the result of `DeepLabV3Plus`."""
+    def forward(
+        self, images: Tensor, *, perturb: bool = False, correlate: bool = False, features: bool = False
+    ) -> Prediction:
+        """Has the arguments that a step of CorrMatch uses, and the result of `DeepLabV3Plus`."""
         values = self.planted[images.shape[0], self.training]
         if self.network is None:
             return values
-        found = self.network(images, perturb=perturb, correlate=correlate)
+        found = self.network(images, perturb=perturb, correlate=correlate, features=features)
         pairs = zip(found, values, strict=True)
-        return Prediction(*(None if x is None else PLANTED_SHARE * x + y for x, y in pairs))
+        return Prediction(*(x if x is None or y is None else PLANTED_SHARE * x + y for x, y in pairs))
 
 
 class Given(NamedTuple):
