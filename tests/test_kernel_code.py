@@ -104,3 +104,44 @@ def test_the_most_channels_fit_the_shared_memory(arch, dtype, pieces, tmp_path, 
     found = run_python(WIDEST, str(arch), dtype, str(pieces), str(most), str(most + 1)).split()
     assert len(found) == 3
     assert max(map(int, found)) <= SHARED[arch] * 1024
+
+
+SPLIT_CODE = """
+import sys
+
+import triton
+
+made = []
+
+def compile_and_keep(*arguments, compile=triton.compile, **options):
+    made.append(compile(*arguments, **options))
+    return made[-1]
+
+triton.compile = compile_and_keep
+import torch
+from corrmatch.kernels import inspect
+from corrmatch.kernels.plan import Plan
+
+dtype = sys.argv[1]
+for variant in inspect.variants(Plan.on(90, getattr(torch, dtype), 21), 21):
+    if variant.name.endswith(", split"):
+        inspect.compile_one(variant.name, variant.kernel, 90, dtype, variant.constants, variant.tile)
+        print("KERNEL", variant.name, made[-1].asm["ptx"], sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_last_block_of_a_split_loop_sees_all_parts(dtype, tmp_path, monkeypatch):
+    """The interpreter runs one block after another, so it cannot show that a block reads what others have written."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = run_python(SPLIT_CODE, dtype).split("KERNEL\n")[1:]
+    assert {text.split("\n", 1)[0] for text in kernels} == {f"{name}, split" for name in UNSPLIT}
+    for text in kernels:
+        before, count, after = re.split(r"(\batom\.\S+)", text)
+        assert count == "atom.global.gpu.acq_rel.add.u32"
+        assert "bar.sync" in before.rpartition("st.global")[2], "all threads have to store before one of them counts"
+        assert "bar.sync" in after.partition("ld.global")[0], "all threads have to wait for the count"
+        first = re.search(r"\bld\.global\S*", after)
+        assert first is not None
+        assert first[0].startswith("ld.global.cg."), "the first-level cache may hold old values of the parts"
