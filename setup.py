@@ -114,7 +114,7 @@ class Cuda:
 
     @staticmethod
     def known(nvcc: str, archs: str) -> str:
-        """Those of the architectures that this nvcc compiles for: toolkits come with the newest of their time."""
+        """Those of the architectures that this nvcc supports. A toolkit does not support later GPUs."""
         done = run([nvcc, "--list-gpu-arch"])
         compiled = set(re.findall(r"compute_(\d+)", done.stdout))
         numbers = {arch: arch.removesuffix("+PTX").rstrip("af") for arch in archs.split(";")}

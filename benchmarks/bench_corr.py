@@ -101,7 +101,7 @@ class Run:
                 available = measure.available_bytes(self.options.device)
                 if available is not None and case.oracle_bytes > available:
                     need, have = (f"{x / 2**30:.1f} GiB" for x in (case.oracle_bytes, available))
-                    print(f"{case.size}: nothing measured, for the oracle needs {need} and {have} is free")
+                    print(f"{case.size}: nothing measured, because the oracle needs {need} and {have} is free")
                     self.without_oracle += 1
                     continue
                 yield Measurement(case, self.options.device)

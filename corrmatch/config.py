@@ -120,7 +120,7 @@ class TrainConfig:
     compile: bool = key(False, "torch.compile the network")
     cpu: bool = key(False, "even where there is a GPU")
     log_every: int = key(20, "steps", low=1)
-    save_every: int = key(500, "steps; after every evaluation besides", low=1)
+    save_every: int = key(500, "steps; also after every evaluation", low=1)
     eval_every: int = key(1, "epochs", low=1)
 
 
@@ -176,7 +176,7 @@ def load_config(source: str, overrides: Sequence[str] = (), methods: Methods | N
 
 
 def _read(source: str, above: tuple[str, ...]) -> list[Any]:
-    """The content of a file, after the content of its `base`: a file beside it, or a shipped configuration."""
+    """The content of a file, after the content of its `base`: a file in the same folder, or a shipped configuration."""
     if source in above:
         raise ConfigError(f"base: {' -> '.join((*above, source))} never ends")
     path = expand(source)

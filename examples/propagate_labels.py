@@ -66,7 +66,7 @@ def propagate(image: Tensor, labels: Tensor, ignore: int, grid: tuple[int, int],
     shares /= shares.sum(1, keepdim=True).clamp_min(1e-9)
     f = features(image, grid, spacing=float(labelled.float().mean() ** -0.5))
     arrived = spread(f, shares, known.float(), threshold=0.5)
-    if refine:  # now every position that is sure hands out what arrived at it, over shorter distances
+    if refine:  # now every confident position sends its new label, over shorter distances
         settled = torch.where(known.unsqueeze(1), shares, arrived)
         arrived = spread(1.5 * f, settled, torch.where(known, 1, arrived.amax(1)), CONFIDENT)
     dense = F.interpolate(arrived, size=labels.shape, mode="bilinear").argmax(1)[0]

@@ -148,8 +148,9 @@ def small_sample(tmp_path_factory):
 
 @pytest.fixture
 def fresh_process():
-    """As each command has it: accelerate keeps its settings for the life of a process. Memory is not filled, which
-    slows a network several times down."""
+    """Resets accelerate, which keeps its settings for the life of a process. Memory is not filled, because this makes a
+    network several times slower.
+    """
     from accelerate.state import AcceleratorState
 
     torch.use_deterministic_algorithms(False)

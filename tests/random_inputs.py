@@ -56,7 +56,7 @@ class RandomCall:
 
 
 def there(x: Any, device: str) -> Any:
-    """A tensor or masks on the device, in the same layout."""
+    """A copy of a tensor or of masks on the device, in the same layout."""
     if isinstance(x, RegionMasks):
         return RegionMasks(layouts.moved(x.packed, device), x.size)
     return layouts.moved(x, device) if isinstance(x, Tensor) else x
@@ -67,7 +67,7 @@ def maps(batch, depth, height, width, device="cpu"):
 
 
 def side(r: random.Random) -> tuple[int, int]:
-    """A grid, mostly small, sometimes a long strip."""
+    """The side of a grid: mostly small, sometimes long."""
     if r.random() < 0.15:
         strip = (1, r.randint(1, 150))
         return strip if r.random() < 0.5 else strip[::-1]
@@ -116,7 +116,7 @@ def flags(r: random.Random, *shape: int) -> Tensor:
 
 
 def dtypes(r: random.Random, count: int) -> list[torch.dtype]:
-    """A random dtype for each, mostly the same for all."""
+    """A random dtype for each, which is mostly the same."""
     first = r.choice(FLOATING)
     return [first if r.random() < 0.9 else r.choice(FLOATING) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels in the installed extension, and that it was built where it could be."""
+"""The machine code of the CUDA kernels in the installed extension, which has them if they could be built."""
 
 from __future__ import annotations
 

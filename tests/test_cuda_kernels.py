@@ -1,4 +1,4 @@
-"""What is the CUDA kernels' own: schedules, clusters, memory that does not fit, sanitizers. Else see test_<op>.py."""
+"""Properties of the CUDA kernels alone: schedules, clusters, memory, sanitizers. test_<op>.py compares results."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_region_ops_on_older_gpus(monkeypatch, arch):
 
 
 def drawn(image, mark, connectivity):
-    """The region around a pixel of an image, by way of features of one channel that are the image itself."""
+    """The region around a pixel of an image. The features are the image itself, with one channel."""
     key = torch.as_tensor(image, dtype=torch.float32, device=DEVICE)[None, None]
     index = torch.tensor([mark[0] * image.shape[1] + mark[1]], device=DEVICE)
     options = {"scale": 1.0, "connected": "seed", "connectivity": connectivity}
@@ -123,7 +123,7 @@ def test_connected_region_of_any_shape(name, turned, connectivity):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("width", [7, 40, 1100])
 def test_connected_region_of_one_row_under_any_schedule(width, seed):
-    """No second sweep makes up for what the first leaves out."""
+    """A second sweep would not correct what the first one misses."""
     image = np.zeros((1, width), bool)
     image[0, : width - 2] = True
     build.seed(build.extension(), seed)
@@ -132,7 +132,7 @@ def test_connected_region_of_one_row_under_any_schedule(width, seed):
 
 @pytest.mark.parametrize("connectivity", [4, 8])
 def test_connected_region_over_rows_of_many_words(connectivity):
-    """A row of more than 32 words, which no warp holds at once; runs that fill words, and end and start in them."""
+    """Rows of more than 32 words, the lanes of a warp. Runs fill words, begin in them and end in them."""
     image = np.random.default_rng(0).random((9, 2300)) < 0.8
     image[4, 40:2250] = True
     image[0] = False
@@ -143,7 +143,7 @@ def test_connected_region_over_rows_of_many_words(connectivity):
 
 @pytest.mark.parametrize("connected", [None, "peak", "seed"])
 def test_rows_longer_than_shared_memory(connected):
-    """Of more than 58,112 keys; with `connected`, masks by rows as well."""
+    """Rows of more than 58,112 keys; with `connected`, also masks in bands of rows."""
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 3, 3).to(DEVICE), torch.randn(1, 2, 245, 243).to(DEVICE)
     index = torch.tensor([0, 4, 8], device=DEVICE)
@@ -153,7 +153,7 @@ def test_rows_longer_than_shared_memory(connected):
 
 
 def test_positions_out_of_range_give_empty_masks():
-    """Where values are not checked: on a device."""
+    """On a device values are not checked."""
     query = key = torch.randn(1, 3, 5, 6, device=DEVICE)
     index = torch.tensor([[-1, 30, 2**40, -(2**62), 7]], device=DEVICE)
     packed = torch.full((1, 5, 2), -1, dtype=torch.int32, device=DEVICE)
@@ -198,7 +198,7 @@ SANITIZED = {  # some of every kind
 @pytest.mark.skipif("CORRMATCH_EMULATOR_SANITIZE" in os.environ, reason="this is the sanitized run")
 @pytest.mark.parametrize("file", SANITIZED)
 def test_sanitizers_find_nothing(file):
-    """AddressSanitizer and UndefinedBehaviorSanitizer, in a process of their own."""
+    """Runs with AddressSanitizer and UndefinedBehaviorSanitizer, in a separate process."""
     environment = {k: v for k, v in build.sanitized_environment().items() if not k.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", "-q", "-n0", file, "-k", SANITIZED[file]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER, env=environment)
@@ -207,7 +207,7 @@ def test_sanitizers_find_nothing(file):
 
 
 def test_scratch_memory_is_measured_on_the_device_of_the_tensors(monkeypatch):
-    """How much a kernel needs depends on the device, which need not be the current one."""
+    """The size of scratch memory depends on the device, which may differ from the current one."""
     steps = []
 
     @contextlib.contextmanager

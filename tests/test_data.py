@@ -82,7 +82,7 @@ def test_the_drawn_sample_follows_its_seed(tmp_path):
 
 
 def test_lists_of_pairs_and_relabelling(folder):
-    """As CamVid lists its files and Cityscapes numbers its classes."""
+    """Lists in the form of CamVid's, and class ids in the form of Cityscapes'."""
     write_mask(folder / "masks" / "p00.png", 7)
     write_mask(folder / "masks" / "p01.png", 4)
     (folder / "train.txt").write_text("images/p00.jpg masks/p00.png\nimages/p01.png masks/p01.png\n")
@@ -196,7 +196,7 @@ def test_validation_images_are_not_trained_on(folder):
 
 
 def test_a_image_is_not_its_own_mask(folder):
-    """Nor is a mask an image, where patterns match both."""
+    """A file that matches both patterns is not its own mask, and a mask is not an image."""
     for i in range(10):
         write_mask(folder / "images" / f"p{i:02}_mask.png", i % 2)
     mixed = find_data(DataConfig(root=str(folder), masks="images/{}_mask.png"))
@@ -278,7 +278,7 @@ def test_streams_are_functions_of_seed_and_position(sample):
 
 
 def test_steps_on_labels_alone_read_labelled_images_alone(sample):
-    """Two steps of three batches each; the batches after them are those of a run without such steps."""
+    """Two steps of three batches each. The batches after them equal those of a run without such steps."""
     data, all_streams = sample_data(sample), {"labeled": LABELED, "unlabeled": UNLABELED, "mix": MIX}
     first, plain = (
         Streams(data, all_streams, TrainConfig(crop=49, batch_size=2, accumulate=3, labels_first=n)) for n in (2, 0)

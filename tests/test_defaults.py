@@ -1,4 +1,4 @@
-"""torch's defaults have no say: where results are, and in which dtype, the arguments decide."""
+"""torch's default device and dtype have no effect: the arguments determine those of the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def default_dtype():
 
 
 def test_default_device(backend, sample):
-    """Where torch makes new tensors by default has no say: everything goes where the arguments are."""
+    """All results are on the device of the arguments."""
     call, arguments = SAMPLES[sample][1]((5, 6), device=backend.device, backend=backend.name)
     expected = results(call(*arguments))
     with torch.device("meta"):
@@ -28,7 +28,7 @@ def test_default_device(backend, sample):
 
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_default_dtype(backend, sample, other, default_dtype):
-    """Results and gradients are the same to the last bit."""
+    """Results and gradients have the same bits."""
     call, arguments = SAMPLES[sample][1]((5, 6), device=backend.device, backend=backend.name)
     run = with_gradients if sample in DIFFERENTIABLE else lambda call, x: results(call(*x))
     expected = run(call, arguments)
@@ -40,7 +40,7 @@ def test_default_dtype(backend, sample, other, default_dtype):
 
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16], ids=str)
 def test_a_number_as_threshold_is_not_rounded(other, default_dtype):
-    """0.7 in bfloat16 is 0.69921875."""
+    """In bfloat16 0.7 would be 0.69921875."""
     default_dtype(other)
     confidence = torch.full((1, 4, 5), 0.6995, dtype=torch.float32)
     maps = [torch.randn(1, 3, 4, 5, dtype=torch.float32) for _ in range(3)]

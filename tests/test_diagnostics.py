@@ -1,4 +1,4 @@
-"""What pseudo-labels are worth: counts with known answers, masks that nothing else opens, the log and the page."""
+"""The quality of pseudo-labels: counts with known answers, masks that training never opens, the log and the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SOME = 7  # labelled images of the drawn sample that are listed as unlabelled he
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The last labelled images are listed as unlabelled, between two that have no mask."""
+    """The last labelled images are listed as unlabelled, between two images without a mask."""
     folder = tmp_path_factory.mktemp("sample")
     draw_sample(folder)
     shorten(folder, labeled=12 - SOME, val=3)
@@ -125,7 +125,7 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def shades(tmp_path):
-    """Images that Brightness labels right, but for one row; sizes on both sides of the crop."""
+    """Images smaller and larger than the crop. Brightness labels all their rows but one right."""
     items, known, wrong = [], 0, 0
     for i, (height, width) in enumerate([(9, 9), (7, 12), (5, 6)]):
         shade = torch.randint(3, (height, width))

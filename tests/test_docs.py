@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its images are those of its code, its links lead somewhere."""
+"""The documentation: its examples run, its images are those of its code, its links have targets."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_function_has_a_page():
 
 
 class Links(HTMLParser):
-    """The places that a page of HTML has, and those it leads to."""
+    """The anchors of an HTML page, and the targets of its links."""
 
     def __init__(self, text):
         super().__init__()
@@ -121,7 +121,7 @@ def test_tables_of_backends_and_formulas_are_there(site):
 
 @pytest.mark.parametrize("page", SOURCES)
 def test_links_in_the_sources_lead_somewhere(page):
-    """As one follows them where the sources are shown."""
+    """Links in the sources have targets too, for readers of the repository."""
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:|#", target):

@@ -39,7 +39,7 @@ def network():
     ],
 )
 def test_published_architecture(backbone, blocks, width, levels, millions):
-    """Without the unit that the published decoder never uses: 0.07 and 0.3 million parameters."""
+    """The unit that the published decoder never uses is left out: 0.07 and 0.3 million parameters."""
     with torch.device("meta"):
         model = DPT(backbone, 21, correlation=False)
     assert tuple(model.blocks) == blocks
@@ -53,7 +53,7 @@ def test_published_architecture(backbone, blocks, width, levels, millions):
 
 
 def test_levels_at_the_published_crop():
-    """Strides of 14/4, 14/2, 14 and 28; logits of 14/8; at 57 x 57 the last level has 29."""
+    """Strides are 14/4, 14/2, 14 and 28, and those of logits 14/8. For 57 x 57 positions the last level has 29."""
     for side, levels in ((37, [148, 74, 37, 19]), (57, [228, 114, 57, 29])):
         with torch.device("meta"):
             model = DPT("vit_small_patch14_dinov2", 21, correlation=False)
@@ -129,7 +129,7 @@ def test_features_are_those_of_the_blocks_behind_the_last_norm(network):
 
 @pytest.mark.parametrize("backbone", ["test_vit2", "vit_tiny_patch16_dinov3_qkvb"])
 def test_other_transformers(backbone):
-    """Registers, pooling before the norm, rotary positions: every parameter takes part."""
+    """With registers, pooling before the norm, or rotary positions every parameter has a gradient."""
     network = DPT(backbone, 3)
     network.whole(torch.randn(2, 3, 40, 50)).square().mean().backward()
     idle = [name for name, p in network.named_parameters() if p.grad is None and not name.startswith("correlation.")]
@@ -194,7 +194,7 @@ def test_a_frozen_backbone_stays_as_it_is(small_sample, tmp_path, network, fresh
 
 @pytest.mark.slow
 def test_trains_resumes_and_predicts_at_odd_sizes(small_sample, tmp_path, fresh_process):
-    """Also with windows that are no multiples of the patch. Both networks are scored."""
+    """Sizes of images and windows are no multiples of the patch. Both networks are scored."""
     overrides = (*TRAINED, "train.crop=53", "eval.mode=sliding", "eval.window=65", "eval.stride=43", "train.epochs=1")
     ends = []
     for folder in ("whole", "halves"):

@@ -15,7 +15,7 @@ from corrmatch.training.evaluate import Scores, evaluate, segment, sliding_windo
 
 
 class Brightness(Network):
-    """Three classes by brightness: the network of these tests."""
+    """A network that labels three classes by brightness."""
 
     def forward(self, images):
         self.size = tuple(images.shape[2:])
@@ -28,7 +28,7 @@ CLASSES = ["dark", "middle", "light", "other"]
 
 @pytest.fixture
 def data(tmp_path):
-    """Seven images whose masks Brightness gets right but for one row; sizes differ."""
+    """Seven images of different sizes. Brightness labels all their rows but one right."""
     items = []
     for i in range(7):
         size = (20 + i, 16)
@@ -107,7 +107,7 @@ def test_sliding_window_of_a_pointwise_network_is_the_network(size):
 
 
 def test_overlapping_windows_are_averaged():
-    """A network that says how far left in its window a pixel is."""
+    """The network's logits depend on the column of a pixel within the window."""
 
     class Left(Network):
         def forward(self, images):

@@ -32,7 +32,7 @@ def accuracies(printed):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """A run without arguments: its folder and its output."""
+    """The folder and the output of a run without arguments."""
     folder = tmp_path_factory.mktemp("sample")
     done = run(folder)
     assert done.returncode == 0, done.stderr
@@ -117,7 +117,9 @@ def test_prints_what_it_gained_and_writes_a_image(name, tmp_path):
 
 
 def test_labels_are_carried_to_the_next_frames(tmp_path):
-    """Through a film that pans over a drawn scene, by random weights; without the pan's labels in between."""
+    """The frames of a film that pans over a drawn scene, with random weights. Frames between the labelled ones have no
+    labels.
+    """
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         draw_scene = importlib.import_module("scenes").draw_scene

@@ -26,7 +26,7 @@ SIZES = [(1, 75, 101), (2, 64, 96), (3, 49, 130)]
 
 @pytest.fixture(params=["dpt", "deeplabv3plus"])
 def checkpoint(request, small_sample, tmp_path):
-    """Of a run of two steps, with a correlation head and an averaged network."""
+    """The checkpoint of a run of two steps, with a correlation head and an averaged network."""
     overrides = ("method=unimatch_v2", "propagation.head=true", *(VIT if request.param == "dpt" else ()))
     run = Trainer(small_config(small_sample, tmp_path / "run", *overrides))
     stop_after(run, 2)
@@ -64,7 +64,7 @@ def test_programs_say_what_the_network_says(checkpoint, tmp_path, capsys):
 
 
 def test_other_patches():
-    """Of 14 pixels, for which other sizes are multiples."""
+    """Patches of 14 pixels, whose multiples are other sizes."""
     vit = VisionTransformer(112, 14, embed_dim=32, depth=4, num_heads=2, num_classes=0, dynamic_img_size=True)
     network = DPT(vit, 3, channels=8).eval()
     program = program_of(network).module()

@@ -1,7 +1,7 @@
 """Recorded inputs and outputs of the published implementation.
 
 Small vectors are in tests/data. Larger ones are read from the folder CORRMATCH_GOLDEN, by default ../shared/golden
-beside the repository.
+outside the repository.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_dry_run_goes_through_every_step(tmp_path):
 
 
 class Machine:
-    """A stand-in for the processes of a run on a GPU. It records them and ends them as told."""
+    """Replaces the processes of a run on a GPU. It records them and ends them as told."""
 
     def __init__(self, codes, clock):
         self.codes, self.clock, self.steps, self.variables = codes, clock, {}, {}
@@ -89,7 +89,7 @@ class Machine:
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the suite on a stand-in, in which everything is installed."""
+    """Runs the suite with replaced processes, and as if all modules were installed."""
 
     def suite(*arguments, codes=(), lacking=(), clock=None):
         machine = Machine(codes or {}, [0.0] if clock is None else clock)
@@ -211,7 +211,7 @@ def test_architectures_are_asked_from_the_driver(monkeypatch, tmp_path, printed,
     assert suite_steps.architectures() is None
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert suite_steps.architectures() is None
-    monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "80")  # the caller's list reaches the step as it is
+    monkeypatch.setenv("CORRMATCH_CUDA_ARCHS", "80")  # the step gets the caller's list unchanged
     assert (
         "CORRMATCH_CUDA_ARCHS" not in suite_steps.Schedule(tmp_path, False, tmp_path).build("build", True).environment
     )

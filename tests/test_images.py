@@ -1,4 +1,4 @@
-"""Images and masks of all kinds that users have, and broken files of all kinds."""
+"""Images and masks of all kinds of files that users have, and broken files."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ ANSWER = "1980, 1980, 2619, 2619, 412.53, 700.00, 44"
 
 @pytest.fixture
 def nvidia_smi(monkeypatch, tmp_path):
-    """A stand-in that prints an answer and keeps its arguments."""
+    """A replacement of nvidia-smi that prints an answer and keeps its arguments."""
     asked, script = tmp_path / "asked", tmp_path / "nvidia-smi"
 
     def answers(text, code=0):

@@ -1,4 +1,4 @@
-"""Maps that a run makes: their content, their images, and their way into batches."""
+"""Maps that a run computes: their content, their images, and batches with them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_stream_refuses_maps_of_other_data(tmp_path, items):
 
 
 def test_parts_of_a_list():
-    """Overlapping parts of one shuffled list; a part of nothing is one image."""
+    """Parts of one shuffled list may overlap. A part has at least one image."""
     first, last = (part_of(100, 7, part) for part in ((0, 0.8), (0.2, 1)))
     assert len(first) == len(last) == 80
     assert len(set(first) & set(last)) == 60

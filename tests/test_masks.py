@@ -71,7 +71,7 @@ def test_layouts(layout):
 
 
 def test_one_word_of_any_stride():
-    """It counts as contiguous."""
+    """The tensor counts as contiguous."""
     packed = torch.arange(9, dtype=torch.int32).view(1, 1, 9)[..., 3:6:3]
     assert packed.is_contiguous()
     masks = RegionMasks(packed, (1, 5))
@@ -115,7 +115,7 @@ def test_equality():
 
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_save_and_load(weights_only):
-    """As they are, or anywhere in a checkpoint."""
+    """Masks are saved alone, and as a part of a checkpoint."""
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
     file = io.BytesIO()
     torch.save({"step": 3, "queue": [masks, (masks, None)]}, file)
@@ -136,7 +136,7 @@ def test_pickle():
 
 
 def test_moves():
-    """As those of a tensor; what torch's data loader and trainers call."""
+    """Masks have the methods of a tensor that torch's data loader and trainers call."""
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
     assert masks.device == torch.device("cpu")
     for moved in (masks.to("cpu", non_blocking=True), masks.to(torch.device("cpu")), masks.cpu()):
@@ -150,7 +150,7 @@ def test_moves():
 
 @pytest.mark.parametrize("call", ["pin_memory", "cuda"])
 def test_moves_reach_the_tensor(call):
-    """So does what only a machine with a GPU can do; there they come back, elsewhere torch says why not."""
+    """Methods that need a GPU are called too. Without a GPU torch raises its error."""
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
     if torch.cuda.is_available():
         moved = getattr(masks, call)()
@@ -163,7 +163,7 @@ def test_moves_reach_the_tensor(call):
 
 
 def test_data_loader_moves_them(monkeypatch):
-    """torch looks for pin_memory() within whatever a batch is made of."""
+    """torch calls pin_memory() of all parts of a batch."""
     pinned = []
     monkeypatch.setattr(RegionMasks, "pin_memory", lambda masks: pinned.append(masks) or masks)
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
@@ -174,7 +174,7 @@ def test_data_loader_moves_them(monkeypatch):
 
 
 def test_tree():
-    """One leaf; the size is structure, and stays what it is through a file."""
+    """The pytree has one leaf. Its size is a part of the structure, and a file keeps it."""
     masks = RegionMasks.from_bool(torch.rand(2, 3, 5, 7) < 0.5)
     (leaf,), structure = pytree.tree_flatten({"a": masks})
     assert leaf is masks.packed
@@ -188,7 +188,7 @@ def test_tree():
 
 
 class Regions(torch.nn.Module):
-    """Masks come in and go out."""
+    """A module that takes masks and returns masks."""
 
     def forward(self, feature, masks, index):
         larger = (3 * feature.shape[2], 2 * feature.shape[3])
@@ -198,7 +198,7 @@ class Regions(torch.nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_export(dynamic):
-    """Through a file, and at other sizes: those of the masks that are made follow."""
+    """Exported through a file and called with other sizes. The sizes of its results follow."""
     masks, index = RegionMasks.from_bool(torch.rand(2, 3, 5, 6) < 0.5), torch.arange(4)
     features = [torch.randn(2, 8, 6, 7), torch.randn(3, 8, 5, 9) if dynamic else torch.randn(2, 8, 6, 7)]
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) if dynamic else None
@@ -220,7 +220,7 @@ def test_export(dynamic):
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
-    """In and out, every method in between."""
+    """Masks are inputs and outputs, and every method is called."""
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def step(feature, masks, index):

@@ -21,7 +21,7 @@ LIBRARIES = {"scipy": "scipy", "OpenCV": "cv2", "cc3d": "cc3d"}
 
 
 def race(racing, seconds):
-    """Number of rounds of each."""
+    """The number of rounds of each function."""
     outcomes = list(measure.race(racing, seconds, "cpu"))
     assert all(times["forward"] > 0 for _, times in outcomes)
     return [sum(i == j for j, _ in outcomes) for i in range(len(racing))]
@@ -75,7 +75,7 @@ def attention(query, key, value, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_composition_of_attentions_has_the_gradients_of_the_published_form(dtype):
-    """With an attention whose lse is differentiable, as FlexAttention's is on a GPU."""
+    """The attention has a differentiable lse, as FlexAttention has on a GPU."""
     maps = [torch.randn(2, c, 5, 7, dtype=dtype).requires_grad_() for c in (21, 21, 6)]
     wide = [x.detach().double().requires_grad_() for x in maps]
     upstream = torch.randn(2, 6, 5, 7, dtype=torch.float64)

@@ -40,13 +40,13 @@ _C.cpu.select_isa(sys.argv[1])
 
 
 def measure(isa, threads, expression):
-    """Bytes above those of the inputs, including gradients and results."""
+    """Bytes in addition to the inputs, with gradients and results."""
     return int(run_python(PROBE + f"print({expression})", isa, str(threads)))
 
 
 @pytest.mark.parametrize("isa", _C.cpu.isas())
 def test_pixel_propagation_of_the_largest_map(isa):
-    """Cityscapes at crop 801: the figure of the documentation. The map would take 397 MiB."""
+    """Cityscapes at crop 801, as in the documentation. The map would take 397 MiB."""
     n, depth, channels, threads = 101 * 101, 21, 21, 2
     backward = 4 * n * (2 * depth + 2 * channels + channels + 17 * depth) + threads * 192 * n
     results = 4 * n * (2 * depth + 2 * channels + channels + 2)  # gradients, Z and its own, the normalizer
@@ -70,7 +70,7 @@ def test_region_masks_store_no_images():
 
 
 def test_region_propagation_unpacks_no_masks():
-    """Besides 128 masks of 321 x 321, 13 MB as bool, the op needs a few bit maps and its results."""
+    """In addition to 128 masks of 321 x 321, 13 MB as bool, the op needs a few bit maps and its results."""
     call = "lambda n: ops.region_propagate(labels[:, :n, :n], flags[:, :n, :n], masks[n], 0.4, num_classes=21)"
     setup = (
         "labels, flags = torch.randint(21, (1, 321, 321)), torch.ones(1, 321, 321, dtype=torch.bool)",

@@ -191,7 +191,7 @@ def test_a_second_branch_goes_on_where_the_first_one_is_shared(backbone):
 
 
 def test_multi_grid_and_dropout():
-    """Dilations of the last stage's blocks, twice the factors at stride 16; dropout changes no key."""
+    """At stride 16 the dilations of the last stage's blocks are twice the factors. Dropout changes no key."""
     plain = DeepLabV3Plus("resnet50", 5, **SMALL)
     model = DeepLabV3Plus("resnet50", 5, multi_grid=[1, 2, 4], dropout=(0.5, 0.25, 0.1), **SMALL)
     assert [block.conv2.dilation[0] for block in model.backbone.layer4] == [2, 4, 8]
@@ -210,7 +210,7 @@ def test_multi_grid_and_dropout():
 
 
 def test_channels_beside_the_colours(tmp_path):
-    """The first convolution is new; all other weights are from the file."""
+    """The first convolution is new. All other weights are those of the file."""
     given = timm.create_model("resnet18")
     torch.save(given.state_dict(), tmp_path / "weights.pth")
     model = DeepLabV3Plus("resnet18", 1, in_channels=7, pretrained=str(tmp_path / "weights.pth"), **SMALL)
@@ -224,7 +224,7 @@ def test_channels_beside_the_colours(tmp_path):
 
 
 def test_a_decoder_takes_features_of_another_network():
-    """A further decoder has its own random weights, for any start of the network."""
+    """A second decoder has its own random weights, for any initial weights of the network."""
     build = NetworkFactory(load_config("sample", ["data.root=x", "model.channels=16"]).model, 5)
     network = build()
     started = dataclasses.replace(build, init=network.state_dict())

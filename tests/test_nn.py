@@ -60,7 +60,7 @@ def test_head_with_masks(head, size, connected):
 
 
 def test_head_samples_every_position(head, monkeypatch):
-    """The last one too."""
+    """The last position is sampled too."""
     drawn = []
     original = ops.region_masks
 
@@ -120,7 +120,7 @@ class Segmenter(torch.nn.Module):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("num_masks", [0, 5])
 def test_export_of_the_head(head, num_masks, dynamic, tmp_path):
-    """With all it returns, through a file."""
+    """With all its results, through a file."""
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) if dynamic else None
     arguments = (torch.randn(2, 12, 6, 7), torch.randn(2, 5, 31, 37))
     options = {"num_masks": num_masks}
@@ -255,7 +255,7 @@ def test_threshold_of_a_checkpoint_in_another_precision(dtype, assign):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_peaks_of_another_precision(dtype):
-    """The mean is computed in float32: the sum of a thousand peaks in float16 would be wrong."""
+    """The mean is computed in float32. A sum of a thousand peaks in float16 would be wrong."""
     peaks = torch.full((1000,), 0.75, dtype=dtype)
     assert nn.DynamicThreshold(0.0, 0.5).update(peaks).item() == pytest.approx(0.375, abs=1e-7)
 
@@ -270,7 +270,7 @@ def test_a_peak_that_is_no_number_counts_as_absent(bad):
 
 
 def test_a_batch_of_nan_leaves_the_threshold():
-    """From the logits on; the batch after it moves the threshold again."""
+    """NaN logits do not change the threshold. The next batch does."""
     theta, logits = nn.DynamicThreshold(0.6, momentum=0.5), torch.full((1, 3, 4, 5), float("nan"))
     assert theta(logits)[2].item() == pytest.approx(0.6)
     assert theta(torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 5))[2].item() > 0.79

@@ -26,7 +26,7 @@ def checkout(tmp_path_factory):
     """A copy of the tracked files, and their names."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
-        pytest.skip("what is packed is held against the files of a git checkout, and this is none")
+        pytest.skip("the packed files are compared with those of a git checkout, and this is none")
     folder, names = tmp_path_factory.mktemp("checkout"), {name for name in listed.stdout.split("\0") if name}
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def test_range_of_logits(backend, dtype, name, scale):
 @BOTH
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_pixels_without_weight_may_be_anything(backend, dtype, name, size):
-    """An infinite logit affects pixels on all sides, and the label 255 is not a class."""
+    """An infinite logit affects the pixels around it. The label 255 is not a class."""
     logits, other, weight = inputs(name, dtype, GRID, size)
     weight = weight + 0.1
     bad = logits.clone()
@@ -64,7 +64,7 @@ def test_pixels_without_weight_may_be_anything(backend, dtype, name, size):
 @BOTH
 @pytest.mark.parametrize("size", [None, LARGE])
 def test_a_pixel_counts_unless_its_weight_is_0(backend, name, size):
-    """A negative weight reverses the gradient. A NaN is visible, at its pixel."""
+    """A negative weight reverses the gradient. A weight of NaN gives NaN at its pixel."""
     logits, other, weight = inputs(name, torch.float32, GRID, size)
     against = torch.rand_like(weight) < 0.1
     terms, gradient = run(name, backend, logits, other, torch.where(against, -weight, weight))
@@ -114,7 +114,7 @@ def run_with_nan(name, backend, logits, other, weight):
 
 
 def test_classes_that_are_out_of_the_question(backend):
-    """Logits of -inf: a probability of 0, and 0 log 0 is 0."""
+    """A logit of -inf gives a probability of 0, and 0 log 0 is 0."""
     logits, target, weight = inputs("divergence", torch.float32, GRID)
     target[:, 2] = -float("inf")
     pixels, gradient = run("divergence", backend, logits, target, weight)
@@ -169,7 +169,7 @@ def test_gradients_below_the_range_of_half_types_survive_a_loss_scale(backend):
 @pytest.mark.parametrize("floating", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_of_labels_and_weights(backend, integer, floating):
     logits, labels, weight = inputs("cross_entropy", torch.float32, GRID, LARGE)
-    weight = weight.bfloat16().half()  # the same number in every dtype, but for those below the range of float16
+    weight = weight.bfloat16().half()  # the same number in every dtype, except those below the range of float16
     expected = run("cross_entropy", backend, logits, labels, weight.float())
     found = run("cross_entropy", backend, logits, labels.to(integer), weight.to(floating))
     for a, b in zip(found, expected, strict=True):
@@ -204,7 +204,7 @@ def test_expanded_maps(backend, name):
 @pytest.mark.parametrize("size", [None, (7, 9)])
 def test_gradcheck(backend, name, size):
     if torch.float64 not in backend.dtypes:
-        pytest.skip("it does not take float64; its gradients are held against the plain formulation above")
+        pytest.skip("it does not take float64; another test compares its gradients with the plain formulation")
     logits, other, weight = inputs(name, torch.float64, (3, 4), size, batch=2, classes=4)
     f = lambda x: getattr(ops, name)(x, other, weight, backend=backend.name)[0]  # noqa: E731
     assert torch.autograd.gradcheck(f, logits.requires_grad_())

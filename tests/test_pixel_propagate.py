@@ -37,7 +37,7 @@ SHAPES = [
 
 
 def maps(shape, dtype=torch.float32, size=1.5):
-    """Query, key, value and the gradient of the result; scores have the standard deviation size^2."""
+    """Query, key, value and the gradient of the result. Scores have the standard deviation size^2."""
     batch, depth, values, query_grid, key_grid = shape
     return (
         (torch.randn(batch, depth, *query_grid) * size).to(dtype),
@@ -57,7 +57,7 @@ def propagate(backend, query, key, value, grad, **options) -> Propagated:
 
 
 def check(backend, tensors, *, gate=None, options=None, **form):
-    """Compares op and oracle. `form` is for both; the op gets `options`, and the oracle `gate`, their meaning."""
+    """Compares op and oracle. Both get `form`; the op gets `options`, the oracle `gate` with the same meaning."""
     actual = propagate(backend, *tensors, **(options or {}), **form)
     oracle, terms = exact(*tensors, gate=gate, **form)
     assert_all_accurate(actual, oracle, plain(*tensors, gate=gate, **form), terms)
@@ -203,8 +203,8 @@ def test_scores_far_below_the_largest_count_for_nothing(backend, dtype):
 def test_ties_round_to_even(backend, dtype):
     """With a single key P is 1, and the sum of two values lies half-way between two numbers of the dtype.
 
-    Triton's kernels add up pieces of float32 numbers, and tensor cores cut sums off. So for them either neighbour is
-    right.
+    Triton's kernels add up pieces of float32 numbers, and tensor cores cut sums off. So both neighbours are right for
+    them.
     """
     value = (2 / torch.finfo(dtype).eps + torch.arange(0, 16, 2)).to(dtype)
     value = torch.stack([value, torch.ones_like(value)], 1).view(8, 1, 1, 2).to(backend.device)
@@ -224,7 +224,7 @@ def test_mean_of_equal_values_is_that_value(backend):
 
 
 def test_mean_of_the_most_channels(backend):
-    """The mass needs one more channel."""
+    """The mass needs an additional channel."""
     check(backend, maps((1, 256, 256, (3, 5), (4, 4))), normalize=True)
 
 

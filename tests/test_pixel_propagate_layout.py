@@ -198,7 +198,7 @@ def test_confidence_of_nan_is_closed(backend):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", range(4), ids=["query", "key", "value", "grad"])
 def test_gradients_of_bad_numbers_end(backend, dtype, where, bad):
-    """Each gradient of the image that holds the bad number is NaN or infinite somewhere, other images are clean."""
+    """Each gradient of the image with the bad number has NaN or infinity. Other images have neither."""
     tensors = maps(SHAPE, dtype)
     clean = propagate(backend, *tensors)
     tensors[where][1, 2, 3, 4] = bad

@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
 
 
 class Stripes(Network):
-    """Three classes by the column: a network of these tests."""
+    """A network that labels three classes by the column."""
 
     def forward(self, images):
         column = torch.arange(images.shape[3]) // 5 % 3
@@ -62,7 +62,7 @@ def segmented(source, out):
 
 
 def written(out):
-    """The names, which are the same for all kinds, and the sizes."""
+    """The names of the files, which are the same for all kinds of output, and their sizes."""
     sizes = [{path.name: Image.open(path).size for path in (out / kind).iterdir()} for kind in KINDS]
     assert sizes[0] == sizes[1] == sizes[2]
     return sizes[0]

@@ -194,7 +194,7 @@ def test_expanded_logits(backend):
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9])
 def test_the_largest_class_though_probabilities_are_equal(backend, size):
-    """Probabilities of almost equal logits round to the same number; the label is that of the logits all the same."""
+    """Probabilities of almost equal logits round to the same number. The label is that of the largest logit."""
     logits = torch.randperm(7).float().view(1, 7, 1, 1).expand(1, 7, 3, 4) * size
     labels, confidence, _ = label(backend, logits)
     assert torch.equal(labels, logits.argmax(1))

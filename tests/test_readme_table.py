@@ -1,4 +1,4 @@
-"""The measured tables of the README: written from the newest evidence, and the same as it."""
+"""The measured tables of the README equal those that the newest evidence gives."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_readme_says_what_the_evidence_says():
 
 
 def test_readme_shows_the_newest_evidence():
-    """Read from the files themselves, not by the script."""
+    """The test reads the files itself and does not use the script."""
     text = readme_table.README.read_text(encoding="utf-8")
     found = [json.loads(path.read_text()) for path in readme_table.EVIDENCE.glob("*/*/results.json")]
     newest = max((x["environment"] for x in found if x["environment"]["device_type"] == "cpu"), key=lambda x: x["date"])

@@ -1,4 +1,4 @@
-"""The oracle itself: against the formulas in wide arithmetic, small cases by hand, and the ops' contract."""
+"""The oracle, compared with the formulas in wide arithmetic and with small cases by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_pixel_propagate(dtype, normalize):
 
 
 def test_pixel_propagate_by_hand():
-    """Two equal keys share each row's value; a gate closes the second row."""
+    """Two equal keys share each row's value. A gate closes the second row."""
     query, key = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 2, 1)
     value = torch.tensor([[[[3.0, 5.0]]]])
     z = reference.pixel_propagate(query, key, value)
@@ -67,7 +67,7 @@ def test_correlation_rows():
 
 
 def test_region_masks_by_hand():
-    """Row 0, log 2, log 4 on the grid is 1, 2, 4 but for a factor, enlarged 1, 1.5, 2, 3, 4: above 2.5 lie 3 and 4."""
+    """Row 0, log 2, log 4 on the grid is 1, 2, 4 up to a factor; enlarged 1, 1.5, 2, 3, 4. 3 and 4 are above 2.5."""
     key = torch.tensor([1.0, 2, 4]).log().view(1, 1, 1, 3)
     masks = reference.region_masks(torch.ones(1, 1, 1, 1), key, torch.tensor([0]), (1, 5))
     assert masks.to_bool().flatten().tolist() == [False, False, False, True, True]

@@ -1,4 +1,4 @@
-"""Region masks against enlarged rows in float64."""
+"""Region masks, compared with enlarged rows in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OP = "region_masks"
 CONNECTIVITY = pytest.mark.parametrize("connectivity", [4, 8])
 
 # Key grid and image: two of the published kind, others, none, shrinking, degenerate ones. But for the first two no
-# pixel lies half-way between grid points, where a peak beside entries of almost 0 is at the threshold by nature.
+# pixel lies half-way between grid points, where a peak next to entries of almost 0 is always at the threshold.
 SIZES = [
     ((9, 9), (65, 65)),
     ((11, 7), (81, 49)),
@@ -45,7 +45,7 @@ def features(key_grid, batch=2, depth=6, query_grid=(6, 5), size=1.5):
 
 
 def masks(backend, query, key, index, size, **options):
-    """The op's masks as an array, after a look at the packed form."""
+    """The op's masks as an array. The packed form is checked."""
     found = ops.region_masks(
         *(layouts.moved(x, backend.device) for x in (query, key, index)), size, backend=backend.name, **options
     )
@@ -75,10 +75,10 @@ def normalized(large):
 
 
 def assert_near_threshold(found, value, threshold=0.5):
-    """Differences only where the value is within rounding of the threshold, and few of them.
+    """Asserts that there are few differences, and only where the value is within rounding of the threshold.
 
-    Not counted are values that are the threshold but for the rounding of float64: half-way between the least and the
-    largest entry of a map, for one, every pixel is.
+    Values that equal the threshold up to rounding of float64 do not count. Half-way between the least and the largest
+    entry of a map, for example, every pixel has such a value.
     """
     distance = abs(value - threshold)[found != (value > threshold)]
     assert (distance < 1e-5).all()
@@ -145,7 +145,7 @@ def test_empty_batch(backend):
 
 
 def test_no_query_grid_in_common(backend):
-    """Only the key's grid is enlarged; the query's may have another size."""
+    """Only the key's grid is enlarged. The query's grid may have another size."""
     query, key = features((9, 8), query_grid=(1, 30))
     index = torch.arange(30)
     tall = query.view(2, 6, 30, 1)
@@ -177,7 +177,7 @@ def test_rows_without_a_region(backend, dtype, bad, connected):
 
 @pytest.mark.parametrize(("offset", "size"), [(12.0, 1), (-12.0, 1), (0.0, 1e-3), (0.0, 60), (-100.0, 60)])
 def test_rows_of_any_range(backend, offset, size):
-    """An offset of all scores cancels; rows may be almost constant, and their smallest entries may underflow."""
+    """An offset of all scores cancels. Rows may be almost constant, and their smallest entries may underflow."""
     query, key = (x.double() for x in features((9, 8), depth=2, size=size))
     query[:, 0] += query[:, 0].sign() * size / 2  # a row near 0 would vary less than the offset rounds
     query[:, 1], key[:, 1] = 1, offset
@@ -242,7 +242,7 @@ def test_connected_to_the_seed(backend, grid, size, connectivity):
 
 
 def seed_pixel(position, grid, size):
-    """The nearest pixel, halves up."""
+    """The nearest pixel; halves are rounded up."""
     at = divmod(position, grid[1])
     steps = (Fraction(n - 1, max(g - 1, 1)) for n, g in zip(size, grid, strict=True))
     return [int(i * step + Fraction(1, 2)) for i, step in zip(at, steps, strict=True)]

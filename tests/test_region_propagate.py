@@ -1,4 +1,4 @@
-"""Region propagation against a plain loop over pixels."""
+"""Region propagation, compared with a loop over pixels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loop(labels, reliable, masks, threshold, valid=None):
 
 
 def propagate(backend, labels, reliable, masks, threshold, *, num_classes, valid=None):
-    """The op on arrays or tensors; results as arrays."""
+    """The op on arrays or tensors. Its results are arrays."""
     on_device = [torch.as_tensor(x).to(backend.device) for x in (labels, reliable, masks)]
     packed = RegionMasks.from_bool(on_device[2])
     valid = None if valid is None else torch.as_tensor(valid).to(backend.device)
@@ -58,7 +58,7 @@ def assert_equal(found, expected):
 
 
 def scene(size, count, classes, batch=2, dtype=torch.int64, coherent=0.7):
-    """Labels in blocks with noise, and overlapping boxes as masks: a fair part of them is accepted."""
+    """Labels in blocks with noise, and overlapping boxes as masks. Several of them are accepted."""
     height, width = size
     blocks = torch.randint(classes, (batch, 3, 3))
     rows, columns = torch.arange(height) * 3 // height, torch.arange(width) * 3 // width
@@ -124,7 +124,7 @@ def test_number_of_classes(backend, classes, threshold):
 @pytest.mark.parametrize("integer", INTEGERS, ids=str)
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 def test_label_dtypes_and_what_does_not_count(backend, integer, threshold):
-    """Labels of unreliable or invalid pixels pass through, whatever they are."""
+    """Labels of unreliable or invalid pixels may be any number and are unchanged."""
     labels, reliable, masks, valid = scene((13, 19), 16, 21, dtype=integer)
     labels[0, :7], masks[0, 0], masks[0, 0, :9] = 20, False, True  # one region at least is accepted
     strange = [torch.iinfo(integer).max, torch.iinfo(integer).min, 21, 100]
@@ -238,7 +238,7 @@ def test_share_of_the_dominant_class_must_exceed_the_threshold(backend, votes, t
 
 
 def test_later_masks_see_earlier_labels(backend):
-    """The first mask turns the left 2 into 1, which then outvotes the right; with the order reversed nothing moves."""
+    """The first mask changes the left 2 into 1, the majority of the second mask then; not so in the other order."""
     labels = strip([1, 1, 2, 0, 0])
     first = torch.tensor([[[1, 1, 1, 0, 0]], [[0, 1, 1, 1, 0]]]).bool().unsqueeze(0)
     everything = torch.ones(1, 1, 5, dtype=torch.bool)
@@ -249,7 +249,7 @@ def test_later_masks_see_earlier_labels(backend):
 
 
 def test_reliability_in_the_tests_is_that_of_the_input(backend):
-    """The first mask makes its pixels reliable in the output only: they do not vote for the second."""
+    """The first mask makes its pixels reliable only in the output. They do not count in the second mask."""
     labels, reliable = strip([1, 0, 0, 0, 2]), torch.tensor([[[True, False, False, False, False]]])
     masks = torch.tensor([[[1, 1, 1, 0, 0]], [[0, 1, 1, 1, 0]]]).bool().unsqueeze(0)
     found, after = propagate(backend, labels, reliable, masks, 0.3, num_classes=3)

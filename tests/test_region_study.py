@@ -21,10 +21,10 @@ def test_settings_are_combined():
 
 
 def test_it_finds_what_the_run_logged(tmp_path, monkeypatch, capsys):
-    """The settings of the run give its own `eval.pseudo_labels`; a threshold that nothing reaches gives no labels."""
+    """It has the run's own `eval.pseudo_labels` for its settings. A threshold above all confidences gives no labels."""
     draw_sample(tmp_path / "sample")
     shorten(tmp_path / "sample", labeled=4, val=2)
-    names = "\n".join(f"labeled_{i:03}" for i in range(4, 9))  # listed as unlabelled; their masks are at hand
+    names = "\n".join(f"labeled_{i:03}" for i in range(4, 9))  # listed as unlabelled, although their masks exist
     (tmp_path / "sample" / "splits" / "unlabeled.txt").write_text(f"{names}\n")
     keys = ("method=fixmatch", "fixmatch.threshold=0.2", "propagation.head=true", "eval.pseudo_labels=true")
     Trainer(small_config(tmp_path / "sample", tmp_path / "run", *keys)).run()

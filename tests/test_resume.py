@@ -1,4 +1,4 @@
-"""Runs that go on where others ended: checkpoints, resuming, phases, weights of another run."""
+"""Runs that continue others: checkpoints, resumption, phases, weights of another run."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_other_classes_than_those_of_the_training_are_refused(sample, tmp_path, 
 
 
 def test_a_rotten_checkpoint_is_refused(tmp_path):
-    """Wherever its bytes have changed: it is refused, or what was read is what was written."""
+    """Whichever bytes have changed, the checkpoint is refused or its content is right."""
     path, content = tmp_path / "x.pt", {"config": "", "classes": ["a", "b"], "method": {"w": torch.arange(5000.0)}}
     torch.save(content, path)
     whole = path.read_bytes()
@@ -119,7 +119,7 @@ def test_resuming_drops_lines_of_the_log_that_were_cut(tmp_path):
 
 
 class TwoPhases(Supervised):
-    """A method in two phases: the second trains the head alone, after some work."""
+    """A method with two phases. Some work precedes the second phase, which trains the head alone."""
 
     def __init__(self, build, config):
         super().__init__(build, config)
@@ -163,7 +163,7 @@ def test_phases_have_work_before_them_and_rates_of_their_own(sample, tmp_path, m
 
 
 def test_a_run_can_start_from_another(sample, tmp_path):
-    """Its evaluated network, for all networks of the method; a correlation head that it lacks is new."""
+    """All networks of the method start as the evaluated network. A correlation head that it lacks is new."""
     first = Trainer(small_config(sample, tmp_path / "first", "method=supervised", "train.ema=0.5"))
     stop_after(first, 2)
     first.run()
@@ -180,7 +180,7 @@ def test_a_run_can_start_from_another(sample, tmp_path):
 
 
 def test_a_resumed_run_needs_no_other_weights(sample, tmp_path):
-    """Neither those that it started from nor those of a hub: all of its weights are in its checkpoint."""
+    """All weights are in its checkpoint, so it reads neither those that it started from nor those of a hub."""
     first = Trainer(small_config(sample, tmp_path / "first", "method=supervised"))
     stop_after(first, 1)
     first.run()

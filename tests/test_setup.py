@@ -1,4 +1,4 @@
-"""What setup.py decides from its environment, without building anything."""
+"""Decisions of setup.py from its environment, without a build."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETUP = Path(__file__).resolve().parents[1] / "setup.py"
 
 @pytest.fixture
 def names(monkeypatch, tmp_path):
-    """The names that setup.py defines. Its build requirements need not be installed for that."""
+    """The names that setup.py defines. Its build requirements need not be installed."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     for module in ("ninja", "pybind11"):
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
@@ -91,7 +91,7 @@ def test_without_nvcc(names, monkeypatch):
 
 
 def nvcc_in(folder, top, runtime=True):
-    """A script that says, as nvcc does, where its toolkit is."""
+    """A script that prints its toolkit, as nvcc does."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={top}' >&2\n")
     (folder / "nvcc").chmod(0o755)
@@ -133,7 +133,7 @@ def test_toolkit_without_its_static_runtime(names, monkeypatch, tmp_path):
     "words", ["fatal: Value 'c++20' is not defined for option 'std'", "error: static assertion failed"]
 )
 def test_an_nvcc_without_the_language(names, monkeypatch, tmp_path, words):
-    """The CPU part is built, and what was left out is said with its reason."""
+    """The CPU part is built, and a message has the reason why the CUDA part is not."""
     nvcc = nvcc_in(tmp_path / "home/bin", tmp_path / "home")
     script = Path(nvcc).read_text()
     Path(nvcc).write_text(f'{script}case " $* " in *std=c++20*) echo "{words}" >&2; exit 1;; esac\n')
@@ -189,7 +189,7 @@ def test_flags_of_the_user_do_not_choose_the_language(names, monkeypatch, tmp_pa
 
 
 def test_narrowest_instruction_set_first(names):
-    """The linker keeps the first of equal inline functions, so no wider code may come before."""
+    """The linker keeps the first of equal inline functions, so no code for a wider instruction set may precede it."""
     variants = names["X86_VARIANTS"]
     assert list(variants) == ["generic", "avx2", "avx512"]
     assert variants["generic"] == []
@@ -220,7 +220,7 @@ def test_max_jobs_is_honoured(names, monkeypatch, tmp_path, jobs, expected):
 
 
 def test_any_reason_reaches_the_compiler(names, monkeypatch, tmp_path):
-    """Quotes, backslashes and dollars of what nvcc says, through ninja, the shell and the compiler."""
+    """Quotes, backslashes and dollars in nvcc's message pass through ninja, the shell and the compiler."""
     status = "not built: nvcc says \"no\", 'never', $HOME, a\\b, 100 %"
     monkeypatch.setattr(names["Cuda"], "detect", lambda host: names["Cuda"](status))
     monkeypatch.setitem(names["NinjaBuild"].build_file.__globals__, "accepts", lambda *_: True)

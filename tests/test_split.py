@@ -1,4 +1,4 @@
-"""Passes whose loops several blocks share: what they compute, when they are split, and what that takes."""
+"""Passes whose loops several blocks share: their results, the number of splits, and their memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def split(monkeypatch):
-    """Makes every pass from here on have so many splits, and small tiles."""
+    """Sets the number of splits of all following passes, and small tiles."""
 
     def into(splits):
         monkeypatch.setattr(plan, "splits_for", lambda *_: splits)
@@ -38,7 +38,7 @@ def split(monkeypatch):
 
 
 def problem(dtype):
-    """Two images of 5 tiles of rows and 4 of columns, both ragged, and the gradient of the result."""
+    """Maps of two images with 5 tiles of rows and 4 of columns, both ragged, and the gradient of the result."""
     maps = [torch.randn(2, c, *size).to(dtype) for c, size in ((21, (17, 16)), (21, (14, 15)), (17, (17, 16)))]
     return maps, torch.randn(2, 17, 14, 15).to(dtype)
 
@@ -103,7 +103,7 @@ def test_three_launches_each_way(split, launches, dtype):
 
 
 def test_wide_scores_stay_finite(split):
-    """Where the largest scores of the parts of a row lie far apart."""
+    """The largest scores of the parts of a row are very different."""
     maps, grad = problem(torch.float32)
     maps[1][..., 7:, :] *= 60
     split(3)
@@ -149,7 +149,7 @@ def test_splits_fit_the_device_and_have_work():
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("positions", [25, 1024, 1681, 4225, 10201, 40000])
 def test_scratch_is_no_larger_than_the_device(batch, positions):
-    """Whatever the sizes: at most a tile for every block that keeps it busy."""
+    """For any size it has at most a tile for every block that the device holds at once."""
     for tile, axis in zip(HOPPER_HALF, ("ROWS", "COLUMNS") * 2, strict=True):
         over = Pass.of(132, tile, axis, positions, positions, batch, 64)
         scratch = Scratch.of(torch.device("cpu"), over)

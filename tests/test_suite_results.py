@@ -1,4 +1,4 @@
-"""What the GPU suite writes, and the processes that it starts."""
+"""The files that the GPU suite writes, and the processes that it starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOCKS = {"sm_mhz": 1980.0, "power_w": None}
 
 
 def running(pid):
-    """Not so where it has ended and is only not yet collected by its parent."""
+    """Whether the process runs. A process that has ended and was not collected by its parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
@@ -79,7 +79,7 @@ SCHEMA = json.loads(Path(suite_results.__file__).with_name("results.schema.json"
 
 
 def misfits(results):
-    """Where results are not as the schema says, or count failures wrongly; empty where nothing is wrong."""
+    """The places where results violate the schema or have a wrong number of failures."""
     validator = jsonschema.Draft202012Validator(SCHEMA)
     found = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(results)]
     if not found and results["failures"] != sum(s["status"] not in suite_results.FINE for s in results["steps"]):
@@ -134,7 +134,7 @@ def test_what_is_not_as_documented_is_found(path, value, problem):
 
 
 def test_every_field_is_documented():
-    """In the words above `collect`, or in those of bench_corr for what it wrote."""
+    """In the comment above `collect`, or in the docstring of bench_corr for its results."""
     forms, words = SCHEMA["$defs"], suite_results.__doc__
     assert all(name in words for name in (*SCHEMA["properties"], *forms["step"]["properties"]))
     fields = [name for form in ("case", "contender", "times", "environment") for name in forms[form]["properties"]]

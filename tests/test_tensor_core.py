@@ -33,7 +33,7 @@ def last_bit(x: np.ndarray) -> np.ndarray:
 
 
 def product(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray, guard: int) -> np.ndarray:
-    """accumulator + a b as a tensor core with so many guard bits finds it, float32."""
+    """accumulator + a b on a tensor core with this number of guard bits, float32."""
     total = accumulator.astype(np.float64)
     for first in range(0, a.shape[1], TOGETHER):
         part = slice(first, first + TOGETHER)
@@ -46,7 +46,7 @@ def product(a: np.ndarray, b: np.ndarray, accumulator: np.ndarray, guard: int) -
 
 @pytest.fixture(params=[1, 2, 3], ids="{} guard bits".format)
 def tensor_core(request, monkeypatch):
-    """Puts the model in the place of `language.dot`."""
+    """Replaces `language.dot` by the model."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
@@ -61,7 +61,7 @@ def tensor_core(request, monkeypatch):
 
 
 def test_the_model_cuts_off():
-    """2^24 + 3 rounds to 2^24 + 4; a tensor core leaves 2^24 + 2, and forgets what lies behind the guard bits."""
+    """2^24 + 3 rounds to 2^24 + 4. A tensor core returns 2^24 + 2, and ignores digits behind the guard bits."""
     one = np.ones((1, 1))
     assert product(3 * one, one, 2.0**24 * one, guard=2).item() == 2**24 + 2
     assert product(-3 * one, one, -(2.0**24) * one, guard=2).item() == -(2**24) - 2
@@ -74,7 +74,7 @@ def test_the_model_cuts_off():
 @pytest.mark.parametrize("normalize", [False, True], ids=["sum", "mean"])
 @pytest.mark.parametrize("gate_name", ["half open", "one open"])
 def test_accuracy_on_a_tensor_core(tensor_core, gate_name, normalize, dtype):
-    """The case in which cut-off sums of float32 once exceeded the limit: with few terms, errors do not average out."""
+    """Cut-off sums of float32 once exceeded the limit in this case: with few terms, errors do not average out."""
     tensors = maps((16, 5, 4, (7, 9), (5, 11)), dtype)
     confidence = torch.rand(16, 7, 9)
     gate = GATES[gate_name](confidence)
@@ -85,6 +85,6 @@ def test_accuracy_on_a_tensor_core(tensor_core, gate_name, normalize, dtype):
 
 @pytest.mark.parametrize("tensor_core", [1], indirect=True)
 def test_long_sums_on_a_tensor_core(tensor_core):
-    """Errors of cut-off sums have one sign. The kernels add only the terms of one tile up within a tensor core."""
+    """Errors of cut-off sums have one sign. So the kernels add only the terms of one tile within a tensor core."""
     for target in INTERPRETED:
         check(target, maps((1, 5, 5, (33, 33), (33, 33)), torch.float32))

@@ -67,7 +67,7 @@ def test_several_python_threads(backend, sample):
 
 
 def test_different_ops_at_once():
-    """Two Python threads, each going over all ops in another order."""
+    """Two Python threads call all ops in different orders."""
     torch.set_num_threads(2)
     calls = [make(LARGE.get(op, (23, 19))) for op, make in SAMPLES.values()]
     expected = [results(call(*arguments)) for call, arguments in calls]
@@ -85,7 +85,7 @@ def test_different_ops_at_once():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workers_of_a_data_loader(threads):
-    """Forked workers can call the ops after their parent did, with one thread or with more."""
+    """Forked workers can call the ops after their parent has, with one thread or with more."""
     out = run_python(
         """
         import sys
@@ -119,7 +119,7 @@ def test_workers_of_a_data_loader(threads):
 
 @pytest.mark.parametrize("before", ["nothing", "ops", "torch", "both"])
 def test_forked_process(before):
-    """Whatever ran on several threads before a fork, calls end after it, on several threads, in a child's child too."""
+    """After any work on several threads and a fork, calls on several threads end, also in a child's child."""
     out = run_python(
         """
         import os
@@ -164,7 +164,7 @@ def test_forked_process(before):
 
 
 def test_no_result_depends_on_fresh_memory(monkeypatch):
-    """With what malloc returns filled by the C library, with huge numbers if read as floats, results are the same."""
+    """The C library fills the memory that malloc returns with huge floats. Results are the same."""
     code = """
         import torch
         from corrmatch import _C

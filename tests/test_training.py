@@ -1,4 +1,4 @@
-"""The loop: what a step does, resuming, several processes, every shipped configuration."""
+"""The loop: a step, resumption, several processes, every shipped configuration."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_home_is_expanded(sample, tmp_path, monkeypatch):
 
 
 def things(sample, folder, paint):
-    """The sample with two classes, its masks painted from where the second is; makes configurations of it."""
+    """The sample with masks of two classes, and a function that makes configurations of it."""
     shutil.copytree(sample, folder / "data")
     for path in (folder / "data" / "SegmentationClass").iterdir():
         Image.fromarray(paint(np.array(Image.open(path)) % 255 > 0).astype(np.uint8)).save(path)
@@ -158,7 +158,7 @@ def test_every_parameter_is_in_one_group(sample, tmp_path):
 
 
 def test_the_command_on_a_folder_of_images(sample, tmp_path):
-    """As people have them: images, masks for some of them, a list of classes; by two processes."""
+    """A folder with images, masks for some of them and a list of classes, as users have it. Two processes train."""
     folder, some = tmp_path / "data", lambda _, names: [name for name in names if name > "unlabeled_008"]
     shutil.copytree(sample / "JPEGImages", folder / "images", ignore=some)
     shutil.copytree(sample / "SegmentationClass", folder / "masks", ignore=some)
@@ -243,7 +243,7 @@ def test_the_example_of_the_documentation_runs():
 
 
 def test_the_documented_method_trains(sample, tmp_path, monkeypatch):
-    """A new method costs its file and one line."""
+    """A new method needs its file and one line."""
     page = (Path(__file__).parents[1] / "docs" / "methods" / "index.md").read_text()
     code = page.partition("## Adding a method")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "pseudo_label.py").write_text(code)

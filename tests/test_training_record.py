@@ -1,4 +1,4 @@
-"""The record of training runs: what is kept of them, and the share of the headroom."""
+"""The record of training runs: its content, and the share of the headroom."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training_record import gain, main, record, rows
 
 @pytest.fixture
 def runs(tmp_path):
-    """Labels alone 30 and 32 per cent, all labels 50, a method 36 and 40: half of the headroom of 19."""
+    """Scores of runs: labels alone 30 and 32 per cent, all labels 50, a method 36 and 40."""
     made = []
     for name, labeled, seed, miou in (
         ("low0", 23, 0, 0.30), ("low1", 23, 1, 0.32), ("high0", 367, 0, 0.50),

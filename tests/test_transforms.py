@@ -45,7 +45,7 @@ def opcheck_calls():
 
 
 def opcheck_others():
-    """The same of registered ops that take no backend."""
+    """Registered ops without a backend, and arguments."""
     return [call for support in OPS.values() for call in support.opcheck_others()]
 
 
@@ -60,7 +60,7 @@ def test_every_op_is_checked():
 
 @pytest.mark.parametrize("call", range(len(CALLS)), ids=lambda i: f"{i}-{CALLS[i]}")
 def test_opcheck(call):
-    """Of every call on every backend that takes it."""
+    """Every call on every backend that supports it."""
     op, arguments = list(opcheck_calls())[call]
     floating = {x.dtype for x in arguments[:4] if isinstance(x, torch.Tensor) and x.is_floating_point()}
     for target in targets(CALLS[call].removesuffix("_backward")):
@@ -77,7 +77,7 @@ def test_opcheck(call):
 
 @pytest.mark.skipif(not TRITON.available, reason=str(TRITON.missing))
 def test_gradient_that_was_not_announced_is_refused():
-    """The op leaves out what only the gradient of query needs."""
+    """The op does not compute what only the gradient of the query needs."""
     (device,) = TRITON.devices
     maps = [torch.randn(1, 3, 4, 5, device=device, requires_grad=True) for _ in range(3)]
     out, *_ = REGISTERED.pixel_propagate(*maps, None, None, 0.5, False, False, "triton")
@@ -123,7 +123,7 @@ def test_compile_with_inductor(backend, sample):
 
 
 def test_compile_with_numbers_as_arguments():
-    """Python numbers, which torch.compile takes for variable as well."""
+    """torch.compile treats Python numbers as dynamic, too."""
 
     def call(query, key, value, index, scale, threshold):
         z = ops.pixel_propagate(query, key, value, scale=scale, threshold=threshold)
@@ -164,7 +164,7 @@ def test_compile_of_a_training_step():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_equals_a_loop(backend, sample):
-    """torch calls the op once an element."""
+    """torch calls the op once for each element."""
     call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
     stacked = [torch.stack([x, x.flip(0) if x.dim() else x]) for x in arguments]
     found = results(torch.vmap(call)(*stacked))
@@ -176,7 +176,7 @@ def test_vmap_equals_a_loop(backend, sample):
 
 @only(*DIFFERENTIABLE)
 def test_transforms_that_are_refused(backend, sample):
-    """Rather than to give a derivative that is wrong."""
+    """An error is better than a wrong derivative."""
     if backend.name == "reference":
         pytest.skip("plain PyTorch has them")
     call, (query, *others) = SAMPLES[sample][1](device=backend.device, backend=backend.name)
@@ -217,7 +217,7 @@ def test_forward_mode_of_other_inputs_goes_on():
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.4}, {"normalize": True}], ids=str)
 def test_autocast_of_pixel_propagation(options):
-    """Maps are cast to the autocast dtype, float64 stays; gradients come in the dtypes of the leaves."""
+    """Maps are cast to the autocast dtype, float64 is not. Gradients have the dtypes of the leaves."""
     call = lambda *x: ops.pixel_propagate(*x, **options)  # noqa: E731
     maps = [feature(2, 6, 5, 7), feature(2, 6, 5, 7), feature(2, 4, 5, 7)]
     for dtype in (torch.bfloat16, F16):
@@ -234,7 +234,7 @@ def test_autocast_of_pixel_propagation(options):
 
 @only(*DIFFERENTIABLE)
 def test_backward_within_autocast(backend, sample):
-    """It is made of what the forward kept: where it is called changes nothing."""
+    """It uses the saved tensors of the forward, so autocast changes nothing."""
     if backend.name == "reference" and sample.startswith("pixel"):
         pytest.skip("the products of plain PyTorch are cast in its backward, too")
     call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
@@ -258,7 +258,7 @@ def test_autocast_leaves_the_confidence_alone():
 
 
 def test_autocast_changes_no_other_op(backend, sample):
-    """All but pixel propagation, whose maps are cast, compute as they do without it."""
+    """Only pixel propagation casts its maps."""
     call, arguments = SAMPLES[sample][1](device=backend.device, backend=backend.name)
     cast = [x.bfloat16() if sample.startswith("pixel") and x.dim() == 4 else x for x in arguments]
     expected = results(call(*cast))

@@ -48,7 +48,7 @@ def test_refused(call, arguments, exception, message):
 
 @pytest.mark.parametrize("call", [call for support in SUPPORT for call in support.VALID])
 def test_not_refused(call):
-    """What the table above varies is right."""
+    """The arguments that the table above varies are valid."""
     assert call() is not None
 
 
@@ -71,7 +71,7 @@ DENSE = [
 
 
 def placed(x, layout):
-    """Whether there are tensors like x of that layout."""
+    """Whether tensors like x exist with that layout."""
     return not (layout == "mkldnn" and not x.is_floating_point()) and (x.dim() >= 2 or layout == "sparse_coo")
 
 
@@ -81,7 +81,7 @@ def placed(x, layout):
     [(*case, layout) for case in DENSE for layout in LAYOUTS if placed(case[3], layout)],
 )
 def test_other_layouts_are_refused(call, options, name, x, layout):
-    """With a message that names the argument and the layout."""
+    """The message names the argument and the layout."""
     message = rf"^{name}: expected a dense tensor \(torch\.strided\), got layout {layout}$"
     with pytest.raises(TypeError, match=message):
         call(**{**options, name: LAYOUTS[layout](x)})

@@ -14,7 +14,7 @@ from corrmatch.data.views import WEAK_STRONG, WEAK_STRONG_STRONG, Distortion, Ge
 
 
 def test_image_and_labels_move_together():
-    """The label is written in the image: wherever both are seen, they agree."""
+    """The image encodes the label, so the two agree at every pixel of a view."""
     ids = torch.arange(6).repeat_interleave(20).view(1, -1).expand(90, -1).clone()
     image = tv_tensors.Image((40 * ids).to(torch.uint8).expand(3, -1, -1).clone())
     seen = []
@@ -75,7 +75,7 @@ def test_strong_views_and_boxes_are_drawn_apart():
 
 
 def test_the_plain_view_does_not_depend_on_strong_ones():
-    """Methods with other strong views see the same crops."""
+    """Methods with other strong views have the same crops."""
     image = tv_tensors.Image(torch.randint(50, 200, (3, 60, 60), dtype=torch.uint8))
     weak = []
     for view in (View(), WEAK_STRONG, WEAK_STRONG_STRONG):
@@ -107,7 +107,7 @@ def test_padding():
 
 
 def test_boxes_are_drawn_as_published():
-    """The statistics of FixMatch's and UniMatch's box over many draws; deviations are four of their standard errors."""
+    """The statistics of FixMatch's and UniMatch's box over many draws, within four standard errors."""
     masks = [cut_mix_box((321, 321)) for _ in range(4000)]
     shapes = torch.tensor([(m.any(1).sum(), m.any(0).sum()) for m in masks if m.any()], dtype=torch.float64)
     assert len(shapes) / len(masks) == pytest.approx(0.496, abs=0.035)
@@ -120,7 +120,7 @@ def test_boxes_are_drawn_as_published():
 
 
 def test_colours_are_drawn_as_published():
-    """Chances of the strong view: 0.8 jitter, 0.2 gray, 0.5 blur."""
+    """Probabilities of the strong view: 0.8 jitter, 0.2 gray, 0.5 blur."""
     image = tv_tensors.Image(torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8))
     drawn = [views.Colour()(image) for _ in range(1500)]
     gray = np.mean([torch.equal(x[0], x[1]) and torch.equal(x[1], x[2]) for x in drawn])
@@ -132,7 +132,7 @@ def test_colours_are_drawn_as_published():
 
 
 def test_blur_covers_its_deviation():
-    """A single bright pixel becomes a Gaussian of the drawn deviation, to three deviations."""
+    """A bright pixel becomes a Gaussian of the drawn deviation, up to three deviations."""
     image = tv_tensors.Image(torch.zeros(3, 33, 33, dtype=torch.uint8))
     image[:, 16, 16] = 255
     blurred = views.Colour(chance=0, gray=0, blur=1, sigma=(2.0, 2.0))(image)[0].float()

@@ -1,4 +1,4 @@
-"""Helpers of the trainer's tests: a drawn sample, a configuration small enough for a test, runs that end early."""
+"""Helpers of the trainer's tests: a drawn sample, a configuration for tests, runs that end early."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def stop_after(run, steps):
 
 
 def die_in_step(run, step, monkeypatch):
-    """Runs until this step begins; then everything random is somewhere else."""
+    """Runs until this step begins. Then the state of all random generators is changed."""
     advance = run.advance
 
     def advance_or_die(loader):
@@ -64,7 +64,7 @@ def die_in_step(run, step, monkeypatch):
 
 
 def build_without_batch_effects(config, num_classes, **options):
-    """The method with batch norms and dropouts that leave the values as they are."""
+    """Builds the method with norms and dropouts that do not change the values."""
     method = build_method(config, num_classes, **options)
     for module in list(method.modules()):
         for name, child in module.named_children():
@@ -74,7 +74,7 @@ def build_without_batch_effects(config, num_classes, **options):
 
 
 def count_everything(run):
-    """Ignored pixels, of which each batch has its own number, become class 0."""
+    """Changes ignored pixels, whose number differs between batches, to class 0."""
     forward = run.method.forward
 
     def without_ignored(batch, progress):
@@ -89,7 +89,7 @@ def count_everything(run):
 
 
 def assert_same(a, b, path=""):
-    """Equal bit for bit, whatever is nested in what."""
+    """Asserts that two nested structures have the same bits."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path
     elif isinstance(a, dict):

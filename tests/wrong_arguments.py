@@ -1,4 +1,4 @@
-"""Arguments that several ops take and refuse alike, for the tables WRONG of `support`."""
+"""Arguments that several ops refuse, for the tables WRONG of `support`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from corrmatch.models.network import Prediction, enlarge
 from step.published import PublishedStep
 
 THETA, MOMENTUM = 0.85, 0.999
-PLANTED_SHARE = 0.01  # weight of the network's outputs beside the planted values
+PLANTED_SHARE = 0.01  # weight of the network's outputs, which are added to the planted values
 
 
 class PlantedNetwork(nn.Module):

@@ -106,7 +106,7 @@ class Schedule:
         self.device = "cpu" if dry else "cuda"
 
     def file(self, name: str, suffix: str = ".json") -> Path:
-        """The file that a step writes, besides its log."""
+        """The file that a step writes in addition to its log."""
         return self.out / "runs" / f"{name}{suffix}"
 
     def build(self, name: str, cuda: bool) -> SuiteStep:

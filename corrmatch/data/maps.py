@@ -95,7 +95,7 @@ class Maps:
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file atomically: to a draft beside the path, which is then renamed."""
+    """Writes a file atomically: to a draft in the same folder, which is then renamed."""
     draft = path.with_name(f"{path.name}.partial")
     write(draft)
     os.replace(draft, path)

@@ -27,7 +27,7 @@ MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, wh
 BLACK, GRAY = (0, 0, 0), tuple(round(255 * x) for x in MEAN)  # padding; gray is 0 after normalisation
 
 Recolour = Callable[[tv_tensors.Image], tv_tensors.Image]
-Further = Mapping[str, tv_tensors.Mask]  # maps of an image besides its labels, by name
+Further = Mapping[str, tv_tensors.Mask]  # other maps of an image than its labels, by name
 NO_MAPS: Further = MappingProxyType({})
 
 normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION), v2.ToPureTensor()])

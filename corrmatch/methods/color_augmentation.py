@@ -4,8 +4,8 @@ r"""CutMix mean teacher with colour augmentation (French and Mackiewicz, VISAPP 
     L = L_x + w\,\frac{1}{BHW} \sum_i r\,v_i \sum_c (p_{ci} - q_{ci})^2, \qquad
     r = \frac{1}{BHW} \sum_i [\max_c q_{ci} \ge \tau]
 
-p are the probabilities of the trained network for a pair of images, cut and mixed, with colours of its own; q those of
-its moving average for the images as they are, mixed in the same way. v is 0 in padding.
+p are the probabilities of the trained network for two images with changed colours, mixed by CutMix. q are those of its
+moving average for the unchanged images, mixed in the same way. v is 0 in padding.
 """
 
 from __future__ import annotations

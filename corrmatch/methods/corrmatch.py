@@ -164,7 +164,7 @@ def terms(
         weak: Of the weak views, labelled images first, with perturbed logits.
         strong: Of the strong views.
         propagated: The logits of both, spread along their correlation maps; None leaves out the terms of it.
-        targets: What they are held against.
+        targets: The targets of the logits.
         truth: (B, H, W), labels of the labelled images.
         weights: A term of weight 0 is left out.
         hard_pixels: As in `losses.supervised`.

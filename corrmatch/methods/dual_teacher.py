@@ -4,9 +4,10 @@ r"""Dual Teacher (NeurIPS 2023, arXiv 2310.18640): two averaged teachers that ta
     L = L_x + L_{mix} + 0.2\,L_c, \qquad
     g \leftarrow a\,g + (1 - a)\,f, \quad a = \min(1 - 1 / (i + 1),\ 0.99)
 
-A turn is a pass of the labelled images, i the step within it. The teacher whose turn it is labels the weak views and
-follows the student f; the other one rests. One teacher's turns mix weak views by boxes and then change colours, the
-other's mix strong views by classes. L_c is the consistency of the strong view as it is.
+A turn is a pass over the labelled images, and i the step within it. The teacher of the turn labels the weak views and
+is updated with the student f. The other one is not updated. In the turns of one teacher weak views are mixed by
+CutMix, and their colours change afterwards. In those of the other one strong views are mixed by ClassMix. L_c is the
+consistency of the strong view before it is mixed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-r"""Error localization network (ELN, CVPR 2022, arXiv 2204.02078): a second network says where a prediction is right.
+r"""Error localization network (ELN, CVPR 2022, arXiv 2204.02078): a second network predicts where labels are right.
 
 .. math::
     L = L_x + L_{aux} + L_b + \sum_{u, \tilde u} L_p + L_c, \qquad
     L_p = \frac{\sum v\,\mathrm{CE}(f, \hat y)}{\sum v}, \quad v = [b(u, z') > 0]
 
-In three stages: labelled images; the network b and auxiliary decoders that are kept bad, so that b meets errors; then
-unlabelled images, of which the pixels count whose label b calls right. Labels are those of an averaged teacher.
+There are three stages. First the network learns labelled images. Then b is added, and auxiliary decoders that are
+kept worse on purpose, so that b sees errors. Then unlabelled images are added. Their labels are those of an averaged
+teacher. They count where b calls them right.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ErrorLocalization(Method):
         """Stages, the error network, the teacher."""
 
         pretraining: int = key(70, "epochs on labelled images alone, before those of train.epochs", low=1)
-        localization: int = key(50, "epochs after these, of the error network besides", low=1)
+        localization: int = key(50, "epochs after these, which also train the error network", low=1)
         levels: list[float] = key([20.0, 50.0], "of each auxiliary decoder: it learns while it is so much worse", low=1)
         network: str = key("resnet34", "backbone of the error network, of timm")
         network_pretrained: str | None = key(None, "file with its weights; null: as model.pretrained, from timm's hub")
@@ -232,7 +233,7 @@ def question(images: Tensor, logits: Tensor) -> Tensor:
 def localization(logits: Tensor, right: Tensor, counted: Tensor) -> Tensor:
     """Binary cross-entropy of logits (B, 1, h, w) with where a prediction is right (B, H, W); mean of what counts.
 
-    Errors weigh as much, all together, as what is right.
+    All errors together have the weight of all right pixels.
     """
     hits, errors = (right & counted).sum(), (~right & counted).sum().clamp(min=1)
     weight = torch.where(right, 1.0, hits / errors) * counted / counted.sum().clamp(min=1)

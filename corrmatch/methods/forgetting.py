@@ -4,9 +4,9 @@ r"""Pseudo-label enhancement (IEEE Access 2022, doi 10.1109/ACCESS.2022.3172664)
     L = \frac{1}{|\{y \ne 255\}|} \sum \omega\,\mathrm{CE}(z, y), \qquad
     \omega = \begin{cases} p_y^{\gamma_1} & \arg\max p = y \\ 0 & \max p > s \\ p_y^{\gamma_2} & \text{else} \end{cases}
 
-Two networks are trained on labelled images, then in phases. Before each phase, each labels the unlabelled set for the
-other: y, with confidence s, a growing share of each class. The labels of its own last phase are put beside the new
-ones, and of each pixel one is kept. omega is 1 on labelled images.
+Two networks are trained on labelled images, then in phases. Before each phase, each network labels the unlabelled
+images for the other one: label y with confidence s, for a growing share of each class. The new labels are merged with
+those of the same network one phase earlier; at each pixel one of the two is kept. omega is 1 on labelled images.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Forgetting(Method):
         agree: float = key(5.0, "exponent gamma_1, of a pseudo-label's probability where the network agrees", low=0)
         disagree: float = key(5.0, "exponent gamma_2, where it does not, and is less sure than the label", low=0)
         gap: float = key(0.15, "by so much an earlier label has to be surer to be taken", low=0, high=1)
-        background: int | None = key(0, "class that any other one goes before; null: none", low=0)
-        dropped_loses: bool = key(False, "a label that is kept goes before none; false as published")
+        background: int | None = key(0, "class that any other class replaces; null: none", low=0)
+        dropped_loses: bool = key(False, "a label is always preferred to a dropped one; false as published")
 
     score_all = True
     bar = ("weight",)

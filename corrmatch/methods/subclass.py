@@ -7,8 +7,8 @@ r"""Unbiased subclass regularisation (USRN, CVPR 2022, arXiv 2203.10026): a seco
     \tilde k = p_{\tilde y}
 
 A baseline is trained on labelled images. Its features are clustered class by class into subclasses of about equal size.
-Then a fresh network learns the classes, and its second branch the subclasses. Where that branch is the surer
-one by its entropy H', it vetoes pseudo-labels p of another class than the parent of its own, y'.
+Then a new network learns the classes, and its second branch the subclasses. Where the entropy H' of this branch is at
+most that of the main one, H, it rejects pseudo-labels of other classes than the parent of its own label y'.
 """
 
 from __future__ import annotations

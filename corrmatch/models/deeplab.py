@@ -92,8 +92,8 @@ class DeepLabV3Plus(Network):
     def fitting(self, images: Tensor) -> Tensor:
         """Images whose right and lower edges are repeated to a multiple of the stride plus 1, as training crops are.
 
-        Else features, which lie a stride apart, are stretched to corners that they do not reach, and the labels come
-        out up to half a stride beside the objects.
+        Otherwise the enlargement would stretch features, which lie a stride apart, to the corners of the image, and
+        labels would be shifted by up to half a stride.
         """
         rows, columns = (
             torch.arange(side + -(side - 1) % STRIDE, device=images.device).clamp(max=side - 1)

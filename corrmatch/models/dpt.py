@@ -132,7 +132,7 @@ class Fusion(nn.Module):
 
 
 class Residual(nn.Module):
-    """ReLU and 3 x 3 convolution, twice, beside the input."""
+    """ReLU and 3 x 3 convolution, twice, added to the input."""
 
     def __init__(self, channels: int):
         super().__init__()

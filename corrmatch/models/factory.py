@@ -17,10 +17,10 @@ from corrmatch.paths import expand
 
 @dataclass(frozen=True)
 class NetworkFactory:
-    """Makes networks; each call one with random weights of its own where no file or hub gives them.
+    """Makes networks. Each call draws new random weights for all that a file or a hub does not contain.
 
     Attributes:
-        model: What they are like.
+        model: The keys of the networks.
         num_classes: Channels of their logits.
         correlation: Whether they have a correlation head.
         pretrained: False leaves `model.pretrained` aside: the weights come from a checkpoint.
@@ -72,7 +72,7 @@ class NetworkFactory:
         return self.model.dropout
 
     def decoder(self) -> Network:
-        """A network without a backbone, at random, for the features of another one: its `segment`."""
+        """A network with random weights and without a backbone. Its `segment` takes the features of another network."""
         network = replace(self, correlation=False, pretrained=False, init=None)()
         network.backbone = nn.Identity()
         return network

@@ -183,8 +183,8 @@ def _triton(gpu: bool) -> Backend:
     )
 
 
-# These backends assume a GPU, for a CUDA tensor proves that there is one. A question to torch would start the driver,
-# and forked processes could no longer use it.
+# These backends assume a GPU, because a CUDA tensor proves that there is one. Asking torch would start the driver, and
+# forked processes could not use it then.
 _BACKENDS = _known(gpu=True)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 WIDTH = 360
 COLORS = 8  # that the style sheet has
 DASHES = ("", "7 3", "2 2", "9 3 2 3", "4 2")
-LETTER_GAP = 12  # between the baselines of letters beside a chart
+LETTER_GAP = 12  # between the baselines of letters next to a chart
 MARKED = 24  # points that a curve may have to be marked one by one
 
 Place = Callable[[float], float]  # of a value in the chart

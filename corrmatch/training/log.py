@@ -65,7 +65,7 @@ class Log:
     ) -> None:  # fmt: skip
         """Writes an evaluation: all scores of the first network, the means of the others, and panels.
 
-        A panel is one of the first validation images, cropped, beside what the method makes of it and the truth.
+        A panel is one of the first validation images, cropped, with the method's maps of it and the truth.
         """
         first, *others = scores.items()
         classes = {f"iou_{name}": value for name, value in zip(first[1].classes, first[1].iou, strict=True)}

@@ -53,7 +53,8 @@ def denormalize(images: Tensor) -> Tensor:
 def views(image: Tensor, maps: dict[str, Tensor], truth: Tensor, colors: Tensor) -> dict[str, np.ndarray]:
     """Image, maps and truth by name, to look at: (H, W, 3) uint8.
 
-    Label maps are painted, bool maps show the image where they are true, masks each in a colour of its own.
+    Label maps are drawn in the colours of the classes. Bool maps show the image where they are true. Each mask has its
+    own colour.
     """
     shown = {"image": image}
     for name, x in (maps | {"truth": truth}).items():

@@ -42,7 +42,7 @@ class Places {
   Buffer<int32_t> lane_;
 };
 
-// Inputs of the loss of an image row besides logits, and the loss itself, by places.
+// The loss of an image row and its inputs other than logits, by places.
 template <class T>
 class PixelRow {
  public:

@@ -63,7 +63,7 @@ class Masker {
     Run* runs = runs_;
     int32_t count = 0;
     enlarger_.for_each_run_above(threshold, [&](int64_t y, int64_t begin, int64_t end) {
-      // Runs of neighbouring cells meet if the grid column between them lies between two pixels.
+      // Runs of neighbouring cells touch if the grid column between them lies between two pixels.
       if (count > 0 && runs[count - 1].row == y && runs[count - 1].end == begin)
         runs[count - 1].end = int32_t(end);
       else

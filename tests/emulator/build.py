@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the CPU, against the headers beside this file, into Python modules.
+"""Builds CUDA sources for the CPU with the headers in this folder, into Python modules.
 
 `extension()` is csrc/cuda with its binding; `load()` takes anything else that is a pybind11 module.
 CORRMATCH_EMULATOR_SEED, or `seed(module, number)`, chooses the schedule of launches. CORRMATCH_EMULATOR_ARCH, looked at
@@ -39,20 +39,20 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 @functools.cache
 def extension() -> ModuleType:
-    """The module corrmatch_emulated: `.cuda` holds what a CUDA build of corrmatch._C holds there."""
+    """The module corrmatch_emulated. Its `cuda` has the content of `cuda` in a CUDA build of corrmatch._C."""
     flags = ["-DCORRMATCH_CUDA=1", '-DCORRMATCH_CUDA_STATUS="emulated on the CPU"']
     return load("corrmatch_emulated", CSRC / "binding.cpp", sorted((CSRC / "cuda").glob("*.cu")), flags)
 
 
 class Extension:
-    """The CUDA operators, built when the first of them is asked for."""
+    """The CUDA operators, which are built at the first access."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(extension().cuda, name)
 
 
 def load(name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> ModuleType:
-    """Imports the module of that name, built where that has not been done before."""
+    """Imports the module of that name, and builds it first if needed."""
     path = build(name, binding, sources, flags, sanitize=os.environ.get("CORRMATCH_EMULATOR_SANITIZE") == "1")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -61,12 +61,12 @@ def load(name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str]
 
 
 def seed(module: ModuleType, number: int) -> None:
-    """From here on, the module's launches are scheduled as after every other call with this number."""
+    """Sets the seed of the schedules of all following launches of the module."""
     ctypes.CDLL(module.__file__).corrmatch_emulator_seed(ctypes.c_uint32(number))
 
 
 def sanitized_environment() -> dict[str, str]:
-    """For a child process that loads sanitized modules."""
+    """The environment of a child process that loads sanitized modules."""
     # libstdc++ must be there when AddressSanitizer starts, or it cannot see exceptions.
     libraries = [run([*compiler(), f"-print-file-name={name}"]).strip() for name in ("libasan.so", "libstdc++.so")]
     return {
@@ -82,7 +82,7 @@ def sanitized_environment() -> dict[str, str]:
 def build(
     name: str, binding: Path, sources: Sequence[Path], flags: Sequence[str] = (), *, sanitize: bool = False
 ) -> Path:
-    """Compiles and links what is not in the cache. Of processes that want the same, one builds and the others wait.
+    """Compiles and links what is not in the cache. If several processes need the same, one builds and the others wait.
 
     The binding is never sanitized: that takes a compiler longer than all kernels, and finds nothing.
     """
@@ -119,7 +119,7 @@ def compiler() -> list[str]:
 
 
 def run(command: Sequence[str]) -> str:
-    """What the command prints; its complaints are raised."""
+    """The output of the command. An error is raised with its messages."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
@@ -137,7 +137,7 @@ def digest(*parts: str | Path) -> str:
 
 @functools.cache
 def cache() -> Path:
-    """A folder of this user's own."""
+    """A folder of this user."""
     folder = Path(tempfile.gettempdir()) / f"corrmatch-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -147,7 +147,7 @@ def cache() -> Path:
 
 @contextlib.contextmanager
 def locked():
-    """One build at a time."""
+    """Makes other processes wait for the build."""
     with open(cache() / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

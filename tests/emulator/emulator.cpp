@@ -120,7 +120,7 @@ std::runtime_error stuck(const char* what, const Thread& one) {
   return std::runtime_error(out.str());
 }
 
-// AddressSanitizer's report knows nothing of blocks and threads; this follows it.
+// AddressSanitizer's report has no block and thread. This is printed after it.
 void name_culprit() {
   if (current) std::cerr << "in emulated " << text(*current) << std::endl;
 }

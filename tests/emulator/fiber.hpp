@@ -1,4 +1,4 @@
-// A fiber: a function with a stack of its own that can be left in the middle and gone on with later.
+// A fiber: a function with its own stack, which can be suspended and continued later.
 #pragma once
 
 #include <sys/mman.h>
@@ -58,7 +58,7 @@ class Fiber {
   static constexpr size_t kBytes = 128 * 1024;
   using Place = void* [5];
 
-  // Goes to a place, or to a start; returns when something goes to `from`. As swapcontext, less its two system calls.
+  // Jumps to a place, or to a start. Returns when something jumps to `from`. Like swapcontext without its system calls.
   [[gnu::noinline, gnu::no_sanitize("address")]] static void change(Place& from, Place& to,
                                                                     const ucontext_t* start = nullptr) {
     if (__builtin_setjmp(from)) return;

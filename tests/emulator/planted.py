@@ -21,13 +21,13 @@ def seed(number: int) -> None:
 
 
 def attempt(name: str, given: np.ndarray, taken: np.ndarray, **numbers: int | tuple[int, ...]) -> str:
-    """Launches a kernel, which reads `given` and writes `taken`; the name of the error that the launch returns."""
+    """Launches a kernel, which reads `given` and writes `taken`. Returns the name of the error of the launch."""
     whole = {key: (*value, 1, 1)[:3] if isinstance(value, tuple) else value for key, value in numbers.items()}
     return module().launch(name, given, taken, **whole)
 
 
 def launch(name: str, given: np.ndarray, taken: np.ndarray, **numbers: int | tuple[int, ...]) -> np.ndarray:
-    """What the kernel makes of a copy of `taken`."""
+    """The copy of `taken` after the kernel."""
     taken = np.array(taken)
     assert attempt(name, given, taken, **numbers) == "cudaSuccess"
     return taken

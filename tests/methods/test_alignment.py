@@ -1,4 +1,4 @@
-"""The alignment of pseudo-labels with the frequencies of the labels."""
+"""The alignment of the class frequencies of pseudo-labels with those of labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def logits(seed=0):
 
 
 def truth(*counts):
-    """Labels with so many pixels of each class, and as many again that are ignored."""
+    """Labels with the given number of pixels of each class, and the same number of ignored pixels."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return torch.cat([labels, torch.full((sum(counts),), 255)]).view(2, 1, -1).to(torch.uint8)
 
@@ -84,7 +84,9 @@ def test_batches_of_a_step_count_as_one_and_a_step_without_any_moves_nothing():
 
 
 def test_it_ends_by_itself():
-    """Self-training in small: a network that takes over what it is told. A fixed correction would go on for ever."""
+    """A network copies its pseudo-labels, as in self-training. The frequencies converge. With a fixed correction they
+    would not.
+    """
     alignment = aligned(labels=(900, 90, 10), mean=(0.9, 0.09, 0.01))
     said = (
         torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))

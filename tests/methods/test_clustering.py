@@ -1,4 +1,4 @@
-"""Balanced k-means, and its assignment against scipy's exact solver."""
+"""Balanced k-means. Its assignment is compared with that of scipy's exact solver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = recorded("48_usrn_*")
 
 
 def exact(cost):
-    """The best assignment: each cluster is as many columns as it may have points; empty ones may only be its last."""
+    """The best assignment. A cluster has as many columns as it may have points; only its last column may be empty."""
     count, clusters = cost.shape
     least = count // clusters
     columns = np.repeat(np.arange(clusters), least + 1)
@@ -25,7 +25,7 @@ def exact(cost):
 
 
 def exact_kmeans(points, clusters, rng):
-    """The published solver: Forgy's start, exact assignments of all points until none changes."""
+    """The published solver: Forgy's start, then exact assignments of all points until none changes."""
     centres, before = points[rng.choice(len(points), clusters, replace=False)], None
     while True:
         labels = exact(np.square(points).sum(1)[:, None] - 2 * points @ centres.T + np.square(centres).sum(1))
@@ -39,7 +39,7 @@ def total(cost, labels):
 
 
 def spread(points, labels):
-    """What k-means minimises."""
+    """The cost that k-means minimises."""
     return np.square(points - means(points, labels, labels.max() + 1)[labels]).sum()
 
 
@@ -50,7 +50,7 @@ def balanced(labels, clusters):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_assignment_is_the_best(seed):
-    """Whatever prices it starts from; with ties, with as many clusters as points, with one."""
+    """For any starting prices, with ties, with as many clusters as points, and with one cluster."""
     rng = np.random.default_rng(seed)
     clusters = int(rng.integers(1, 9))
     count = clusters if seed % 10 == 0 else int(rng.integers(clusters, 90))
@@ -64,7 +64,7 @@ def test_assignment_is_the_best(seed):
 
 
 def test_assignment_of_more_points_than_fit_into_one_part():
-    """Most points are near one centre, so most of them have to go elsewhere."""
+    """Most points are near one centre, so most of them must go to other clusters."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(40_001, 2)) * [1, 3]
     cost = distances(points, np.array([[0.0, 0.0], [5.0, 0.0], [0.0, 9.0], [9.0, 9.0]]))
@@ -78,7 +78,7 @@ def test_assignment_of_more_points_than_fit_into_one_part():
 
 @FILES
 def test_recorded_clusters(path):
-    """The centres are means, and their assignment is as good as the recorded one."""
+    """The centres are means, and the assignment costs no more than the recorded one."""
     at = {
         name: x.numpy()
         for name, x in load(path, "kmeans_").items()
@@ -107,7 +107,7 @@ def test_means_and_distances_of_half_precision():
 
 @pytest.fixture(scope="module")
 def features():
-    """Of 1200 points, in groups whose sizes are far from equal."""
+    """1200 points in groups of very different sizes."""
     rng = np.random.default_rng(5)
     groups = rng.choice(40, 1200, p=rng.dirichlet(np.ones(40)))
     return (rng.normal(size=(40, 256))[groups] + 0.7 * rng.normal(size=(1200, 256))).astype(np.float32)
@@ -116,7 +116,7 @@ def features():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_sample_gives_nearly_the_cost_of_the_exact_solver(features, seed):
-    """Within two percent, though its centres are fitted to less than half of the points; sizes are exact."""
+    """The cost is within two percent, although centres are fitted to less than half of the points. Sizes are exact."""
     labels = balanced_kmeans(features, 8, np.random.default_rng(seed), sample=64)
     assert balanced(labels, 8)
     wide = features.astype(np.float64)
@@ -131,7 +131,7 @@ def test_the_same_generator_gives_the_same_clusters(features):
 
 
 def test_few_points_are_clustered_as_published(features):
-    """Where the sample is all points nothing changes at the end: assignment and means fit."""
+    """If the sample contains all points, the last assignments and means change nothing."""
     part = features[:600].astype(np.float64)
     labels = balanced_kmeans(part, 5, np.random.default_rng(0))
     again = exact(np.square(part[:, None] - means(part, labels, 5)).sum(2))

@@ -1,4 +1,4 @@
-"""The CutMix mean teacher with colour augmentation against recordings of the published code."""
+"""The CutMix mean teacher with colour augmentation, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_recorded_distances(path, kind, name):
 
 @FILES
 def test_recorded_step(path):
-    """Which images and logits meet, and the supervised term. Here padding is whole pixels, so it is left out."""
+    """The images that are mixed, their logits, and the supervised term. Padding differs here, so it is left out."""
     at = load(path)
     student, labelled = at["student_logits"].clone(), at["student_logits"].requires_grad_()
     network, box = Recorded(labelled, student), at["mask"][:, 0] == 1
@@ -110,7 +110,7 @@ def test_recorded_average(path):
 
 
 def test_modes():
-    """Norm layers of both backbones keep to their statistics, the teacher's dropout is off unless asked for."""
+    """Norm layers of both backbones keep their statistics. The teacher has no dropout unless a key sets it."""
 
     class Network(nn.Module):
         def __init__(self):

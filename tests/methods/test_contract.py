@@ -1,4 +1,4 @@
-"""What every method has to do: the same bodies for all of them, with correlation propagation and without."""
+"""Properties of all methods. Every test runs for each method, with correlation propagation and without."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from corrmatch.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 
-# Options under which a method's terms do not vanish on a network that knows nothing yet.
+# Options with which no term of a method vanishes for an untrained network.
 ALIVE = {
     "corrmatch": ("corrmatch.threshold=0.2",),
     "fixmatch": ("fixmatch.threshold=0.2",),
@@ -59,7 +59,7 @@ ALIVE = {
     ),
     "forgetting": ("forgetting.ratios=[0.5,1]",),
 }
-# Forms of methods that are published besides.
+# Other published forms of methods.
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
     "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05", "fixmatch.align=0.5")),
@@ -107,7 +107,7 @@ BATCH_WIDE = {
 
 
 def cases(skipped=()):
-    """Method, its form, and whether propagation is on."""
+    """The method, its form, and whether propagation is on."""
     found = []
     named = (
         {name: (name, ()) for name in METHODS}
@@ -135,7 +135,7 @@ def sample(small_sample):
 
 @all_methods
 def test_gradients_and_teachers(sample, tmp_path, name, overrides):
-    """In every phase: each trained parameter gets a gradient; a teacher gets none, and moves only between steps."""
+    """In every phase each trained parameter gets a gradient. A teacher gets none, and changes only between steps."""
     run = Trainer(small_config(sample, tmp_path / "run", *overrides))
     for phase in range(len(run.ends)):
         if phase > 0:
@@ -189,7 +189,7 @@ def die(*_):
     ("name", "overrides"), cases(skipped=[name for name, kind in METHODS.items() if kind.phases is Method.phases])
 )
 def test_killed_between_phases_and_in_each(sample, tmp_path, monkeypatch, name, overrides):
-    """Before the work between two phases, right after it, and one step later: as if nothing had happened."""
+    """A run that is killed before the work between two phases, right after it, or a step later has the same result."""
     keys = (*overrides, "train.epoch_steps=2", "train.save_every=1", "train.eval_every=1")
     whole, killed = (small_config(sample, tmp_path / folder, *keys) for folder in ("whole", "killed"))
     Trainer(whole).run()
@@ -229,7 +229,7 @@ def test_what_is_predicted_with_is_what_was_scored(sample, tmp_path, name, overr
 
 @pytest.mark.parametrize(("name", "overrides"), cases(skipped=BATCH_WIDE))
 def test_accumulated_batches_are_one_large_batch(sample, tmp_path, monkeypatch, name, overrides):
-    """Where no layer looks at the batch as a whole; without regions, whose positions each batch draws for itself."""
+    """For layers without batch statistics, and without regions, because each batch draws its own positions."""
     monkeypatch.setattr(trainer, "build_method", build_without_batch_effects)
     weights = []
     for folder, batch, accumulate in (("large", 4, 1), ("small", 2, 2)):
@@ -249,7 +249,7 @@ def assert_close(states, expected):
 
 
 def train_without_batch_effects(data, folder, batch):
-    """All methods, one after the other."""
+    """Trains all methods, one after the other."""
     torch.set_num_threads(1)
     for case in cases(skipped=BATCH_WIDE):
         _, overrides = case.values
@@ -263,7 +263,7 @@ def train_without_batch_effects(data, folder, batch):
 
 
 def test_two_processes_are_one_with_the_doubled_batch(sample, tmp_path):
-    """Where no layer looks at the batch as a whole; the three validation images are not divisible by two."""
+    """Layers have no batch statistics. There are three validation images."""
     call = f"train_without_batch_effects({str(sample)!r}, Path({str(tmp_path / 'two')!r}), 2)"
     in_two_processes(__file__, call, tmp_path)
     train_without_batch_effects(sample, tmp_path / "one", 4)
@@ -284,7 +284,7 @@ def test_a_wrong_key_is_named(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_propagation_is_off_unless_published_or_asked_for(name):
-    """Off means that nothing of it is there: no head, no keys in a checkpoint."""
+    """If it is off, there is no head, and a checkpoint has no keys of it."""
     config = load_config("sample", ["data.root=x", f"method={name}", "model.channels=8"])
     method = build_method(config, 6)
     parts = (method.propagation.head, method.propagation.regions)
@@ -319,7 +319,7 @@ def test_every_method_has_a_page_and_a_test():
 
 
 def test_loss_falls(sample, tmp_path):
-    """Of labelled images, whatever else a method asks."""
+    """The loss of labelled images falls in every method."""
     for name in METHODS:
         AcceleratorState._reset_state(reset_partial_state=True)
         overrides = (f"method={name}", *ALIVE.get(name, ()), "train.epochs=6", "train.eval_every=6")

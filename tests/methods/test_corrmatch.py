@@ -1,4 +1,4 @@
-"""CorrMatch: two recorded training steps of the published implementation, and how its threshold moves."""
+"""CorrMatch: two recorded training steps of the published implementation, and updates of the threshold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEAVES = ("out_w", "fp_w", "corr_w", "out_s", "corr_s")
 
 
 def run_step(at, theta):
-    """The recorded outputs as leaves, targets, terms and total of one recorded step."""
+    """The recorded outputs as leaves, the targets, the terms and the total of one recorded step."""
     leaves = {name: at[name].float().requires_grad_() for name in LEAVES}
     out, perturbed, propagated, strong, strong_propagated = leaves.values()
     images, truth = at["ignore"].shape[0], at["mask_x"]
@@ -71,7 +71,7 @@ def printed_losses(name, step):
 
 
 def test_the_threshold_sees_weak_logits_outside_the_mixed_padding():
-    """Three pixels of one class: padding of the pasted image, padding of the weak one under the box, neither."""
+    """Three pixels of a class: in the pasted image's padding, in that of the weak one under the box, in neither."""
     confidence = torch.tensor([0.99, 0.95, 0.9])
     logits = torch.stack([confidence, 1 - confidence]).log().view(1, 2, 1, 3)
     box, weak_padding, mix_padding = (torch.tensor(x).bool().view(1, 1, 3) for x in ([1, 1, 0], [0, 1, 0], [1, 0, 0]))
@@ -87,7 +87,7 @@ def test_the_threshold_sees_weak_logits_outside_the_mixed_padding():
 
 
 def test_the_threshold_moves_once_a_step_of_several_batches():
-    """As one large batch would move it, and from one step to the next as without batches."""
+    """The update is that of one large batch. The next step continues as without batches."""
     peaks = torch.rand(3, 4)
     whole, parts = nn.DynamicThreshold(0.5, 0.9), StepThreshold(4, 0.5, 0.9)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Cross teacher training against recordings of the published code."""
+"""Cross teacher training, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without_colours(monkeypatch):
 @FILES
 @pytest.mark.parametrize("mixed", [False, True])
 def test_recorded_step(path, monkeypatch, mixed):
-    """Both students on the same logits: whose teacher labels for whom, what is mixed, both core terms."""
+    """Both students have the same logits. The labels of each teacher, the mix and both core terms are compared."""
     at, name = load(path), "mix" if mixed else "plain"
     size, other = at["labels"].shape[1:], torch.zeros(2, 7, 9, 11)
     student, labelled = at["student_logits"].clone().requires_grad_(), at["student_logits"].clone().requires_grad_()
@@ -47,7 +47,7 @@ def test_recorded_step(path, monkeypatch, mixed):
     }
     loss, scalars = method.train()(batch, progress())
     assert relative(left.given[1][0], at["mix_student_input"] if mixed else at["picture"]) < 1e-6
-    # The other student knows nothing: its cross-entropy is log 7 for labels, and its teacher is nowhere confident.
+    # The other student has constant logits: its cross-entropy is log 7, and its teacher is confident nowhere.
     assert scalars["x"].item() - torch.tensor(7.0).log().item() == pytest.approx(at["supervised_loss"].item(), rel=1e-5)
     assert scalars["u"].item() == pytest.approx(at[f"{name}_loss"].item(), rel=1e-5)
     loss.backward()
@@ -116,7 +116,7 @@ def test_recorded_teachers(path):
 
 
 def test_nothing_to_contrast_gives_zero():
-    """Where no pixel counts, the published code divides by none."""
+    """If no pixel counts, the published code divides by zero."""
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     labels, nowhere, bank = torch.full((2, 3, 3), IGNORE), torch.zeros(2, 3, 3, dtype=torch.bool), torch.randn(3, 5, 4)
     for loss in (high_level(x, labels, nowhere, bank), low_level(x, x.detach(), labels, nowhere, bank)):
@@ -126,7 +126,7 @@ def test_nothing_to_contrast_gives_zero():
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_padding(padding):
-    """Counts as published, or not at all."""
+    """Padding counts as published, or not at all."""
     method = method_of("cross_teacher", 5, nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1), padding=padding)
     target = PseudoLabels(torch.randint(5, (2, 6, 7)), torch.ones(2, 6, 7), torch.rand(2, 6, 7) < 0.3)
     logits = torch.randn(2, 5, 6, 7, requires_grad=True)
@@ -135,7 +135,7 @@ def test_padding(padding):
 
 
 def fill_banks(folder, processes):
-    """A bank that took in three batches of four images, each process its part; saved by every process."""
+    """A bank takes three batches of four images, and each process has a part of them. Every process saves its bank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     generator = torch.Generator().manual_seed(0)
     bank = Bank(3, 6, 4)
@@ -165,7 +165,7 @@ def test_banks_of_two_processes_are_that_of_one(tmp_path):
 
 
 def test_one_mix_for_both_students_where_pixels_are_compared(monkeypatch):
-    """A mix each without the contrastive part, as published."""
+    """Without the contrastive terms each student has its own mix, as published."""
     monkeypatch.setattr(cross_teacher, "class_mix", lambda labels, *_: labels > 2)
     without_colours(monkeypatch)
     for contrast in (0.0, 0.1):

@@ -1,4 +1,4 @@
-"""Dual Teacher against recordings of the published code."""
+"""Dual Teacher, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SWAPPED = torch.tensor([1, 0])
 
 
 def published(num_classes, *networks, **options):
-    """Enlarges logits as the recordings do; the first turn lasts ten steps."""
+    """A method that enlarges logits as the recordings do. Its first turn has ten steps."""
     networks = networks or (nn.Conv2d(1, 1, 1),)
     method = method_of("dual_teacher", num_classes, *networks, align_corners=False, **options)
     method.turn_steps = 10
@@ -36,7 +36,7 @@ def gradient(loss, x):
 
 @FILES
 def test_recorded_step_of_classes(path, monkeypatch):
-    """An odd turn as a whole: who labels, what is mixed with what, and two of the three terms."""
+    """A whole step of an odd turn: the labelling teacher, the mix, and two of the three terms."""
     at = load(path, "classmix_")
     student, size = at["student_logits"].requires_grad_(), at["label"].shape[1:]
     again = torch.zeros(2, 150, 5, 6)
@@ -66,7 +66,7 @@ def test_recorded_step_of_classes(path, monkeypatch):
 
 @FILES
 def test_recorded_consistency(path):
-    """The recording counts where an image has a label; we count where it is no padding."""
+    """The recording counts pixels of images with labels. The method counts pixels that are not padding."""
     at = load(path, "ic_")
     student, size = at["student_logits"].requires_grad_(), at["label"].shape[1:]
     target = pseudo_labels(at["teacher_logits"], size)._replace(ignore=at["label"] == 255)
@@ -89,7 +89,7 @@ def test_recorded_loss_of_boxes(path):
 
 @FILES
 def test_recorded_mix_of_boxes(path):
-    """The box is where the mixed image differs; nowhere if the random order left each image in its place."""
+    """The box is where the mixed image differs. There is none if the random order maps each image to itself."""
     at = load(path, "branch_")
     target = pseudo_labels(at["teacher_logits"], at["label"].shape[1:])
     assert relative(target.confidence, at["confidence"]) < 1e-6
@@ -102,9 +102,9 @@ def test_recorded_mix_of_boxes(path):
 
 @FILES
 def test_recorded_step_of_boxes(path, monkeypatch):
-    """The losses of an even turn from what was recorded behind the random colours and flips.
+    """The losses of an even turn, from the recorded values after random colours and flips.
 
-    The recorded confidence went through 8 bits, which takes pixels between 0.95 and 0.953 out of the rate.
+    The recorded confidence has 8 bits, so pixels between 0.95 and 0.953 are not in the recorded share.
     """
     at = load(path, "branch_")
     student, size = at["student_logits"].requires_grad_(), at["label"].shape[1:]
@@ -146,7 +146,7 @@ def test_recorded_boxes(path):
 
 @FILES
 def test_recorded_teacher(path):
-    """Two turns of one teacher: the other's turns, in which it rests, lie between them."""
+    """Two turns of one teacher. It is not updated in the turns of the other one between them."""
     at = load(path, "ema_")
 
     def state(who, step):
@@ -173,7 +173,9 @@ def test_recorded_teacher(path):
 
 
 def test_turns():
-    """A teacher becomes the student at the first step of its turn, and rests in the other's; or goes on as it was."""
+    """A teacher equals the student after the first step of its turn, and waits in the other's turn; or continues its
+    average.
+    """
     for restart, expected in ((True, [1, 1.5, 1.5, 1.5, 5, 5.5]), (False, [1, 1.5, 1.5, 1.5, 2.2, 2.83333])):
         network = nn.Conv2d(1, 1, 1)
         nn.init.zeros_(network.weight)
@@ -196,7 +198,7 @@ def labelled(count=4, size=(40, 48), classes=5):
 
 
 def test_boxes_take_labels_along():
-    """After colours and flips the labels are still those of the pixels; here an image's colour says its label."""
+    """After colours and flips the labels belong to the same pixels. The colour of an image encodes its label here."""
     target = labelled()
     method = published(5)
     images = target.labels.unsqueeze(1).expand(-1, 3, -1, -1) / 4.0
@@ -215,7 +217,7 @@ def test_boxes_take_labels_along():
 
 
 def test_no_confident_pixel_gives_no_loss():
-    """The published code divides by none."""
+    """The published code divides by zero here."""
     target = labelled()._replace(confidence=torch.zeros(4, 40, 48))
     logits = torch.randn(4, 5, 11, 13, requires_grad=True)
     method = published(5)
@@ -227,7 +229,7 @@ def test_no_confident_pixel_gives_no_loss():
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_padding(padding):
-    """Counts in the mixed terms as published, or not at all."""
+    """Padding counts in the mixed terms as published, or not at all."""
     target, method = labelled(), published(5, padding=padding)
     logits = torch.randn(4, 5, 40, 48, requires_grad=True)
     for boxes in (False, True):
@@ -241,7 +243,7 @@ def test_padding(padding):
 
 
 def test_a_share_of_confident_pixels_is_a_weight():
-    """Of the image by itself with boxes, whatever is pasted; of the whole batch with classes."""
+    """With boxes it is the share of the image before pasting, with classes the share of the whole batch."""
     target, method = labelled(), published(5)
     target = target._replace(confidence=torch.tensor([0.0, 1.0, 1.0, 1.0]).view(4, 1, 1).expand(4, 40, 48).contiguous())
     logits, everywhere = torch.randn(4, 5, 40, 48), torch.ones(4, 40, 48, dtype=torch.bool)
@@ -252,7 +254,7 @@ def test_a_share_of_confident_pixels_is_a_weight():
 
 
 def test_regions_make_pixels_sure():
-    """What a region was given counts as sure; nothing else is touched."""
+    """A pixel that a region labels has confidence 1. Other pixels do not change."""
 
     class Regions(Propagation):
         def targets(self, pseudo, threshold, masks, valid, classes):

@@ -1,4 +1,4 @@
-"""The error localization network against recordings of the published code, and its stages."""
+"""The error localization network, compared with recordings of the published code, and its stages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_recorded_supervised_term(path):
 
 @FILES
 def test_recorded_decoders(path):
-    """Both learn, one does, none does."""
+    """Both decoders learn, one does, none does."""
     at = load(path, "ax_")
     for main, expected, gradient in zip(at["main_loss"], at["loss"], at["grad"], strict=True):
         logits = at["logits"].clone().requires_grad_()
@@ -61,7 +61,7 @@ def test_recorded_question(path):
 
 @FILES
 def test_recorded_localization(path):
-    """Pixels without a label are errors."""
+    """Pixels without a label count as errors."""
     at = load(path, "el_")
     said = question(torch.zeros(2, 3, 33, 33), at["detached_logits"])[:, 4:].argmax(1)
     right = said == at["labels"]
@@ -100,7 +100,7 @@ def test_recorded_contrast(path, prefix):
 
 @FILES
 def test_recorded_average(path):
-    """Parameters move, running statistics stay."""
+    """Parameters are averaged. Running statistics are not."""
     at = load(path)
 
     def state(prefix):
@@ -117,7 +117,7 @@ def test_recorded_average(path):
 
 
 def test_contrast_is_what_it_says(monkeypatch):
-    """Pair by pair, of pixels of two images together; a class of one pixel, and one without. In uneven blocks."""
+    """The definition, pair by pair, for two images, in uneven blocks. One class has one pixel, one has none."""
     monkeypatch.setattr(error_localization, "ROWS", 7)
     g, anchors = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randn(2, 4, 3, 5)
     labels, valid = torch.randint(3, (2, 3, 5)), torch.rand(2, 3, 5) < 0.8
@@ -164,7 +164,7 @@ def test_pixels_without_a_label_can_be_left_out():
 
 
 def test_no_pixel_called_right():
-    """The term is 0, not NaN as published."""
+    """The term is 0, not NaN as in the published code."""
     method = small_method().train()
     unlabeled = {"weak": torch.randn(2, 3, 65, 65), "strong": torch.randn(2, 1, 3, 65, 65)}
     unlabeled["ignore"] = torch.ones(2, 65, 65, dtype=torch.bool)
@@ -174,7 +174,7 @@ def test_no_pixel_called_right():
 
 @pytest.fixture(scope="module")
 def finished(small_sample, tmp_path_factory):
-    """A run of all stages, and what happened in it."""
+    """A run of all stages, and a list of its events."""
     happened = []
     keys = ("method=error_localization", *SMALL, "train.epochs=3", "train.epoch_steps=2", "train.schedule=constant")
     run = Trainer(small_config(small_sample, tmp_path_factory.mktemp("run"), *keys, "train.optimizer=adamw"))
@@ -203,7 +203,7 @@ def finished(small_sample, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_process")
 def test_the_student_is_overwritten_at_the_start_of_later_epochs(finished):
-    """Not in the first epoch of the third stage, where both are the same, nor at the end of the run."""
+    """It is not overwritten in the first epoch of the third stage, where both are equal, nor at the end of the run."""
     run, happened = finished
     assert [phase for _, phase, *_ in happened] == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
     assert [step for step, _, changed, _ in happened if changed] == [6, 8]
@@ -214,7 +214,7 @@ def test_the_student_is_overwritten_at_the_start_of_later_epochs(finished):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_process")
 def test_the_optimizer_carries_on_over_stages(finished):
-    """Steps that Adam has made with each parameter: those of all stages that train it."""
+    """Adam's number of steps for each parameter is that of all stages that train it."""
     run, _ = finished
     state = run.optimizer.state
     steps = {name: int(state[p]["step"]) for name, p in run.method.trained()}
@@ -246,7 +246,7 @@ def test_regions_add_to_what_is_called_right():
 
 
 def test_networks():
-    """The error network takes image, entropy and logits; auxiliary decoders have no backbone."""
+    """The error network takes image, entropy and logits. Auxiliary decoders have no backbone."""
     method = small_method()
     stem = next(module for module in method.localizer.modules() if isinstance(module, nn.Conv2d))
     assert stem.in_channels == 3 + 1 + 7
@@ -261,7 +261,7 @@ def test_networks():
 
 
 def run_in_two(data, folder):
-    """All stages; each process has images of its own."""
+    """Runs all stages; each process has its own images."""
     torch.set_num_threads(1)
     keys = ("method=error_localization", *SMALL, "train.epoch_steps=2", "train.epochs=2", "train.cpu=true")
     run = Trainer(small_config(data, folder, *keys))
@@ -272,7 +272,7 @@ def run_in_two(data, folder):
 
 @pytest.mark.slow
 def test_two_processes_hold_the_same(small_sample, tmp_path):
-    """Whatever a stage trains, both have its gradient; the student is overwritten in both."""
+    """Both processes have the gradients of every trained parameter, and both overwrite the student."""
     folder = tmp_path / "two"
     in_two_processes(__file__, f"run_in_two({str(small_sample)!r}, Path({str(folder)!r}))", tmp_path)
     first, second = (torch.load(Path(folder, f"weights{process}.pt")) for process in (0, 1))

@@ -1,4 +1,4 @@
-"""FixMatch against two recorded steps of each published form, and its options."""
+"""FixMatch: two recorded steps of each published form, and its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forgetting against recordings of the published code, and its phases."""
+"""Forgetting, compared with recordings of the published code, and its phases."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RATIOS = {"lb20": 0.2, "lb60": 0.6, "lb100": 1.0}
 
 
 class ByColour(nn.Module):
-    """Says of each image what was recorded: which one it is shows in its colour."""
+    """Returns the recorded logits of each image. The colour of an image encodes its number."""
 
     fitting = DeepLabV3Plus.fitting
 
@@ -58,7 +58,7 @@ class ByColour(nn.Module):
 
 
 def run_of(folder, sizes, config=None):
-    """Images of these sizes, of one colour each."""
+    """A run with images of these sizes, each of a single colour."""
     items = []
     for i, size in enumerate(sizes):
         path = folder / f"{i}.png"
@@ -77,7 +77,7 @@ def sizes(at):
 @FILES
 @pytest.mark.parametrize("prefix", RATIOS)
 def test_recorded_labels(path, prefix, tmp_path):
-    """From images to maps on disk."""
+    """From images to label maps on disk."""
     at, now = load(path), load(path, f"{prefix}_")
     current, previous = (ByColour(at[f"lb_{name}"]) for name in ("current", "previous"))
     run, made = run_of(tmp_path, sizes(at)), Rehearsal(tmp_path / "maps", "x", 2)
@@ -134,7 +134,7 @@ def test_recorded_loss(path, prefix, exponents):
 
 
 class Fixed(nn.Module):
-    """Logits by the number of the image."""
+    """Logits that depend on the number of the image."""
 
     def __init__(self, logits):
         super().__init__()
@@ -153,7 +153,7 @@ REGIONS = ("propagation.head=true", "propagation.regions=true", "propagation.reg
 @pytest.mark.usefixtures("fresh_process")
 @pytest.mark.parametrize("more", [(), REGIONS], ids=["plain", "propagation"])
 def test_killed_in_the_middle_of_labelling(small_sample, tmp_path, monkeypatch, more):
-    """Nothing is lost, nothing is done twice, and the run ends as if it had not been killed."""
+    """Nothing is lost or done twice, and the run ends as one that was not killed."""
     whole = Trainer(small_config(small_sample, tmp_path / "whole", *PHASES, *more))
     whole.run()
     config = small_config(small_sample, tmp_path / "halves", *PHASES, *more)
@@ -211,7 +211,7 @@ def test_a_resumed_run_checks_its_labels(small_sample, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_process")
 def test_phases(small_sample, tmp_path):
-    """Which network labels for which, with which earlier one, and what a batch is made of."""
+    """The labelling network of each phase, its earlier weights, and the composition of a batch."""
     run = Trainer(small_config(small_sample, tmp_path / "run", *PHASES, "forgetting.first_lr=0.01"))
     method = run.method
     assert [group["lr"] for group in run.optimizer.param_groups] == [0.01, 0.01]
@@ -259,7 +259,7 @@ def test_options_that_cannot_be():
 
 
 def run_in_two(data, folder):
-    """All phases; both processes label."""
+    """Runs all phases; both processes label."""
     torch.set_num_threads(1)
     Trainer(small_config(data, folder, *PHASES, "train.cpu=true")).run()
 
@@ -267,7 +267,7 @@ def run_in_two(data, folder):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_process")
 def test_two_processes(small_sample, tmp_path):
-    """The maps of the last phase are those that one process makes of the same networks."""
+    """The maps of the last phase equal those that one process makes with the same networks."""
     folder = tmp_path / "two"
     in_two_processes(__file__, f"run_in_two({str(small_sample)!r}, Path({str(folder)!r}))", tmp_path)
     content = checkpoint.load(folder / "last.pt")

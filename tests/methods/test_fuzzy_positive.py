@@ -1,4 +1,4 @@
-"""Fuzzy positive learning against recordings of the published code."""
+"""Fuzzy positive learning, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_recorded_loss(path, weight):
 
 @FILES
 def test_recorded_step(path):
-    """The whole step: each network asks the other, from its logits of the images before they are mixed."""
+    """The whole step. Each network labels for the other one, with its logits of the images before they are mixed."""
     at = load(path)
     students = [at[f"student{i}_logits"].requires_grad_() for i in (1, 2)]
     known = torch.zeros(2, 19, 17, 19)
@@ -77,7 +77,9 @@ def test_recorded_step(path):
 @FILES
 @pytest.mark.parametrize("sampled", [False, True])
 def test_recorded_loss_of_the_other_host(path, sampled):
-    """In AEL the same F and weight stand behind a confidence; the pieces are ours, their sum is written out here."""
+    """AEL multiplies the same F and weight by a confidence. The factors are those of the package; the test writes their
+    sum.
+    """
     at = load(path)
     student, teacher = at["student2_logits"].requires_grad_(), at["mixed_logits_1"]
     wanted = fuzzy_positives(teacher, 0.9, 3, "concave")

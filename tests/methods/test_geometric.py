@@ -15,7 +15,9 @@ FILES = recorded("44_prcl_*")
 
 
 def test_scales_and_crops_are_those_of_torch():
-    """Each image by itself: resized, mirrored at the right and lower end, cropped; labels by the nearest."""
+    """Torch resizes, mirrors at the right and lower edge and crops each image separately. Labels are resized to the
+    nearest.
+    """
     images, labels = torch.rand(6, 3, 33, 29), torch.randint(5, (6, 33, 29))
     x, placed = scale_and_crop(images, (0.3, 1.7), torch.Generator().manual_seed(4))
     found = follow(placed, labels, IGNORE)

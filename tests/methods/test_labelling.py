@@ -1,4 +1,4 @@
-"""Work over images between two phases: interrupted, taken up again, shared by processes."""
+"""Work on images between two phases: interrupted, resumed, shared by processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_of(sample, folder, process=0, processes=1, **changes):
 
 
 def label(run, maps, die_at=None):
-    """Labels all unlabelled images with how bright they are; returns the numbers of those that were worked on."""
+    """Labels each unlabelled image with its brightness. Returns the numbers of the images that were labelled now."""
     items, seen = run.data.unlabeled, []
 
     def work(i, image):
@@ -73,7 +73,7 @@ def test_another_network_starts_anew(small_sample, tmp_path):
 
 
 def test_nothing_random_is_drawn(small_sample, tmp_path):
-    """A resumed run goes on as one that was not interrupted."""
+    """A resumed run continues as one that was not interrupted."""
     run = run_of(small_sample, tmp_path)
     with seeded(5):
         expected = torch.rand(3)
@@ -93,7 +93,7 @@ def test_a_process_waits_for_the_files_of_others(tmp_path):
 
 
 def label_in_two(sample, folder):
-    """What each process has labelled, in a file of its own; they start with statistics of their own."""
+    """Writes the images that each process has labelled to a file. The processes' networks have different statistics."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()

@@ -1,4 +1,4 @@
-"""The losses that methods share, each against its definition."""
+"""The losses that several methods use, each compared with its definition."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def test_nothing_that_counts_gives_zero(pixels):
 
 
 def test_hard_pixels():
-    """Two classes whose label has probability 0.1 to 0.9: at least so many pixels, and all below 0.7."""
+    """Two classes, whose labels have probabilities of 0.1 to 0.9. At least the given number of pixels counts, and all
+    below 0.7.
+    """
     probability = torch.arange(1, 10) / 10
     logits = torch.stack([probability, 1 - probability]).log().view(1, 2, 3, 3)
     truth = torch.zeros(1, 3, 3, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Mutual knowledge distillation against recordings of the published code."""
+"""Mutual knowledge distillation, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_recorded_steps(path, prefix):
 
 @FILES
 def test_recorded_ratio(path, monkeypatch):
-    """rho, taken where it is used."""
+    """The recorded rho equals that of the method."""
     found = []
     shift = ClassVariances.shift
     monkeypatch.setattr(ClassVariances, "shift", lambda *a: found.append(a[-1]) or shift(*a))
@@ -119,7 +119,7 @@ def test_recorded_augmentation(path):
 
 @FILES
 def test_recorded_decay(path):
-    """k of each step: how much of the teacher is left by the update that precedes it."""
+    """The recorded decay of a step is that of the update after the step before."""
     at, method = load(path), method_of("mutual_distillation", 6, *(recorded_network(load(path), n) for n in STUDENTS))
     for number, expected in zip(at["sc_iterations"].tolist(), at["sc_momentum"], strict=True):
         for network, teacher in ((method.model, method.teacher), (method.peer, method.peer_teacher)):
@@ -135,7 +135,7 @@ def test_recorded_decay(path):
 
 @FILES
 def test_recorded_average(path):
-    """Parameters move, running statistics do not."""
+    """Parameters are averaged. Running statistics are not."""
     at = load(path)
 
     def state(prefix):
@@ -163,7 +163,7 @@ def test_recorded_boxes(path):
 
 
 def test_statistics_of_many_updates_are_those_of_all_pixels():
-    """Far from zero, where float32's squares would lose the variance."""
+    """Features are far from zero, where float32 squares would lose the variance."""
     features, labels = 100 + 0.1 * torch.randn(6, 3, 7, 9), torch.randint(4, (6, 7, 9))
     labels[torch.rand(labels.shape) < 0.2] = IGNORE
     labels[labels == 2] = 1
@@ -187,7 +187,7 @@ def test_half_is_bilinear():
 
 
 class Little(nn.Module):
-    """Logits and features of stride 4, query and key of stride 8."""
+    """A network with logits and features at stride 4, query and key at stride 8."""
 
     def __init__(self):
         super().__init__()

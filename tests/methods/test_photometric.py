@@ -1,4 +1,4 @@
-"""Colours, blur and flips on the device, against torchvision's functions of one image."""
+"""Colours, blur and flips on the device, compared with torchvision's functions of one image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seed(number):
 
 @pytest.fixture
 def images():
-    """Colours in [0, 1]; gray, black and white pixels among them, whose hue is nothing."""
+    """Images with colours in [0, 1]. Some pixels are gray, black or white, and have no hue."""
     x = torch.rand(24, 3, 13, 11)
     x[:, :, 0], x[:, :, 1], x[:, :, 2] = 0, 1, 0.3
     return x
@@ -82,7 +82,7 @@ def test_nothing_drawn_leaves_the_images(images):
 
 @pytest.mark.parametrize("once", ["nothing", "chances", "everything"])
 def test_what_is_drawn_once(once):
-    """Equal images: one draw leaves them equal, a draw each does not; a chance is met by all or by none."""
+    """One draw for the batch keeps equal images equal; a draw for each image does not."""
     images = normalized(torch.rand(1, 3, 9, 9)).expand(16, -1, -1, -1)
     for colour in (Colour((0.5, 0.5, 0.5, 0.25), 0.5, 0, 0), Colour(chance=0, gray=0, blur=0.5, sigma=(0.5, 2))):
         changed, equal = set(), set()

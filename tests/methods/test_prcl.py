@@ -1,4 +1,4 @@
-"""PRCL against recordings of the published code."""
+"""PRCL, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from corrmatch.training.optimization import make_optimizer, make_schedule, rates
 
 
 def built(classes, network=None, **options):
-    """The method around a network of the published widths; it asks no more of one before it trains."""
+    """The method with a network of the published widths, which is enough before training."""
     network = nn.Conv2d(1, 1, 1) if network is None else network
     network.classifier, network.fused_channels = SimpleNamespace(in_channels=256), 256 + 48
     return method_of("prcl", classes, network, **options)
@@ -50,7 +50,7 @@ def ignored(labels):
 
 @FILES
 def test_recorded_unsupervised_loss(path):
-    """Pixels of probability 1 do not count, nor does padding."""
+    """Pixels of probability 1 do not count, and neither does padding."""
     at = load(path, "unsup_")
     logits, labels = at["logits"].requires_grad_(), ignored(at["label"])
     method = built(7)
@@ -69,7 +69,7 @@ def test_recorded_scores(path):
 
 
 def pixels_of(at, prefix=""):
-    """Rows in the order of the recorded numbers of pixels."""
+    """Rows in the order of the recorded pixel numbers."""
     rep, var, label, mask = (at[f"{prefix}{name}"] for name in ("rep", "var", "label", "mask"))
     classes = at["class_prob"].shape[0]
     labels = torch.where((mask[:, 0] == 1) & (label >= 0), label, classes)
@@ -84,7 +84,7 @@ def pixels_of(at, prefix=""):
 @FILES
 @pytest.mark.parametrize("case", ["c100_", "c1_", "two_"])
 def test_recorded_contrast(path, case, monkeypatch):
-    """With the recorded draws; in the last case another process has pixels of its own."""
+    """The contrast from the recorded draws. In the last case a second process has other pixels."""
     at = load(path, case)
     temperature, classes = at["temperature"].item(), at["class_prob"].shape[0]
     for name in ("rep", "var"):
@@ -176,7 +176,9 @@ def test_recorded_mix(path):
 
 @FILES
 def test_recorded_schedules(path):
-    """The rates stay where they are within a recorded epoch and fall with every step here: the same at its start."""
+    """Recorded rates are constant within an epoch, and fall with every step here. They are equal at the start of each
+    epoch.
+    """
     at, epoch_steps = load(path, "sched_"), 10
     method = built(7)
     train = TrainConfig(lr=3.2e-3, lr_multi=1, nesterov=True)
@@ -196,7 +198,7 @@ def test_recorded_schedules(path):
 
 
 class Given(nn.Module):
-    """Says what was recorded, part by part."""
+    """Returns the recorded outputs, part by part."""
 
     def __init__(self, *parts):
         super().__init__()
@@ -255,7 +257,7 @@ def random_pixels(count=400, classes=6, dimensions=16):
 
 
 def test_draws():
-    """Anchors are hard pixels of their class; negatives are of other classes, as often as these should be."""
+    """Anchors are hard pixels of their class. Negatives are pixels of other classes, with the given probabilities."""
     pixels = random_pixels()
     groups, hard = by_class(pixels.labels, 6), by_class(pixels.hard, 6)
     present = groups.size > 0
@@ -278,7 +280,7 @@ def test_draws():
 
 
 def test_nothing_to_contrast():
-    """No class, and one class: the loss is 0, and so are the gradients, which are there."""
+    """With no class or one class the loss is 0. Gradients exist and are 0."""
     method = built(6, anchors=4, negatives=8)
     for label in (6, 3):
         labels = torch.full((50,), label)
@@ -291,7 +293,7 @@ def test_nothing_to_contrast():
 
 
 def test_one_class_at_a_time():
-    """No tensor that the backward keeps is of the size of anchors x negatives x channels."""
+    """The backward keeps no tensor of anchors x negatives x channels."""
     pixels, kept = random_pixels(), []
     means = prototypes(prototype_sums(pixels, 6))
     anchors, negatives = torch.randint(400, (6, 32)), torch.randint(400, (6, 32, 64))
@@ -303,7 +305,7 @@ def test_one_class_at_a_time():
 
 
 def test_the_head_stays_finite():
-    """However far a channel is from its mean."""
+    """The variance is finite even if a channel is very far from its mean."""
     head = ProbabilityHead(3, 4, 5)
     head.gamma.data.fill_(1e4)
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
@@ -315,7 +317,7 @@ def test_the_head_stays_finite():
 
 
 def test_strong_views_keep_what_belongs_together():
-    """Labels are a function of the image's brightness: also after scaling, mixing, mirroring."""
+    """Labels are a function of the image's brightness, also after scaling, mixing and mirroring."""
     method = built(2, scale=1.0)
     images = torch.zeros(4, 3, 40, 40)
     images[:, :, :, 20:] = 1

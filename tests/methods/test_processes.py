@@ -1,4 +1,4 @@
-"""What the processes of a run know together: two processes with half of the pixels each, and one with all of them."""
+"""Sums over the processes of a run: two processes with half of the pixels each equal one with all pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def classes(features, labels):
 
 
 def updated(features, labels):
-    """After two updates."""
+    """The statistics after two updates."""
     statistics = ClassVariances(4, 3)
     for part in (slice(None, None, 2), slice(1, None, 2)):
         statistics.update(features[part], labels[part])
@@ -40,7 +40,7 @@ def updated(features, labels):
 
 
 def half(folder):
-    """What one of two processes does."""
+    """The work of one of two processes."""
     dist.init_process_group("gloo")
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     before = torch.arange(3.0) + dist.get_rank()

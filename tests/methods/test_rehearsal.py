@@ -1,4 +1,4 @@
-"""Pseudo-labels that are kept on disk: the surest of each class, merged with earlier ones, through regions."""
+"""Pseudo-labels on disk: the most confident ones of each class, merged with earlier ones and sent through regions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rules_of_the_merge():
 
 
 def test_regions_take_the_smaller_confidence():
-    """Region by region, as if all were propagated at once."""
+    """The result of one region after the other equals that of all at once."""
     torch.manual_seed(1)
     part = Propagation(PropagationConfig(head=True, regions=True, region_threshold=0.5))
     labels, confidence = torch.zeros(1, 12, 12, dtype=torch.long), torch.rand(1, 12, 12)

@@ -1,4 +1,4 @@
-"""Unbiased subclass regularisation against recordings of the published code."""
+"""Unbiased subclass regularisation, compared with recordings of the published code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def method_of(classes, *overrides):
 
 
 def recorded_method(at, *overrides):
-    """The method with the recorded classifiers; its networks say the recorded features, view by view."""
+    """The method with the recorded classifiers. Its networks return the recorded features, view by view."""
     method = method_of(len(at["split"]), *overrides)
     method.divide(at["split"].tolist())
     for network, kind in ((method.model, ""), (method.branch, "_sub")):
@@ -119,7 +119,7 @@ def test_recorded_parents(path):
 
 @FILES
 def test_recorded_schedule(path):
-    """Rates of heads and backbone over five epochs of seven steps; copied stages count as backbone."""
+    """Rates of heads and backbone over five epochs of seven steps. Copied stages have the backbone's rate."""
     method, train = method_of(3), load_config("pascal_320_subclass", ["data.root=x"]).train
     method.requires_grad_(False)
     for p in method.trains(1):
@@ -138,7 +138,7 @@ def test_recorded_schedule(path):
 
 @FILES
 def test_recorded_sizes(path):
-    """Labels of features are those at the nearest pixel, and back."""
+    """Labels of features are those of the nearest pixel. Labels of pixels are those of the nearest feature."""
     at = load(path, "resize_")
     assert torch.equal(nearest(at["label"][None], at["down"].shape)[0], at["down"])
     assert torch.equal(nearest(at["down"][None], at["up"].shape)[0], at["up"])
@@ -167,7 +167,9 @@ def test_branches_share_their_first_stages():
 
 
 def test_the_gate_as_its_definition_says():
-    """(6): where the subclasses are no less sure, all but their class is set to 0; at thresholds below a half, too."""
+    """Definition (6): where the subclass branch is no less certain, only one class keeps its probability. For low
+    thresholds too.
+    """
     p, own = torch.randn(2, 4, 5, 6).mul(2).softmax(1), torch.randint(7, (2, 5, 6))
     parents = parents_of([1, 3, 1, 2])
     said = Judgement(p, own, torch.rand(2, 5, 6), torch.rand(2, 5, 6), torch.rand(2, 5, 6))
@@ -196,7 +198,7 @@ def test_padding_counts_unless_it_is_masked():
 
 
 def test_regions_leave_the_veto_to_the_seeds():
-    """A vetoed pixel is no seed; regions may still label it."""
+    """A rejected pixel is no seed. Regions may still label it."""
     at = load(PATHS[0], "a_")
     method, _, _ = recorded_method(at)
     said = Judgement(
@@ -244,7 +246,7 @@ def test_a_transformer_has_no_stages_to_share():
 
 
 def test_views():
-    """The longer side is base times the scale; subclasses lie on the labels of their classes."""
+    """The longer side is the base size times the scale. Subclasses lie on the labels of their classes."""
     method = method_of(3, "subclass.base=100", "train.crop=64")
     known, weak = (method.streams()[name].view for name in ("labeled", "unlabeled"))
     assert known.geometry.scales == pytest.approx((50 / 64, 200 / 64))

@@ -1,4 +1,4 @@
-"""The work of subclass between its phases: killed, resumed, shared, tampered with; and the second phase after it."""
+"""The work of subclass between its phases: killed, resumed, shared, corrupted. Then the second phase."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sample(small_sample):
 
 @pytest.fixture(scope="module")
 def whole(sample, tmp_path_factory):
-    """A run that nothing disturbed, and how often each kind of work was done."""
+    """A run without interruption, and the number of calls of each kind of work."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def whole(sample, tmp_path_factory):
 
 
 def counted(patch, *, die_at=None):
-    """Counts the pieces of work; dies in the n-th of one kind."""
+    """Counts the pieces of work, and raises in the n-th of one kind."""
     calls = dict.fromkeys(WORK, 0)
 
     def wrapped(name, function):
@@ -105,7 +105,7 @@ def test_a_run_goes_through_both_phases(sample, whole, tmp_path):
     "die_at", [("features", 3), ("balanced_kmeans", 1), ("write", 2)], ids=lambda pair: f"{pair[0]}-{pair[1]}"
 )
 def test_killed_between_the_phases(sample, whole, tmp_path, die_at):
-    """Nothing is lost, and nothing is done twice; the run ends bit for bit like the one that was not killed."""
+    """Nothing is lost or done twice. The run ends with the same bits as one that was not killed."""
     config, done = small_config(sample, tmp_path / "run", *RUN), {}
     for kill in (die_at, None):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -230,7 +230,7 @@ def test_propagation_in_the_second_phase(sample, tmp_path, form):
 
 
 def divide_alone(data, folder, network, process, processes):
-    """The work between the phases, of a network with weights of its own in each process."""
+    """The work between the phases. The networks of the processes have different weights."""
     config = small_config(data, folder, *RUN)
     method = build_method(config, 6)
     if process == 0:

@@ -1,4 +1,4 @@
-"""Thresholds of classes: the share of each class's pixels that counts."""
+"""Thresholds of classes: a share of the pixels of each class counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UniMatch against two recorded steps of the published loop."""
+"""UniMatch: two recorded steps of the published loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""UniMatch V2 against the published loop: two recorded steps of it, and three with its network from end to end."""
+"""UniMatch V2: two recorded steps of the published loop, and three whole steps with its network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_recorded_steps(path, step):
 
 
 def ours(name):
-    """What a parameter of the published network is called here."""
+    """The name of a parameter of the published network in this package."""
     if name.startswith("backbone."):
         return name
     name = name.removeprefix("head.").removeprefix("scratch.")
@@ -66,7 +66,7 @@ def ours(name):
 
 
 class Net:
-    """A recording of whole steps: its vectors by the names of the parameters here."""
+    """A recording of whole steps, with its vectors by the names of the parameters in this package."""
 
     def __init__(self, path):
         with np.load(path) as file:
@@ -149,7 +149,7 @@ def test_every_channel_is_kept_by_one_view_and_half_of_the_images_go_without(ima
 
 
 def test_one_mask_for_all_features_of_a_transformer():
-    """As if each of its maps were multiplied between norm layer and decoder; the correlation head sees none of it."""
+    """The result is that of multiplying each map after its norm layer. The correlation head has no dropout."""
     network = DPT("test_vit", 5).eval()
     images, (factor,) = torch.randn(4, 3, 48, 64), complementary_dropout(2, network.widths, torch.device("cpu"))
     out, plain = network(images, factors=[factor], correlate=True), network(images, correlate=True)

@@ -1,4 +1,4 @@
-"""Connected components, as the tests know them: see `support`."""
+"""Connected components: see `support`."""
 
 from __future__ import annotations
 

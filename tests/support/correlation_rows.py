@@ -1,4 +1,4 @@
-"""Rows of a correlation map, as the tests know them: see `support`. They have one implementation for all devices."""
+"""Rows of a correlation map: see `support`. They have one implementation for all devices."""
 
 from __future__ import annotations
 

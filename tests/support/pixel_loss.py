@@ -1,4 +1,4 @@
-"""Losses at every pixel, as the tests know them: see `support`. Two functions share one op."""
+"""Losses at every pixel: see `support`. Two functions share one op."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def random_divergence(r: random.Random) -> RandomCall:
 
 
 def disagreement(random_call, target, found):
-    """The terms of pixels whose logits are well in range; the loss is their sum."""
+    """Compares the terms of pixels whose logits are well in range. The loss is their sum."""
     t = random_call.tensors
     weight, maps = t["weight"].double(), [t[name] for name in ("logits", "target") if name in t]
     wide = {k: x.double() if x.is_floating_point() else x for k, x in t.items()}

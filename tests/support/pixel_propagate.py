@@ -1,4 +1,4 @@
-"""Pixel propagation, as the tests know it: see `support`."""
+"""Pixel propagation: see `support`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def random_pixel_propagate(r: random.Random) -> RandomCall:
 
 
 def between(r: random.Random, values: Tensor) -> float:
-    """A number that none of the values is near, for their comparison must not depend on rounding."""
+    """A number with a distance from all values, so that rounding does not decide their comparison."""
     known = values.double().flatten()
     known = known[known.abs() < 1e30].sort().values
     if known.numel() == 0:
@@ -118,7 +118,7 @@ def disagreement(random_call, target, found):
 
 
 def check_gradients(random_call, rows, gate, rounding, found, expected):
-    """Of images whose numbers and scores are well in range."""
+    """Compares gradients of images whose numbers and scores are well in range."""
     t = random_call.tensors
     inputs = (t["query"], t["key"], t["value"], random_call.grad)
     info, largest = torch.finfo(rows.dtype), min(torch.finfo(x.dtype).max for x in inputs) ** 0.5
@@ -151,7 +151,7 @@ def check_gradients(random_call, rows, gate, rounding, found, expected):
 
 
 def terms(p, mass, scale, query, key, value, grad):
-    """What is added up for the gradients of query, key and value, without signs: errors are in proportion to it."""
+    """The sums of the absolute terms of the gradients of query, key and value, to which errors are proportional."""
     q, k, v, g = (x.double().flatten(2).abs() for x in (query, key, value, grad))
     shares = v.mT @ g  # <V_i, G_j>
     if mass is not None:

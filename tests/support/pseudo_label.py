@@ -1,4 +1,4 @@
-"""Pseudo-labels, as the tests know them: see `support`."""
+"""Pseudo-labels: see `support`."""
 
 from __future__ import annotations
 

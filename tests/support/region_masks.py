@@ -1,4 +1,4 @@
-"""Region masks, as the tests know them: see `support`."""
+"""Region masks: see `support`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Region propagation, as the tests know it: see `support`."""
+"""Region propagation: see `support`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pseudo-labels of a whole set, kept on disk: the surest of each class, merged with those of the network's last phase.
+"""Pseudo-labels of a whole set on disk: the most confident ones of each class, merged with those of the phase before.
 
 Maps of one image are (..., H, W): labels, IGNORE where there is none, and the confidence of each.
 """
@@ -40,7 +40,7 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """Which labels are kept, and how two of a pixel become one; see `class_thresholds` and `merge`."""
+    """How many labels are kept, and how two labels of a pixel are merged; see `class_thresholds` and `merge`."""
 
     classes: int
     ratio: float
@@ -50,9 +50,9 @@ class Rules:
 
 
 def class_thresholds(labels: Tensor, confidence: Tensor, ratio: float, classes: int) -> Tensor:
-    """(C,): confidence that the surest share of each class has, of labels and confidences (N,).
+    """The thresholds (C,) of labels and confidences (N,), which the share `ratio` of the labels of each class reaches.
 
-    1e-5 for a class of which that share is less than one label.
+    A class has 1e-5 if this share is less than one label.
     """
     found = torch.full((classes,), LEAST, dtype=confidence.dtype)
     for c in range(classes):
@@ -63,16 +63,17 @@ def class_thresholds(labels: Tensor, confidence: Tensor, ratio: float, classes: 
 
 
 def drop(said: Said, thresholds: Tensor) -> Said:
-    """IGNORE in place of labels that are less sure than the threshold of their class."""
+    """The labels, with IGNORE where the confidence is below the threshold of the class."""
     unsure = said.confidence < thresholds.to(said.confidence.device)[said.labels.long()]
     return Said(said.labels.masked_fill(unsure, IGNORE), said.confidence)
 
 
 def merge(current: Said, previous: Said, rules: Rules) -> Said:
-    """Pixel by pixel one of the two.
+    """One of two labels at each pixel.
 
-    Of a label and the background the label; else the previous one where it is surer by the gap. No label counts as one
-    that is not the background. With `dropped_loses`, no label gives way to any; with no background, the gap decides.
+    If one of the two is the background, the other one is kept. Otherwise the previous label is kept where its
+    confidence is larger by the gap. IGNORE counts as a label that is not the background. With `dropped_loses` a label
+    is always preferred to IGNORE. Without a background the gap decides alone.
     """
     takes = previous.confidence - current.confidence >= rules.gap
     if rules.background is not None:
@@ -87,7 +88,7 @@ def merge(current: Said, previous: Said, rules: Rules) -> Said:
 def through_regions(said: Said, masks: RegionMasks, valid: Tensor, part: Propagation, classes: int) -> Said:
     """Labels (1, H, W) after region propagation, region by region.
 
-    Where a region gives a label, the confidence is the smaller one of the pixel's own and the region's mean.
+    A pixel that a region labels has the smaller one of its own confidence and the region's mean.
     """
     kept = reliable = said.labels != IGNORE
     labels, confidence = said.labels.masked_fill(~kept, 0), said.confidence
@@ -103,12 +104,12 @@ def through_regions(said: Said, masks: RegionMasks, valid: Tensor, part: Propaga
 
 
 class Rehearsal:
-    """The label maps of one network for one phase, and how they are made.
+    """Makes the label maps of one network for one phase.
 
     Args:
-        folder: Gets the maps.
-        network: The fingerprint of the network that labels.
-        phase: For which it labels.
+        folder: The folder of the maps.
+        network: The fingerprint of the labelling network.
+        phase: The phase that uses the labels.
     """
 
     def __init__(self, folder: Path, network: str, phase: int):
@@ -120,7 +121,7 @@ class Rehearsal:
     def make(
         self, current: Network, previous: Network | None, rules: Rules, part: Propagation, run: Run, about: str
     ) -> Tensor:
-        """Labels all unlabelled images, but for those that are labelled already; returns the thresholds (C,).
+        """Labels all unlabelled images that have no labels yet. Returns the thresholds (C,).
 
         Two passes: the first for the thresholds, from a sample of the pixels of all images; the second labels.
         """
@@ -172,7 +173,7 @@ class Rehearsal:
 
 
 class Answer(NamedTuple):
-    """What a network says of an image."""
+    """The predictions of a network on an image."""
 
     said: Said  # (H, W)
     out: Prediction  # of the `fitting` image
@@ -195,7 +196,7 @@ def labelled(
     image: Tensor, current: Network, previous: Network | None, thresholds: Tensor, rules: Rules,
     part: Propagation, generator: torch.Generator,
 ) -> Said:  # fmt: skip
-    """The labels (H, W) of an image that are kept, from both networks, through regions where they are on."""
+    """The labels (H, W) that are kept of an image, from both networks, after region propagation if it is on."""
     answer = ask(current, image, part.regions)
     said = drop(answer.said, thresholds)
     if previous is not None:
@@ -216,9 +217,11 @@ def labelled(
 def dynamic_weights(
     logits: Tensor, labels: Tensor, confidence: Tensor, exponents: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How much each pseudo-label counts, where the network disagrees, and where it is surer than the label.
+    """The weight of each pseudo-label, and masks of the pixels where the network predicts another class.
 
-    p_y^a where it agrees, 0 where it is surer of another class, p_y^b elsewhere; 1 everywhere if a = b = 0.
+    The weight is p_y^a where the network predicts the label, 0 where it predicts another class with more confidence
+    than the label has, and p_y^b elsewhere. It is 1 everywhere if a = b = 0. The second mask has the pixels where it is 0
+    for this reason.
 
     Args:
         logits: (B, C, h, w), enlarged to the labels; no gradient flows to them.
