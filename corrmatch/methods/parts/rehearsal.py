@@ -220,8 +220,7 @@ def dynamic_weights(
     """The weight of each pseudo-label, and masks of the pixels where the network predicts another class.
 
     The weight is p_y^a where the network predicts the label, 0 where it predicts another class with more confidence
-    than the label has, and p_y^b elsewhere. It is 1 everywhere if a = b = 0. The second mask has the pixels where it is 0
-    for this reason.
+    than the label has, and p_y^b elsewhere. It is 1 everywhere if a = b = 0. The second mask has the pixels of that 0.
 
     Args:
         logits: (B, C, h, w), enlarged to the labels; no gradient flows to them.
