@@ -109,24 +109,20 @@ def test_the_most_channels_fit_the_shared_memory(arch, dtype, pieces, tmp_path, 
 SPLIT_CODE = """
 import sys
 
-import triton
-
-made = []
-
-def compile_and_keep(*arguments, compile=triton.compile, **options):
-    made.append(compile(*arguments, **options))
-    return made[-1]
-
-triton.compile = compile_and_keep
 import torch
 from corrmatch.kernels import inspect
 from corrmatch.kernels.plan import Plan
 
+def show(ptx, arch):
+    print(ptx)
+    return 0, 0, ""
+
+inspect.assembled = show  # the PTX is enough
 dtype = sys.argv[1]
 for variant in inspect.variants(Plan.on(90, getattr(torch, dtype), 21), 21):
     if variant.name.endswith(", split"):
+        print("KERNEL", variant.name, sep="\\n")
         inspect.compile_one(variant.name, variant.kernel, 90, dtype, variant.constants, variant.tile)
-        print("KERNEL", variant.name, made[-1].asm["ptx"], sep="\\n")
 """
 
 

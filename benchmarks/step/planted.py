@@ -45,7 +45,7 @@ class PlantedNetwork(nn.Module):
             return values
         found = self.network(images, perturb=perturb, correlate=correlate, features=features)
         pairs = zip(found, values, strict=True)
-        return Prediction(*(x if x is None or y is None else PLANTED_SHARE * x + y for x, y in pairs))
+        return Prediction(*(None if x is None else PLANTED_SHARE * x + y for x, y in pairs))
 
 
 class Given(NamedTuple):

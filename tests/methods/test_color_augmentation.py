@@ -51,7 +51,7 @@ def test_recorded_distances(path, kind, name):
 
 @FILES
 def test_recorded_step(path):
-    """The images that are mixed, their logits, and the supervised term. Padding differs here, so it is left out."""
+    """The mixed images, their logits, and the supervised term. Padding is left out: here it is whole pixels."""
     at = load(path)
     student, labelled = at["student_logits"].clone(), at["student_logits"].requires_grad_()
     network, box = Recorded(labelled, student), at["mask"][:, 0] == 1

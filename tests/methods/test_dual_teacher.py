@@ -173,9 +173,7 @@ def test_recorded_teacher(path):
 
 
 def test_turns():
-    """A teacher equals the student after the first step of its turn, and waits in the other's turn; or continues its
-    average.
-    """
+    """A teacher equals the student after the first step of its turn; without `restart` it continues its average."""
     for restart, expected in ((True, [1, 1.5, 1.5, 1.5, 5, 5.5]), (False, [1, 1.5, 1.5, 1.5, 2.2, 2.83333])):
         network = nn.Conv2d(1, 1, 1)
         nn.init.zeros_(network.weight)
