@@ -77,11 +77,15 @@ class Maps:
 
     def read(self, index: int, size: Sequence[int]) -> tv_tensors.Mask:
         """The map of an image of that size (H, W): labels uint8, or shares float32."""
-        path = self.path(index)
-        values = read_ids(path) if self.kind == LABELS else _read_shares(path)
+        values = self.values(index)
         if values.shape != tuple(size):
-            raise DataError(f"{path}: the map is of {values.shape}, its image of {tuple(size)}")
+            raise DataError(f"{self.path(index)}: the map is of {values.shape}, its image of {tuple(size)}")
         return tv_tensors.Mask(torch.from_numpy(values))
+
+    def values(self, index: int) -> np.ndarray:
+        """The map of an image, of any size."""
+        path = self.path(index)
+        return read_ids(path) if self.kind == LABELS else _read_shares(path)
 
     def _content(self, items: Sequence[Item], classes: Sequence[str]) -> dict[str, Any]:
         known = {"classes": list(classes), "images": [item.name for item in items]}

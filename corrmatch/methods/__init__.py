@@ -21,6 +21,7 @@ from corrmatch.methods.mutual_distillation import MutualDistillation
 from corrmatch.methods.parts.propagation import resolve
 from corrmatch.methods.parts.teacher import Teacher
 from corrmatch.methods.prcl import PRCL
+from corrmatch.methods.self_training import SelfTraining
 from corrmatch.methods.subclass import Subclass
 from corrmatch.methods.supervised import Supervised
 from corrmatch.methods.unimatch import UniMatch
@@ -30,6 +31,7 @@ from corrmatch.models.factory import NetworkFactory
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,
     "corrmatch": CorrMatch,
+    "self_training": SelfTraining,
     "fixmatch": FixMatch,
     "unimatch": UniMatch,
     "unimatch_v2": UniMatchV2,

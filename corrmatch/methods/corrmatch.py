@@ -22,9 +22,9 @@ from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.self_training import SelfTraining
 from corrmatch.methods.parts.teacher import answer
 from corrmatch.methods.parts.threshold import StepThreshold
+from corrmatch.methods.parts.weak_to_strong import WeakToStrong
 from corrmatch.models.factory import NetworkFactory
 from corrmatch.models.network import Prediction
 from corrmatch.nn import DynamicThreshold
@@ -46,11 +46,11 @@ class Targets(NamedTuple):
     counted: Tensor  # not padding
 
 
-class CorrMatch(SelfTraining):
+class CorrMatch(WeakToStrong):
     """CorrMatch. Without `propagation.head` it has no terms `x_corr` and `corr`."""
 
     @dataclass
-    class Options(SelfTraining.Options):
+    class Options(WeakToStrong.Options):
         """Teacher, thresholds and weights of the terms."""
 
         threshold: float = key(0.85, "confidence from which a label is reliable, before the first step", low=0, high=1)

@@ -18,11 +18,11 @@ from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.self_training import SelfTraining
 from corrmatch.methods.parts.teacher import answer
+from corrmatch.methods.parts.weak_to_strong import WeakToStrong
 
 
-class FixMatch(SelfTraining):
+class FixMatch(WeakToStrong):
     """FixMatch. As first published the network labels its own weak views, and images of a further stream are pasted.
 
     The second form (2024) is `teacher=eval partner=batch`: an averaged network labels, and images of the same batch, in
@@ -30,7 +30,7 @@ class FixMatch(SelfTraining):
     """
 
     @dataclass
-    class Options(SelfTraining.Options):
+    class Options(WeakToStrong.Options):
         """Teacher, thresholds and images for CutMix."""
 
         partner: str = key("stream", "what CutMix pastes: another stream, or the reversed batch",

@@ -19,11 +19,11 @@ from corrmatch.data.views import WEAK_STRONG_STRONG
 from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
-from corrmatch.methods.parts.self_training import SelfTraining
 from corrmatch.methods.parts.teacher import answer
+from corrmatch.methods.parts.weak_to_strong import WeakToStrong
 
 
-class UniMatch(SelfTraining):
+class UniMatch(WeakToStrong):
     """UniMatch. As published the network labels its own weak views; with `teacher` its moving average does."""
 
     def streams(self) -> Mapping[str, Stream]:

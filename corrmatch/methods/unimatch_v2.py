@@ -20,15 +20,15 @@ from corrmatch.data.views import WEAK_STRONG_STRONG
 from corrmatch.methods.base import Batch, Progress, Step
 from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import paste
-from corrmatch.methods.parts.self_training import SelfTraining
 from corrmatch.methods.parts.teacher import MODES, answer
+from corrmatch.methods.parts.weak_to_strong import WeakToStrong
 
 
-class UniMatchV2(SelfTraining):
+class UniMatchV2(WeakToStrong):
     """UniMatch V2. It needs the `widths` of the network's features, for dropout between backbone and decoder."""
 
     @dataclass
-    class Options(SelfTraining.Options):
+    class Options(WeakToStrong.Options):
         """A teacher makes the pseudo-labels."""
 
         teacher: str = key("eval", "mode of the averaged network, which labels and is evaluated", choices=MODES)

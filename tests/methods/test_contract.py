@@ -58,6 +58,7 @@ ALIVE = {
         "error_localization.dimensions=8",
     ),
     "forgetting": ("forgetting.ratios=[0.5,1]",),
+    "self_training": ("self_training.rounds=2", "propagation.region_threshold=0.5"),
 }
 # Other published forms of methods.
 FORMS = {
@@ -77,6 +78,17 @@ FORMS = {
     "unimatch, averaged": (
         "unimatch",
         ("unimatch.teacher=eval", "unimatch.class_share=0.5", "unimatch.align=0.5", "propagation.region_threshold=0.8"),
+    ),
+    "self_training, views": (
+        "self_training",
+        (
+            "self_training.anew=false",
+            "self_training.scales=[1,1.25]",
+            "self_training.reflect=true",
+            "self_training.tau=0.5",
+            "self_training.class_share=0.7",
+            "propagation.rule=confirm",
+        ),
     ),
     "fixmatch, thresholds of classes": (
         "fixmatch",
@@ -98,6 +110,7 @@ CONVOLUTIONAL = {"subclass": "two branches share the backbone of a DeepLabV3+"}
 BATCH_WIDE = {
     "color_augmentation": "the confidence rate is a mean over the batch of one process",
     "fuzzy_positive": "the balance is a ratio of means over the batch of one process",
+    "self_training": "images are mixed within the batch of one process",
     "unimatch_v2": "images are mixed within the batch of one process, of which half go without dropout",
     "dual_teacher": "images are mixed within the batch of one process",
     "mutual_distillation": "images are mixed with the next one of the batch of one process",

@@ -18,7 +18,7 @@ from corrmatch.models.factory import NetworkFactory
 from corrmatch.models.network import Prediction
 
 
-class SelfTraining(Method):
+class WeakToStrong(Method):
     """Base of methods that train on pseudo-labels of weak views, from the trained network or its moving average.
 
     Attributes:

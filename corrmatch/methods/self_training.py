@@ -1,0 +1,159 @@
+r"""Self-training in rounds (ST of ST++, CVPR 2022, arXiv 2106.05095): a network labels all images, a new one learns.
+
+.. math:: L = \tfrac12 (L_x + L_s)
+
+The first phase trains on labelled images alone. Before each further phase, the network labels all unlabelled images,
+each whole and in several views. L_x is cross-entropy with the labels. L_s is cross-entropy of a strong view, cut and
+mixed, with these pseudo-labels, over the pixels whose confidence reaches the threshold of their class, divided by the
+number of pixels that are no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from corrmatch.config import Config, ConfigError, key
+from corrmatch.data.maps import discard
+from corrmatch.data.streams import LABELED, UNLABELED, Stream
+from corrmatch.methods.base import Batch, Method, Progress, Run, Step
+from corrmatch.methods.parts import losses
+from corrmatch.methods.parts.labelling import alike, fingerprint
+from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
+from corrmatch.methods.parts.teacher import Teacher, answer
+from corrmatch.methods.parts.whole_labels import Views, WholeLabels, class_frequencies, corrected
+from corrmatch.models.factory import NetworkFactory
+from corrmatch.models.network import Network, Prediction
+from corrmatch.paths import expand
+
+
+class SelfTraining(Method):
+    """Self-training in rounds: a phase on labels, then `rounds` phases on pseudo-labels of the network before.
+
+    Attributes:
+        start: The network as it was before training, from which every phase starts; None with `anew=false`.
+        frequencies: (C,) float32, the frequencies of the classes in the labels; zeros in the first phase.
+        thresholds: (C,) float32, the least confidence of each class in this phase.
+    """
+
+    @dataclass
+    class Options:
+        """Phases and labels."""
+
+        first_epochs: int | None = key(None, "on labelled images alone; null: as a round has, train.epochs", low=1)
+        rounds: int = key(1, "of labelling and training", low=1)
+        anew: bool = key(True, "a round trains a new network; false: the one that has labelled")
+        scales: list[float] = key([1.0], "of the images that are labelled; the probabilities are averaged", low=0.1)
+        reflect: bool = key(False, "average with the reflected images, too")
+        tau: float = key(0.0, "correction for the frequencies of classes: log p - tau log f", low=0)
+        class_share: float = key(1.0, "of the labels of each class, the most confident, that count", low=0, high=1)
+
+    frequencies: Tensor
+    thresholds: Tensor
+
+    def __init__(self, build: NetworkFactory, config: Config):
+        super().__init__(build, config)
+        o, part = self.options, self.propagation.config
+        if not o.scales:
+            raise ConfigError("self_training.scales: expected at least one scale")
+        if part.regions and part.region_threshold is None:
+            raise ConfigError(
+                "propagation.region_threshold: expected a value, for pixels have a threshold for each class"
+            )
+        self.folder = expand(config.work_dir) / "labels"
+        self.start = Teacher(self.model, 0) if o.anew else None
+        self.register_buffer("frequencies", torch.zeros(build.num_classes))
+        self.register_buffer("thresholds", torch.zeros(build.num_classes))
+        self.hash = ""  # of the network that made the labels of this phase
+
+    @property
+    def threshold(self) -> Tensor:
+        """The thresholds of the classes (C,)."""
+        return self.thresholds
+
+    def corrected(self, out: Prediction) -> Tensor:
+        """The logits that pseudo-labels are made from; the network's own in the first phase."""
+        return corrected(out.logits.detach().float().softmax(1), self.frequencies, self.options.tau)
+
+    def phases(self, epochs: int) -> Sequence[int]:
+        """Labelled images alone, then the rounds."""
+        return (self.options.first_epochs or epochs, *[epochs] * self.options.rounds)
+
+    def streams(self) -> Mapping[str, Stream]:
+        """Labelled images, and after the first phase unlabelled ones with their pseudo-labels."""
+        if self.phase == 0:
+            return {"labeled": LABELED}
+        made = self.made(self.phase)
+        return {
+            "labeled": LABELED,
+            "unlabeled": replace(UNLABELED, maps={"pseudo": made.labels, "confidence": made.confidence}),
+        }
+
+    def begin(self, phase: int, run: Run) -> None:
+        """Before a round the network labels all unlabelled images. Then the weights are those of the start again."""
+        if phase == 0:
+            if not run.data.unlabeled:
+                raise ConfigError("data.unlabeled: method self_training needs unlabelled images, there are none")
+            return
+        network = cast(Network, next(iter(self.scored.values())))
+        alike(network)
+        self.hash = fingerprint(network)
+        self.frequencies.copy_(class_frequencies(run.data))
+        made = self.made(phase)
+        made.make(network, self.frequencies, run, f"labels of round {phase}")
+        self.thresholds.copy_(made.thresholds(self.options.class_share, run))
+        if run.process == 0:
+            discard(self.folder / f"round_{phase - 1}")
+        if self.start is not None:
+            alike(self.start)
+            self.model.load_state_dict(self.start.network.state_dict())
+        if self.average is not None:
+            self.average.copy_from(self.model)
+
+    def made(self, phase: int) -> WholeLabels:
+        """The labels of a round."""
+        o = self.options
+        return WholeLabels(self.folder / f"round_{phase}", self.hash, Views(o.scales, o.reflect), o.tau)
+
+    def get_extra_state(self) -> dict[str, str]:
+        """The hash of the network that made the labels of this phase."""
+        return {"hash": self.hash}
+
+    def set_extra_state(self, state: Any) -> None:
+        """The hash of the network that made the labels of this phase."""
+        self.hash = state["hash"]
+
+    def forward(self, batch: Batch, progress: Progress) -> Step:
+        """The two terms, and those of the propagated logits if there is a correlation head."""
+        labeled, part = batch["labeled"], self.propagation
+        if self.phase == 0:
+            return self.learn_labels(labeled)
+        unlabeled, truth = batch["unlabeled"], labeled["label"]
+        box, strong = unlabeled["box"][:, 0], unlabeled["strong"][:, 0]
+        count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
+        ignore = unlabeled["ignore"]
+        labels = unlabeled["pseudo"].masked_fill(ignore, 0)  # IGNORE there, which has no threshold
+        pseudo = PseudoLabels(labels, unlabeled["confidence"], ignore)
+        target, strong = pseudo.paste(pseudo.reversed(), box), paste(strong, strong.flip(0), box)
+        masks = None
+        if part.regions:
+            masks = part.masks(answer(self.model, None, unlabeled["weak"], correlate=True), size, progress)
+        out = self.model(torch.cat([labeled["image"], strong]), correlate=part.head)
+        known, mixed = out.split(count)
+        labels, reliable = part.targets(target, self.thresholds, masks, ~box & target.counted, len(self.thresholds))
+        scalars = {
+            "x": self.supervised(known.logits, truth),
+            "s": losses.pseudo_supervised(mixed.logits, labels, reliable, target.counted),
+        }
+        loss = (scalars["x"] + scalars["s"]) / 2
+        if part.head:
+            scalars["x_corr"] = self.supervised(part.logits(known), truth)
+            corr = losses.pseudo_supervised(part.logits(mixed), labels, reliable, target.counted)
+            scalars["corr"] = part.from_start(corr, progress)
+            loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
+        scalars["reliable"] = pseudo.reliable(self.thresholds).sum() / pseudo.counted.sum().clamp(min=1)
+        return Step.of(loss, scalars)
