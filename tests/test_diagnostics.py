@@ -162,10 +162,27 @@ def test_images_are_cut_and_their_padding_does_not_count(shades):
     assert diagnostics.count(method, items, data, config, device)["before"].sum() == 0
 
 
+OWN_THRESHOLDS = ("fixmatch.class_share=0.5", "unimatch.class_share=0.5", "corrmatch.class_share=0.5")
+
+
 @pytest.mark.parametrize("head", [False, True], ids=["plain", "head"])
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_measured(sample, tmp_path, name, head):
-    config = small_config(sample, tmp_path, f"method={name}", f"propagation.head={head}", "propagation.regions=false")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, ()) for name in METHODS] + [(key.partition(".")[0], (key,)) for key in OWN_THRESHOLDS],
+    ids=[*METHODS, *OWN_THRESHOLDS],
+)
+def test_every_method_is_measured(sample, tmp_path, name, more, head):
+    """Also with a threshold for each class, where regions have their own. Without it they are not measured."""
+    keys = (f"method={name}", f"propagation.head={head}", "propagation.regions=false", *more)
+    if more or name == "self_training":
+        plain = build_method(small_config(sample, tmp_path, *keys), 6)
+        assert not plain.propagation.fits(plain.threshold)
+        data = find_data(small_config(sample, tmp_path).data)
+        items, device = diagnostics.choose(data)[:1], torch.device("cpu")
+        sums = diagnostics.count(plain, items, data, small_config(sample, tmp_path, *keys), device)
+        assert "after_coverage" not in diagnostics.rates(sums, data.classes)
+        keys = (*keys, "propagation.region_threshold=0.5")
+    config = small_config(sample, tmp_path, *keys)
     data = find_data(config.data)
     method, state = build_method(config, len(data.classes)), torch.get_rng_state()
     sums = diagnostics.count(method, diagnostics.choose(data)[:2], data, config, torch.device("cpu"))

@@ -57,17 +57,13 @@ class SelfTraining(Method):
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
-        o, part = self.options, self.propagation.config
-        if not o.scales:
+        if not self.options.scales:
             raise ConfigError("self_training.scales: expected at least one scale")
-        if part.regions and part.region_threshold is None:
-            raise ConfigError(
-                "propagation.region_threshold: expected a value, for pixels have a threshold for each class"
-            )
         self.folder = expand(config.work_dir) / "labels"
-        self.start = Teacher(self.model, 0) if o.anew else None
+        self.start = Teacher(self.model, 0) if self.options.anew else None
         self.register_buffer("frequencies", torch.zeros(build.num_classes))
         self.register_buffer("thresholds", torch.zeros(build.num_classes))
+        self.propagation.check(self.thresholds)
         self.hash = ""  # of the network that made the labels of this phase
 
     @property

@@ -2,7 +2,8 @@
 
 No other part of a run opens these masks. The middle of each image, of the size of a training view, is labelled in
 evaluation mode by the network whose labels the method trains on, at the method's threshold. Where there is a
-correlation head the labels also go through region propagation, whether or not the method makes use of it.
+correlation head the labels also go through region propagation, whether or not the method makes use of it, unless pixels
+have a threshold for each class and regions have none.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def count(
 ) -> Sums:  # fmt: skip
     """Sums over the images. Each image is handled by one process."""
     crop, classes, network = config.train.crop, len(data.classes), method.labeller
-    propagation = Propagation(dataclasses.replace(method.propagation.config, regions=method.propagation.head))
+    regions = method.propagation.head and method.propagation.fits(method.threshold)
+    propagation = Propagation(dataclasses.replace(method.propagation.config, regions=regions))
     mine = Labelled(items[process::processes], data.table, crop)
     loader = DataLoader(mine, batch_size=None, num_workers=config.train.workers, generator=torch.Generator())
     sums = {name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in _sizes(classes).items()}

@@ -59,6 +59,18 @@ class Propagation:
         """The term of propagated logits with pseudo-labels, multiplied by 0 before step `propagation.corr_from`."""
         return corr * float(progress.step >= self.config.corr_from)
 
+    def fits(self, threshold: float | Tensor) -> bool:
+        """Whether regions have a threshold: that of pixels unless it is one for each class, or their own."""
+        single = not isinstance(threshold, Tensor) or threshold.dim() == 0
+        return single or self.config.region_threshold is not None
+
+    def check(self, threshold: float | Tensor) -> None:
+        """Raises ConfigError if regions are on and have no threshold."""
+        if self.regions and not self.fits(threshold):
+            raise ConfigError(
+                "propagation.region_threshold: expected a value, for pixels have a threshold for each class"
+            )
+
     def masks(self, out: Prediction, size: tuple[int, int], progress: Progress) -> RegionMasks | None:
         """Region masks of the images; None without `regions` and before step `propagation.regions_from`."""
         if not self.regions or progress.step < self.config.regions_from:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from corrmatch.config import Config, ConfigError, key
+from corrmatch.config import Config, key
 from corrmatch.methods.base import Method, Progress, Step
 from corrmatch.methods.parts.alignment import Alignment
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
@@ -46,18 +46,15 @@ class WeakToStrong(Method):
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__(build, config)
-        o, part = self.options, self.propagation.config
+        o = self.options
         self.teacher: Teacher | None = None
         if o.teacher is not None:
             self.teacher = Teacher(self.model, o.decay, ramp=True, mode=o.teacher, buffers="average")
         self.alignment = None if o.align is None else Alignment(build.num_classes, o.align)
         self.class_thresholds: ClassThreshold | None = None
         if o.class_share is not None:
-            if part.regions and part.region_threshold is None:
-                raise ConfigError(
-                    "propagation.region_threshold: expected a value, for pixels have a threshold for each class"
-                )
             self.class_thresholds = ClassThreshold(build.num_classes, o.threshold, o.class_share)
+            self.propagation.check(self.class_thresholds.threshold)
 
     @property
     def threshold(self) -> float | Tensor:
