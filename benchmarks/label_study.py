@@ -22,7 +22,8 @@ from harness.machine import environment
 from torch import Tensor
 
 from corrmatch.config import PropagationConfig
-from corrmatch.data.datasets import IGNORE, Data, find_data, read_mask
+from corrmatch.data.classes import labelled_pixels
+from corrmatch.data.datasets import IGNORE, Data, find_data
 from corrmatch.data.whole import Labelled
 from corrmatch.methods.parts.alignment import Alignment
 from corrmatch.methods.parts.propagation import Propagation
@@ -50,9 +51,7 @@ class Labelling:
             out = network(image[None], features=True)
             predictions.append(out)
             truth.append(F.interpolate(mask[None, None].float(), out.logits.shape[2:])[0, 0].long())
-        masks = [read_mask(item.mask, data.table).as_subclass(Tensor) for item in data.labeled if item.mask is not None]
-        frequencies = sum(torch.bincount(mask.flatten(), minlength=256) for mask in masks)
-        return cls(predictions, torch.stack(truth), frequencies[: len(data.classes)])
+        return cls(predictions, torch.stack(truth), labelled_pixels(data))
 
     def measure(self, align: float | None, temperature: float | None, share: float | None) -> dict[str, float | Tensor]:
         """Shares of right and of kept labels; precision, recall and share of wrong labels of each class."""

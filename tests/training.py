@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from corrmatch.config import load_config
+from corrmatch.data.maps import Maps
 from corrmatch.methods import build_method
+from corrmatch.training import checkpoint
+from corrmatch.training.trainer import Trainer
 
 TINY = (
     "model.backbone=test_resnet", "model.pretrained=false", "model.output_stride=16", "model.channels=16",
@@ -61,6 +64,42 @@ def die_in_step(run, step, monkeypatch):
         run.run()
     for scramble in (torch.manual_seed, random.seed, np.random.seed):
         scramble(12345)
+
+
+def run_killed_while_writing(config, limits, steps, monkeypatch):
+    """Runs to the end, killed after so many maps and resumed at one of `steps`. Returns the maps in their order."""
+    written, write = [], Maps.write
+
+    def write_or_die(limit):
+        def counted(maps, index, values):
+            if len(written) == limit:
+                raise KeyboardInterrupt
+            write(maps, index, values)
+            written.append(maps.path(index))
+
+        return counted
+
+    run = Trainer(config)
+    for limit in limits:
+        monkeypatch.setattr(Maps, "write", write_or_die(limit))
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        torch.manual_seed(999)
+        run = Trainer(config, resume=True)
+        assert run.step in steps
+    monkeypatch.setattr(Maps, "write", write_or_die(None))
+    run.run()
+    return written
+
+
+def assert_same_end(folder, *others):
+    """Asserts that runs ended with the same bits, whatever their configurations, and logged the same."""
+    ends = [checkpoint.load(path / "last.pt") for path in (folder, *others)]
+    for end in ends:
+        end.pop("config")
+    for other, end in zip(others, ends[1:], strict=True):
+        assert_same(ends[0], end)
+        assert scalars(other) == scalars(folder)
 
 
 def build_without_batch_effects(config, num_classes, **options):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from corrmatch.data.datasets import Data, Pixels
+from corrmatch.data.datasets import Data, Pixels, read_mask
 from corrmatch.data.files import shorten
 from corrmatch.data.images import IGNORE, DataError
 
@@ -40,6 +42,15 @@ def require_truth(data: Data, pixels: Pixels) -> None:
     """Raises DataError if no pixel of the validation masks has a class."""
     if _by_class(data, pixels["val"])[: len(data.classes)].sum() == 0:
         raise DataError(f"data.val: no pixel of any class: {_ids(data, pixels['val'])}")
+
+
+def labelled_pixels(data: Data) -> Tensor:
+    """The labelled pixels of each class (C,) in the labelled images, which it reads."""
+    counts = torch.zeros(IGNORE + 1, dtype=torch.int64)
+    for item in data.labeled:
+        if item.mask is not None:
+            counts += read_mask(item.mask, data.table).as_subclass(Tensor).flatten().bincount(minlength=IGNORE + 1)
+    return counts[: len(data.classes)]
 
 
 def _by_class(data: Data, pixels: np.ndarray) -> np.ndarray:

@@ -190,6 +190,33 @@ class Method(nn.Module):
             loss = loss + self.propagation.weight * scalars["x_corr"]
         return Step.of(loss, scalars)
 
+    def learn_mixed(
+        self, known: Prediction, truth: Tensor, mixed: Prediction, target: tuple[Tensor, Tensor, Tensor],
+        progress: Progress,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Half the sum of the supervised term and of mixed views under pseudo-labels; and the terms, by name.
+
+        With a correlation head the same terms of the propagated logits are added.
+
+        Args:
+            known: The prediction on labelled images.
+            truth: Their labels.
+            mixed: The prediction on mixed strong views.
+            target: Their labels, where these are reliable, and where pixels are counted.
+            progress: The progress of the run.
+        """
+        part = self.propagation
+        scalars = {
+            "x": self.supervised(known.logits, truth),
+            "s": losses.pseudo_supervised(mixed.logits, *target),
+        }
+        loss = (scalars["x"] + scalars["s"]) / 2
+        if part.head:
+            scalars["x_corr"] = self.supervised(part.logits(known), truth)
+            scalars["corr"] = part.from_start(losses.pseudo_supervised(part.logits(mixed), *target), progress)
+            loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
+        return loss, scalars
+
     def supervised(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Cross-entropy with labels (B, H, W), over hard pixels only if `train.ohem` is set."""
         return losses.supervised(logits, truth, hard_pixels=self.hard_pixels)

@@ -16,7 +16,6 @@ import torch
 from corrmatch.config import key
 from corrmatch.data.streams import LABELED, MIX, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Progress, Step
-from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import answer
 from corrmatch.methods.parts.weak_to_strong import WeakToStrong
@@ -66,15 +65,6 @@ class FixMatch(WeakToStrong):
         target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress)
         labels, reliable = part.targets(target, threshold, masks, ~box & target.counted, weak.logits.shape[1])
-        scalars = {
-            "x": self.supervised(labelled.logits, truth),
-            "s": losses.pseudo_supervised(mixed.logits, labels, reliable, target.counted),
-        }
-        loss = (scalars["x"] + scalars["s"]) / 2
-        if part.head:
-            scalars["x_corr"] = self.supervised(part.logits(labelled), truth)
-            corr = losses.pseudo_supervised(part.logits(mixed), labels, reliable, target.counted)
-            scalars["corr"] = part.from_start(corr, progress)
-            loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
+        loss, scalars = self.learn_mixed(labelled, truth, mixed, (labels, reliable, target.counted), progress)
         scalars["reliable"] = pseudo.reliable(threshold).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)

@@ -21,7 +21,6 @@ from corrmatch.config import Config, ConfigError, key
 from corrmatch.data.maps import discard
 from corrmatch.data.streams import LABELED, UNLABELED, Stream
 from corrmatch.methods.base import Batch, Method, Progress, Run, Step
-from corrmatch.methods.parts import losses
 from corrmatch.methods.parts.labelling import alike, fingerprint
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher, answer
@@ -141,15 +140,6 @@ class SelfTraining(Method):
         out = self.model(torch.cat([labeled["image"], strong]), correlate=part.head)
         known, mixed = out.split(count)
         labels, reliable = part.targets(target, self.thresholds, masks, ~box & target.counted, len(self.thresholds))
-        scalars = {
-            "x": self.supervised(known.logits, truth),
-            "s": losses.pseudo_supervised(mixed.logits, labels, reliable, target.counted),
-        }
-        loss = (scalars["x"] + scalars["s"]) / 2
-        if part.head:
-            scalars["x_corr"] = self.supervised(part.logits(known), truth)
-            corr = losses.pseudo_supervised(part.logits(mixed), labels, reliable, target.counted)
-            scalars["corr"] = part.from_start(corr, progress)
-            loss = loss + part.weight * (scalars["x_corr"] + scalars["corr"]) / 2
+        loss, scalars = self.learn_mixed(known, truth, mixed, (labels, reliable, target.counted), progress)
         scalars["reliable"] = pseudo.reliable(self.thresholds).sum() / pseudo.counted.sum().clamp(min=1)
         return Step.of(loss, scalars)

@@ -12,11 +12,10 @@ from child import in_two_processes
 from PIL import Image
 from recordings import load, method_of, progress, recorded, relative
 from torch import nn
-from training import assert_same, scalars, small_config
+from training import assert_same, assert_same_end, run_killed_while_writing, small_config
 
 from corrmatch.config import ConfigError, PropagationConfig, load_config, parse
 from corrmatch.data.datasets import IGNORE, Data, DataError, Item, find_data
-from corrmatch.data.maps import Maps
 from corrmatch.methods import build_method, forgetting
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts import rehearsal
@@ -157,34 +156,11 @@ def test_killed_in_the_middle_of_labelling(small_sample, tmp_path, monkeypatch, 
     whole = Trainer(small_config(small_sample, tmp_path / "whole", *PHASES, *more))
     whole.run()
     config = small_config(small_sample, tmp_path / "halves", *PHASES, *more)
-    written, write = [], Maps.write
-
-    def write_or_die(limit):
-        def counted(maps, index, values):
-            if len(written) == limit:
-                raise KeyboardInterrupt
-            write(maps, index, values)
-            written.append(maps.path(index))
-
-        return counted
-
-    run = Trainer(config)
-    for limit in (7, 21, 40):  # in the first network's maps, in the second one's, in the second phase
-        monkeypatch.setattr(Maps, "write", write_or_die(limit))
-        with pytest.raises(KeyboardInterrupt):
-            run.run()
-        torch.manual_seed(999)
-        run = Trainer(config, resume=True)
-        assert run.step in (2, 4)
-    monkeypatch.setattr(Maps, "write", write_or_die(None))
-    run.run()
+    # killed in the first network's maps, in the second one's, in the second phase
+    written = run_killed_while_writing(config, (7, 21, 40), (2, 4), monkeypatch)
     pieces = [path for path in written if path.suffixes == [".png"]]
     assert len(pieces) == len(set(pieces)) == 2 * 2 * 8  # phases, networks, images
-    ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "halves")]
-    for end in ends:
-        end.pop("config")
-    assert_same(*ends)
-    assert scalars(tmp_path / "halves") == scalars(tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "halves")
     for path in (tmp_path / "whole" / "labels").rglob("*.png"):
         other = tmp_path / "halves" / path.relative_to(tmp_path / "whole")
         assert path.read_bytes() == other.read_bytes()

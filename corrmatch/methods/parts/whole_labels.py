@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrmatch.data.datasets import IGNORE, Data, Item, read_mask
+from corrmatch.data.classes import labelled_pixels
+from corrmatch.data.datasets import Data, Item
 from corrmatch.data.maps import SHARES, STEPS, Maps, atomically, save_array
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts.labelling import barrier, claim, over_images, wait_for
@@ -54,11 +55,7 @@ class Views:
 
 def class_frequencies(data: Data) -> Tensor:
     """The share of each class (C,) in the labelled pixels of the labelled images."""
-    counts = torch.zeros(IGNORE + 1, dtype=torch.int64)
-    for item in data.labeled:
-        if item.mask is not None:
-            counts += read_mask(item.mask, data.table).as_subclass(Tensor).flatten().bincount(minlength=IGNORE + 1)
-    counts = counts[: len(data.classes)]
+    counts = labelled_pixels(data)
     return counts / counts.sum().clamp(min=1)
 
 
