@@ -5,7 +5,8 @@ r"""Scores trained networks with corrected logits, without training.
 The label of a pixel is the argmax of log p_c - tau log f_c, where f holds the frequencies of the classes in the
 labelled images. tau = 0 is the network's own answer. p is the softmax of one view, or its mean over the views
 `several`: the image at the scales 0.75, 1, 1.25 and 1.5, each also reflected. The correction needs no unlabelled image.
-A method that trains on unlabelled images and gains no more than the correction has not learnt from them.
+A method that trains on unlabelled images and gains no more than the correction has not learnt from them. The key
+`train.logit_adjustment` trains networks that are corrected already.
 
 Source of the correction: logit adjustment (ICLR 2021, arXiv 2007.07314).
 """
@@ -20,9 +21,10 @@ from pathlib import Path
 import torch
 from harness.machine import environment
 
+from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import IGNORE, Data, find_data
 from corrmatch.data.whole import Labelled
-from corrmatch.methods.parts.whole_labels import Views, class_frequencies, corrected
+from corrmatch.methods.parts.whole_labels import Views
 from corrmatch.models.network import Network
 from corrmatch.training.evaluate import Scores
 from corrmatch.training.predict import load_model
@@ -34,13 +36,13 @@ VIEWS = {"one": Views(), "several": Views((0.75, 1.0, 1.25, 1.5), reflect=True)}
 def score(network: Network, data: Data, taus: Sequence[float], views: str) -> dict[float, Scores]:
     """The scores on the validation images for each tau."""
     classes = len(data.classes)
-    frequencies = class_frequencies(data)
+    shift = log_frequencies(data)[:, None, None]
     confusion = {tau: torch.zeros(classes, classes, dtype=torch.int64) for tau in taus}
     for image, mask in Labelled(data.val, data.table, None):
-        probability = VIEWS[views].probability(network, image)
+        log_probability = VIEWS[views].probability(network, image).clamp(min=1e-38).log()
         known = mask != IGNORE
         for tau in taus:
-            labels = corrected(probability, frequencies, tau).argmax(0)
+            labels = (log_probability - tau * shift).argmax(0)
             cells = mask[known].long() * classes + labels[known]
             confusion[tau] += torch.bincount(cells, minlength=classes**2).view(classes, classes)
     return {tau: Scores.of(cells, data.classes, len(data.val)) for tau, cells in confusion.items()}

@@ -112,6 +112,7 @@ class TrainConfig:
     labels_first: int = key(0, "steps on labelled images alone, before the method begins", low=0)
     ohem: bool = key(False, "hard pixels only in the supervised terms")
     ohem_pixels: int = key(100_000, "of a batch that hard pixels are at least", low=1)
+    logit_adjustment: float = key(0.0, "tau: the supervised terms see logits + tau log(frequency of the class)", low=0)
     ema: float | None = key(None, "decay of averaged weights, which are then what is evaluated", low=0, high=1)
     seed: int = key(0, "of everything random", low=0, high=2**31 - 1)
     workers: int = key(4, "processes that read images", low=0)

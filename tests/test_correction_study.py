@@ -9,9 +9,9 @@ import pytest
 import torch
 from training import shorten, small_config
 
+from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import find_data
 from corrmatch.data.sample import draw_sample
-from corrmatch.methods.parts.whole_labels import class_frequencies
 from corrmatch.training.evaluate import evaluate
 from corrmatch.training.predict import load_model
 from corrmatch.training.trainer import Trainer
@@ -38,5 +38,5 @@ def test_without_correction_it_is_the_evaluation(tmp_path):
     assert list(plain["iou"]) == classes
     assert found["several", 0.0]["iou"] != plain["iou"]
     # So strong a correction gives every pixel to the class with the fewest labels.
-    rarest = classes[int(class_frequencies(data).argmin())]
+    rarest = classes[int(log_frequencies(data).argmin())]
     assert all(value == 0 for name, value in found["one", 8.0]["iou"].items() if name != rarest)

@@ -53,6 +53,12 @@ def labelled_pixels(data: Data) -> Tensor:
     return counts[: len(data.classes)]
 
 
+def log_frequencies(data: Data) -> Tensor:
+    """The logarithm of each class's share of the labelled pixels (C,), which it reads. 0 for a class without any."""
+    counts = labelled_pixels(data).double()
+    return torch.where(counts > 0, counts.clamp(min=1).log() - counts.sum().clamp(min=1).log(), 0.0).float()
+
+
 def _by_class(data: Data, pixels: np.ndarray) -> np.ndarray:
     count = np.zeros(256, np.int64)
     np.add.at(count, data.table.numpy(), pixels)

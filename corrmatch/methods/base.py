@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from corrmatch.config import Config, TrainConfig
+from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import Data
 from corrmatch.data.streams import Stream
 from corrmatch.methods.parts import losses
@@ -70,6 +71,7 @@ class Method(nn.Module):
         phase: The current phase.
         model: The trained network. Further networks are further attributes, built by the same factory.
         average: The averaged network that `train.ema` asks for.
+        adjustment: (C,) float32, what the supervised terms add to logits; None without `train.logit_adjustment`.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -82,6 +84,7 @@ class Method(nn.Module):
     spreads_labels: ClassVar[bool] = False
     carries_on: ClassVar[bool] = False
     phase: int = 0
+    adjustment: Tensor | None
 
     def __init__(self, build: NetworkFactory, config: Config):
         super().__init__()
@@ -89,6 +92,8 @@ class Method(nn.Module):
         self.propagation = Propagation(config.propagation)
         self.first_steps = config.train.labels_first
         self.hard_pixels = config.train.ohem_pixels if config.train.ohem else None
+        self.tau = config.train.logit_adjustment
+        self.register_buffer("adjustment", torch.zeros(build.num_classes) if self.tau > 0 else None)
         self.model = build()
         self.average: Teacher | None = None
 
@@ -166,6 +171,11 @@ class Method(nn.Module):
 
     # The loop calls these.
 
+    def see_data(self, data: Data) -> None:
+        """Called once, before a run starts: measures what `train.logit_adjustment` needs."""
+        if self.adjustment is not None:
+            self.adjustment.copy_(self.tau * log_frequencies(data))
+
     def finish_step(self, progress: Progress) -> None:
         """All updates after a step of the optimiser."""
         self.after_step(progress)
@@ -218,5 +228,14 @@ class Method(nn.Module):
         return loss, scalars
 
     def supervised(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy with labels (B, H, W), over hard pixels only if `train.ohem` is set."""
+        r"""Cross-entropy of logits (B, C, h, w) with labels (B, H, W), over hard pixels only if `train.ohem` is set.
+
+        With `train.logit_adjustment` it is that of z_c + tau log f_c, with f the frequencies of the classes in the
+        labels. Then z itself, from which predictions and pseudo-labels are made, predicts rare classes more often: as
+        if they were more frequent by f_c^(-tau).
+
+        Source: logit adjustment (ICLR 2021, arXiv 2007.07314).
+        """
+        if self.adjustment is not None:
+            logits = logits + self.adjustment[:, None, None]
         return losses.supervised(logits, truth, hard_pixels=self.hard_pixels)

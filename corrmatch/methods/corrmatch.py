@@ -7,7 +7,7 @@ r"""CorrMatch (CVPR 2024, arXiv 2306.04300): weak-to-strong consistency with pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -103,7 +103,7 @@ class CorrMatch(WeakToStrong):
         targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, classes)
         self.count(labelling.logits, targets.weak, truth)
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
-        parts = terms(weak, strong, propagated, targets, truth, self.weights, hard_pixels=self.hard_pixels)
+        parts = terms(weak, strong, propagated, targets, truth, self.weights, self.supervised)
         if "corr" in parts:
             parts["corr"] = part.from_start(parts["corr"], progress)
         loss = total(parts, self.weights)
@@ -155,8 +155,7 @@ def terms(
     targets: Targets,
     truth: Tensor,
     weights: Mapping[str, float] = WEIGHTS,
-    *,
-    hard_pixels: int | None = None,
+    supervised: Callable[[Tensor, Tensor], Tensor] = losses.supervised,
 ) -> dict[str, Tensor]:
     """Every term of the loss by name, unweighted.
 
@@ -167,12 +166,12 @@ def terms(
         targets: The targets of the logits.
         truth: (B, H, W), labels of the labelled images.
         weights: A term of weight 0 is left out.
-        hard_pixels: As in `losses.supervised`.
+        supervised: The supervised term of logits and labels.
     """
     count, t = truth.shape[0], targets
     weak_target = (t.weak.labels, t.weak_reliable, t.weak.counted)
     strong_target = (t.labels, t.reliable, t.counted)
-    parts = {"x": losses.supervised(weak.logits[:count], truth, hard_pixels=hard_pixels)}
+    parts = {"x": supervised(weak.logits[:count], truth)}
     if weights["s"] > 0:
         parts["s"] = losses.pseudo_supervised(strong.logits, *strong_target)
     if weights["kl"] > 0:
@@ -181,7 +180,7 @@ def terms(
         parts["fp"] = losses.pseudo_supervised(weak.perturbed[count:], *weak_target)  # type: ignore[index]
     if propagated is not None:
         along_weak, along_strong = propagated
-        parts["x_corr"] = losses.supervised(along_weak[:count], truth, hard_pixels=hard_pixels)
+        parts["x_corr"] = supervised(along_weak[:count], truth)
         if weights["corr"] > 0:
             parts["corr"] = 0.5 * (
                 losses.pseudo_supervised(along_strong, *strong_target)

@@ -24,9 +24,9 @@ from corrmatch.methods.base import Batch, Method, Progress, Run, Step
 from corrmatch.methods.parts.labelling import alike, fingerprint
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels, paste
 from corrmatch.methods.parts.teacher import Teacher, answer
-from corrmatch.methods.parts.whole_labels import Views, WholeLabels, class_frequencies, corrected
+from corrmatch.methods.parts.whole_labels import Views, WholeLabels
 from corrmatch.models.factory import NetworkFactory
-from corrmatch.models.network import Network, Prediction
+from corrmatch.models.network import Network
 from corrmatch.paths import expand
 
 
@@ -35,7 +35,6 @@ class SelfTraining(Method):
 
     Attributes:
         start: The network as it was before training, from which every phase starts; None with `anew=false`.
-        frequencies: (C,) float32, the frequencies of the classes in the labels; zeros in the first phase.
         thresholds: (C,) float32, the least confidence of each class in this phase.
     """
 
@@ -48,10 +47,8 @@ class SelfTraining(Method):
         anew: bool = key(True, "a round trains a new network; false: the one that has labelled")
         scales: list[float] = key([1.0], "of the images that are labelled; the probabilities are averaged", low=0.1)
         reflect: bool = key(False, "average with the reflected images, too")
-        tau: float = key(0.0, "correction for the frequencies of classes: log p - tau log f", low=0)
         class_share: float = key(1.0, "of the labels of each class, the most confident, that count", low=0, high=1)
 
-    frequencies: Tensor
     thresholds: Tensor
 
     def __init__(self, build: NetworkFactory, config: Config):
@@ -60,7 +57,6 @@ class SelfTraining(Method):
             raise ConfigError("self_training.scales: expected at least one scale")
         self.folder = expand(config.work_dir) / "labels"
         self.start = Teacher(self.model, 0) if self.options.anew else None
-        self.register_buffer("frequencies", torch.zeros(build.num_classes))
         self.register_buffer("thresholds", torch.zeros(build.num_classes))
         self.propagation.check(self.thresholds)
         self.hash = ""  # of the network that made the labels of this phase
@@ -69,10 +65,6 @@ class SelfTraining(Method):
     def threshold(self) -> Tensor:
         """The thresholds of the classes (C,)."""
         return self.thresholds
-
-    def corrected(self, out: Prediction) -> Tensor:
-        """The logits that pseudo-labels are made from; the network's own in the first phase."""
-        return corrected(out.logits.detach().float().softmax(1), self.frequencies, self.options.tau)
 
     def phases(self, epochs: int) -> Sequence[int]:
         """Labelled images alone, then the rounds."""
@@ -97,9 +89,8 @@ class SelfTraining(Method):
         network = cast(Network, next(iter(self.scored.values())))
         alike(network)
         self.hash = fingerprint(network)
-        self.frequencies.copy_(class_frequencies(run.data))
         made = self.made(phase)
-        made.make(network, self.frequencies, run, f"labels of round {phase}")
+        made.make(network, run, f"labels of round {phase}")
         self.thresholds.copy_(made.thresholds(self.options.class_share, run))
         if run.process == 0:
             discard(self.folder / f"round_{phase - 1}")
@@ -112,7 +103,7 @@ class SelfTraining(Method):
     def made(self, phase: int) -> WholeLabels:
         """The labels of a round."""
         o = self.options
-        return WholeLabels(self.folder / f"round_{phase}", self.hash, Views(o.scales, o.reflect), o.tau)
+        return WholeLabels(self.folder / f"round_{phase}", self.hash, Views(o.scales, o.reflect))
 
     def get_extra_state(self) -> dict[str, str]:
         """The hash of the network that made the labels of this phase."""

@@ -152,7 +152,9 @@ class Subclass(Method):
         sure = (said.confidence > self.options.threshold) & counted
         scalars = {
             "x": self.supervised(self.classify(self.model, known.features), labeled["label"]),
-            "x_sub": self.supervised(self.classify(self.branch, known.subfeatures), labeled["subclass"]),
+            "x_sub": losses.supervised(
+                self.classify(self.branch, known.subfeatures), labeled["subclass"], hard_pixels=self.hard_pixels
+            ),
             "u": losses.pseudo_supervised(self.classify(self.model, half(strong.features)), labels, used, counted),
             "u_sub": losses.pseudo_supervised(
                 self.classify(self.branch, half(strong.subfeatures)), said.subclass, sure, counted

@@ -64,6 +64,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer
         set_seed(train.seed + 1, device_specific=True)
         if saved is None:
+            self.method.see_data(self.data)
             self.start_phase(0)
         else:
             self.restore(saved)

@@ -64,7 +64,10 @@ ALIVE = {
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
     "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05", "fixmatch.align=0.5")),
-    "corrmatch, teacher": ("corrmatch", ("corrmatch.teacher=train", "propagation.label_temperature=0.1")),
+    "corrmatch, teacher": (
+        "corrmatch",
+        ("corrmatch.teacher=train", "train.logit_adjustment=0.5", "propagation.label_temperature=0.1"),
+    ),
     "corrmatch, thresholds of classes": (
         "corrmatch",
         (
@@ -85,7 +88,6 @@ FORMS = {
             "self_training.anew=false",
             "self_training.scales=[1,1.25]",
             "self_training.reflect=true",
-            "self_training.tau=0.5",
             "self_training.class_share=0.7",
             "propagation.rule=confirm",
         ),

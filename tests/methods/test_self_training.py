@@ -14,16 +14,15 @@ from training import assert_same, assert_same_end, run_killed_while_writing, sma
 from corrmatch.config import ConfigError, load_config
 from corrmatch.data.datasets import IGNORE, DataError, find_data, read_image
 from corrmatch.data.views import normalize
-from corrmatch.data.whole import Labelled
 from corrmatch.methods import build_method
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts.labelling import fingerprint
-from corrmatch.methods.parts.whole_labels import Views, WholeLabels, class_frequencies, corrected
+from corrmatch.methods.parts.whole_labels import Views, WholeLabels
 from corrmatch.models.network import Network, Prediction
 from corrmatch.training import checkpoint
 from corrmatch.training.trainer import Trainer
 
-PHASES = ("method=self_training", "self_training.rounds=2", "self_training.scales=[1,1.25]", "self_training.tau=0.5",
+PHASES = ("method=self_training", "self_training.rounds=2", "self_training.scales=[1,1.25]",
           "self_training.class_share=0.6", "train.epoch_steps=2", "train.save_every=100")  # fmt: skip
 
 
@@ -56,39 +55,17 @@ def test_probabilities_are_means_over_the_views(network):
     torch.testing.assert_close(reflected, Views((1.0,), reflect=True).probability(network, image), rtol=1e-4, atol=1e-5)
 
 
-def test_correction():
-    probability, frequencies = torch.rand(2, 4, 5, 6).softmax(1), torch.tensor([0.7, 0.2, 0.1, 0.0])
-    found = corrected(probability, frequencies, 0.5)
-    expected = probability / frequencies.clamp(min=1e-30).sqrt()[:, None, None]
-    torch.testing.assert_close(found[:, :3], expected[:, :3].log())
-    torch.testing.assert_close(found[:, 3], probability[:, 3].log())  # a class without labels
-    assert torch.equal(corrected(probability, frequencies, 0.0), probability.log())
-    # A network whose probabilities follow the frequencies has no preference afterwards.
-    flat = corrected(frequencies[:3, None, None], frequencies[:3], 1.0)
-    torch.testing.assert_close(flat, torch.zeros(3, 1, 1))
-    assert corrected(torch.zeros(2, 1, 1), torch.tensor([0.5, 0.5]), 1.0).isfinite().all()
-
-
-def test_frequencies_are_those_of_the_labels(small_sample, tmp_path):
-    data = run_of(small_sample, tmp_path).data
-    labels = torch.cat([mask.flatten() for _, mask in Labelled(data.labeled, data.table, None)])
-    known = labels[labels != IGNORE].long()
-    expected = known.bincount(minlength=6) / len(known)
-    torch.testing.assert_close(class_frequencies(data), expected)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_maps_and_thresholds(network, small_sample, tmp_path, share):
-    """Labels and confidences are those of the corrected mean; a threshold is exact over the pixels of all images."""
+    """Labels and confidences are those of the mean over the views; a threshold is exact over all images."""
     run, views = run_of(small_sample, tmp_path), Views((1.0, 1.25))
-    frequencies = class_frequencies(run.data)
-    made = WholeLabels(tmp_path / "maps", "x", views, 0.5)
-    made.make(network, frequencies, run, "labels")
+    made = WholeLabels(tmp_path / "maps", "x", views)
+    made.make(network, run, "labels")
     thresholds = made.thresholds(share, run)
     labels, steps = [], []
     for i, item in enumerate(run.data.unlabeled):
         image = normalize(read_image(item.image))
-        expected = corrected(views.probability(network, image), frequencies, 0.5).softmax(0)
+        expected = views.probability(network, image)
         stored = made.labels.read(i, image.shape[1:]).long()
         assert torch.equal(stored, expected.argmax(0))
         confidence = made.confidence.read(i, image.shape[1:])
@@ -106,9 +83,11 @@ def test_maps_and_thresholds(network, small_sample, tmp_path, share):
             needed = int(np.ceil(share * len(values)))
             assert thresholds[c] == values[needed - 1]
     facts = made.labels.facts
-    assert facts == {"network": "x", "scales": [1.0, 1.25], "reflect": False, "tau": 0.5}
-    with pytest.raises(DataError, match="maps of other tau"):
-        WholeLabels(tmp_path / "maps", "x", views, 0.6).labels.check(run.data.unlabeled, run.data.classes)
+    assert facts == {"network": "x", "scales": [1.0, 1.25], "reflect": False}
+    with pytest.raises(DataError, match="maps of other reflect"):
+        WholeLabels(tmp_path / "maps", "x", Views((1.0, 1.25), reflect=True)).labels.check(
+            run.data.unlabeled, run.data.classes
+        )
 
 
 class Numbered(nn.Module):
@@ -182,7 +161,6 @@ def test_phases(small_sample, tmp_path, anew, ema):
         assert batch["unlabeled"]["pseudo"].shape == batch["unlabeled"]["confidence"].shape == (2, 49, 49)
         assert [path.name for path in (tmp_path / "run" / "labels").iterdir()] == [f"round_{phase}"]
         assert (method.thresholds > 0).any()
-        torch.testing.assert_close(method.frequencies, class_frequencies(run.data))
 
 
 @pytest.mark.slow

@@ -15,14 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corrmatch.data.classes import labelled_pixels
-from corrmatch.data.datasets import Data, Item
+from corrmatch.data.datasets import Item
 from corrmatch.data.maps import SHARES, STEPS, Maps, atomically, save_array
 from corrmatch.methods.base import Run
 from corrmatch.methods.parts.labelling import barrier, claim, over_images, wait_for
 from corrmatch.models.network import Network, evaluating
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -53,26 +50,6 @@ class Views:
         return total / (len(self.scales) * (2 if self.reflect else 1))
 
 
-def class_frequencies(data: Data) -> Tensor:
-    """The share of each class (C,) in the labelled pixels of the labelled images."""
-    counts = labelled_pixels(data)
-    return counts / counts.sum().clamp(min=1)
-
-
-def corrected(probability: Tensor, frequencies: Tensor, tau: float) -> Tensor:
-    r"""Log-probabilities (..., C, H, W) corrected for the frequencies of the classes (C,) in the labels.
-
-    .. math:: z_c = \log p_c - \tau \log f_c
-
-    The probabilities of a network follow the frequencies of its labels, so that it predicts rare classes too seldom for
-    a mean over classes. tau = 0 corrects nothing. A class that is not in the labels is not corrected.
-
-    Source: logit adjustment (ICLR 2021, arXiv 2007.07314).
-    """
-    shift = torch.where(frequencies > 0, frequencies.clamp(min=TINY).log(), 0.0)
-    return probability.clamp(min=TINY).log() - tau * shift.to(probability)[:, None, None]
-
-
 class WholeLabels:
     """The label maps of one phase, and the confidence of each label.
 
@@ -80,23 +57,21 @@ class WholeLabels:
         folder: The folder of the maps.
         network: The fingerprint of the labelling network.
         views: The views of an image.
-        tau: See `corrected`.
     """
 
-    def __init__(self, folder: Path, network: str, views: Views, tau: float):
-        facts = {"network": network, "scales": list(views.scales), "reflect": views.reflect, "tau": tau}
+    def __init__(self, folder: Path, network: str, views: Views):
+        facts = {"network": network, "scales": list(views.scales), "reflect": views.reflect}
         self.labels = Maps(folder, facts)
         self.confidence = Maps(folder, facts, SHARES)
-        self.views, self.tau = views, tau
+        self.views = views
 
-    def make(self, network: Network, frequencies: Tensor, run: Run, about: str) -> None:
+    def make(self, network: Network, run: Run, about: str) -> None:
         """Labels all unlabelled images that have no labels yet."""
         items = run.data.unlabeled
         claim([self.labels], items, run)
 
         def label(i: int, image: Tensor) -> None:
-            logits = corrected(self.views.probability(network, image), frequencies, self.tau)
-            confidence, labels = logits.softmax(0).max(0)
+            confidence, labels = self.views.probability(network, image).max(0)
             self.confidence.write(i, confidence.cpu().numpy())
             self.labels.write(i, labels.to(torch.uint8).cpu().numpy())
 
