@@ -200,12 +200,17 @@ def test_bad_data_is_named_before_a_network_is_built(tmp_path, monkeypatch, dama
         Trainer(small_config(tmp_path / "data", tmp_path / "run"))
 
 
-def test_corrmatch_without_unlabelled_images_is_refused(tmp_path):
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_without_unlabelled_images_are_refused(name, tmp_path):
+    """Before the first phase, also those whose first phase trains on labels alone."""
     draw_sample(tmp_path / "data")
     for path in (tmp_path / "data" / "JPEGImages").glob("unlabeled_*"):
         path.unlink()
-    config = small_config(tmp_path / "data", tmp_path / "run", "data.unlabeled=null")
-    with pytest.raises(ConfigError, match="needs unlabelled images"):
+    config = small_config(tmp_path / "data", tmp_path / "run", f"method={name}", "data.unlabeled=null")
+    if name == "supervised":
+        assert "unlabeled" not in next(Trainer(config).loader())
+        return
+    with pytest.raises(ConfigError, match=f"data.unlabeled: method {name} needs unlabelled images"):
         Trainer(config)
 
 

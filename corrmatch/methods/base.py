@@ -62,6 +62,7 @@ class Method(nn.Module):
         Options: A dataclass of `config.key`s: the section of a configuration that carries the method's name.
         renamed: Old names of keys, and their current names.
         correlation: Whether the method is published with a correlation head and regions.
+        needs_unlabeled: Whether a phase of it trains on unlabelled images.
         pseudo_labels: Whether it makes pseudo-labels, which regions can propagate.
         score_all: Whether all networks of `evaluated` are scored during training, or only the first.
         bar: Scalars that the progress bar shows in addition to the loss.
@@ -77,6 +78,7 @@ class Method(nn.Module):
     Options: ClassVar[type] = NoOptions
     renamed: ClassVar[Mapping[str, str]] = {}
     correlation: ClassVar[bool] = False
+    needs_unlabeled: ClassVar[bool] = True
     pseudo_labels: ClassVar[bool] = True
     score_all: ClassVar[bool] = False
     bar: ClassVar[Sequence[str]] = ()

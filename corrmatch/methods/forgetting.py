@@ -124,8 +124,6 @@ class Forgetting(Method):
     def begin(self, phase: int, run: Run) -> None:
         """Before a phase both networks label the unlabelled images. Copies of them become the previous networks."""
         if phase == 0:
-            if not run.data.unlabeled:
-                raise ConfigError("data.unlabeled: method forgetting needs unlabelled images, there are none")
             return
         alike(*self.networks, *self.previous)
         self.prints = [fingerprint(network) for network in self.networks]

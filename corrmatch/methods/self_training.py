@@ -83,8 +83,6 @@ class SelfTraining(Method):
     def begin(self, phase: int, run: Run) -> None:
         """Before a round the network labels all unlabelled images. Then the weights are those of the start again."""
         if phase == 0:
-            if not run.data.unlabeled:
-                raise ConfigError("data.unlabeled: method self_training needs unlabelled images, there are none")
             return
         network = cast(Network, next(iter(self.scored.values())))
         alike(network)

@@ -11,6 +11,7 @@ from corrmatch.methods.base import Batch, Method, Progress, Step
 class Supervised(Method):
     """Cross-entropy on labelled images."""
 
+    needs_unlabeled = False
     pseudo_labels = False
 
     def streams(self) -> Mapping[str, Stream]:

@@ -56,7 +56,8 @@ class Trainer:
         fresh = saved is None  # otherwise all weights are loaded from the checkpoint
         init = self._initial_weights() if fresh else None
         self.method = self._dress(build_method(config, len(self.data.classes), pretrained=fresh, init=init))
-        self._check_streams()
+        if self.method.needs_unlabeled and not self.data.unlabeled:
+            raise ConfigError(f"data.unlabeled: method {config.method} needs unlabelled images, there are none")
         self.epoch_steps = self._epoch_steps()
         self.ends = [epochs * self.epoch_steps for epochs in accumulate(self.method.phases(train.epochs))]
         self.steps, self.step, self.phase, self.best = self.ends[-1], 0, 0, -math.inf
@@ -90,10 +91,6 @@ class Trainer:
             if isinstance(module, Network):
                 module.compile()
         return method
-
-    def _check_streams(self) -> None:
-        if not self.data.unlabeled and any(stream.items == "unlabeled" for stream in self.method.streams().values()):
-            raise ConfigError(f"data.unlabeled: method {self.config.method} needs unlabelled images, there are none")
 
     def _epoch_steps(self) -> int:
         train = self.config.train
