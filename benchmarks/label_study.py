@@ -1,11 +1,12 @@
-"""Measures pseudo-labels of a trained network by class, under combinations of alignment, propagation and share.
+"""Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
 
-    python benchmarks/label_study.py CHECKPOINT [--align 0.5 0.75] [--temperature 0.05] [--share 0.5] --out FILE.json
+    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] --out FILE.json
 
 labels whole unlabelled images whose masks are available, and prints for each combination the share of right labels and,
 for each class, precision, recall and the share of its pixels that are labelled as another class. Values are `none` or
-those of the keys `align`, `propagation.label_temperature` and `class_share`. A share keeps the most confident pixels of
-each label, over all images. Labels are compared at the stride of the logits. Nothing is trained.
+those of the keys `propagation.label_temperature` and `class_share`. A share keeps the most confident pixels of
+each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained without it: tau
+log(class frequency) is subtracted from its logits. Labels are compared at the stride of the logits. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from harness.machine import environment
 from torch import Tensor
 
 from corrmatch.config import PropagationConfig
-from corrmatch.data.classes import labelled_pixels
+from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import IGNORE, Data, find_data
 from corrmatch.data.whole import Labelled
-from corrmatch.methods.parts.alignment import Alignment
 from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.models.network import Network, Prediction
 from corrmatch.training.predict import load_model
 
-Setting = tuple[float | None, float | None, float | None]  # align, temperature, share
+Setting = tuple[float, float | None, float | None]  # tau, temperature, share
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Labelling:
 
     predictions: list[Prediction]
     truth: Tensor
-    frequencies: Tensor  # labelled pixels of each class
+    log_frequencies: Tensor  # of the classes in the labels
 
     @classmethod
     @torch.inference_mode()
@@ -51,18 +51,14 @@ class Labelling:
             out = network(image[None], features=True)
             predictions.append(out)
             truth.append(F.interpolate(mask[None, None].float(), out.logits.shape[2:])[0, 0].long())
-        return cls(predictions, torch.stack(truth), labelled_pixels(data))
+        return cls(predictions, torch.stack(truth), log_frequencies(data))
 
-    def measure(self, align: float | None, temperature: float | None, share: float | None) -> dict[str, float | Tensor]:
+    def measure(self, tau: float, temperature: float | None, share: float | None) -> dict[str, float | Tensor]:
         """Shares of right and of kept labels; precision, recall and share of wrong labels of each class."""
-        classes = len(self.frequencies)
-        alignment = Alignment(classes, align or 0.0, momentum=0.0)
-        alignment.labels.copy_(self.frequencies)
-        for out in self.predictions:
-            alignment.see(out.logits, torch.zeros(1, *out.logits.shape[2:], dtype=torch.bool))
-        alignment.finish_step()
+        classes = len(self.log_frequencies)
+        shift = tau * self.log_frequencies[:, None, None]
         part = Propagation(PropagationConfig(label_temperature=temperature))
-        logits = [part.spread(alignment(x.logits) if align is not None else x.logits, x) for x in self.predictions]
+        logits = [part.spread(x._replace(logits=x.logits - shift)) for x in self.predictions]
         confidence, labels = torch.cat(logits).softmax(1).max(1)
         kept = torch.ones_like(labels, dtype=torch.bool)
         for label in range(classes):
@@ -92,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures all combinations, prints them and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--align", type=optional, nargs="+", default=[None])
+    parser.add_argument("--tau", type=float, nargs="+", default=[0.0])
     parser.add_argument("--temperature", type=optional, nargs="+", default=[None])
     parser.add_argument("--share", type=optional, nargs="+", default=[0.5])
     parser.add_argument("--images", type=int, default=172)
@@ -100,8 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     network, config, classes = load_model(options.checkpoint)
     labelling, found = Labelling.of(network, find_data(config.data), options.images), []
-    for setting in itertools.product(options.align, options.temperature, options.share):
-        names = dict(zip(("align", "temperature", "share"), setting, strict=True))
+    for setting in itertools.product(options.tau, options.temperature, options.share):
+        names = dict(zip(("tau", "temperature", "share"), setting, strict=True))
         measured = labelling.measure(*setting)
         print(names, f"right {100 * measured['right']:.1f}, kept {100 * measured['kept']:.1f} per cent")
         for row in ("precision", "recall", "wrong"):

@@ -147,7 +147,6 @@ def test_images_are_cut_and_their_padding_does_not_count(shades):
     config = Config()
     config.train.crop, config.train.workers = 9, 0
     method = SimpleNamespace(
-        corrected=lambda out: out.logits,
         labeller=Brightness(),
         threshold=0.0,
         propagation=Propagation(PropagationConfig(head=False)),

@@ -26,10 +26,10 @@ def test_it_measures_the_labels_of_the_network(tmp_path):
     (tmp_path / "sample" / "splits" / "unlabeled.txt").write_text(f"{names}\n")
     Trainer(small_config(tmp_path / "sample", tmp_path / "run", "method=supervised")).run()
     checkpoint = tmp_path / "run" / "last.pt"
-    keys = ["--align", "none", "0.5", "--temperature", "none", "0.1", "--share", "none", "0.25", "--out"]
+    keys = ["--tau", "0", "0.5", "--temperature", "none", "0.1", "--share", "none", "0.25", "--out"]
     label_study.main([str(checkpoint), *keys, str(tmp_path / "out.json")])
     content = json.loads((tmp_path / "out.json").read_text())
-    found = {(r["align"], r["temperature"], r["share"]): r for r in content["results"]}
+    found = {(r["tau"], r["temperature"], r["share"]): r for r in content["results"]}
     assert len(found) == 8
 
     network, config, classes = load_model(checkpoint)
@@ -43,13 +43,13 @@ def test_it_measures_the_labels_of_the_network(tmp_path):
             known = truth != IGNORE
             right += (logits.argmax(1)[0] == truth)[known].sum().item()
             total += known.sum().item()
-    plain = found[None, None, None]
+    plain = found[0.0, None, None]
     assert plain["right"] == pytest.approx(right / total)
     assert plain["kept"] == 1
     # Of each class, pixels are labelled right, labelled wrong or not kept.
     for row in found.values():
         for recall, wrong in zip(row["recall"], row["wrong"], strict=True):
             assert recall + wrong <= 1 + 1e-4
-    assert 0.25 <= found[None, None, 0.25]["kept"] < 0.35
-    assert found[None, 0.1, None]["right"] != plain["right"]
+    assert 0.25 <= found[0.0, None, 0.25]["kept"] < 0.35
+    assert found[0.0, 0.1, None]["right"] != plain["right"]
     assert found[0.5, None, None]["right"] != plain["right"]

@@ -132,10 +132,6 @@ class Method(nn.Module):
         """The least confidence of a pseudo-label: the method's key of this name, or 0."""
         return getattr(self.options, "threshold", 0.0)
 
-    def corrected(self, out: Prediction) -> Tensor:
-        """The logits (B, C, h, w) that pseudo-labels are made from, of a prediction on unlabelled images."""
-        return out.logits
-
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps and bool maps (B, H, W) and bool masks (B, K, H, W) to log, with a network in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}

@@ -87,7 +87,7 @@ class CorrMatch(WeakToStrong):
         truth, box, part = labeled["label"], unlabeled["box"][:, 0], self.propagation
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
         said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
-        pasted = PseudoLabels.of(self.corrected(said), mix["ignore"])
+        pasted = PseudoLabels.of(part.spread(said), mix["ignore"])
         # The network sees the weak views where it labels them itself, or where a term is of its answers there.
         seen = self.teacher is None or self.weights["fp"] > 0 or self.weights["corr"] > 0
         both = torch.cat([labeled["image"], unlabeled["weak"]]) if seen else labeled["image"]
@@ -98,10 +98,11 @@ class CorrMatch(WeakToStrong):
             labelling = weak.split(count)[1]
         images = paste(unlabeled["strong"][:, 0], mix["strong"][:, 0], box)
         strong = self.model(images, correlate=part.head)
-        masks, corrected = part.masks(labelling, size, progress), self.corrected(labelling)
+        masks, logits = part.masks(labelling, size, progress), part.spread(labelling)
         classes = None if self.class_thresholds is None else self.threshold
-        targets = make_targets(corrected, pasted, unlabeled["ignore"], box, masks, self.theta, part, classes)
-        self.count(labelling.logits, targets.weak, truth)
+        targets = make_targets(logits, pasted, unlabeled["ignore"], box, masks, self.theta, part, classes)
+        if self.class_thresholds is not None:
+            self.class_thresholds.see(targets.weak)
         propagated = (part.logits(weak), part.logits(strong)) if part.head else None
         parts = terms(weak, strong, propagated, targets, truth, self.weights, self.supervised)
         if "corr" in parts:
@@ -133,7 +134,7 @@ class CorrMatch(WeakToStrong):
         out = model(images, correlate=self.propagation.head, features=self.propagation.spreads)
         size = (images.shape[2], images.shape[3])
         padding = torch.zeros(images.shape[0], *size, dtype=torch.bool, device=images.device)
-        pseudo = PseudoLabels.of(self.corrected(out), padding)
+        pseudo = PseudoLabels.of(self.propagation.spread(out), padding)
         shown = {"prediction": pseudo.labels, "reliable": pseudo.reliable(self.threshold)}
         if not self.propagation.regions:
             return shown

@@ -50,7 +50,7 @@ class FixMatch(WeakToStrong):
         mix, other = batch.get("mix"), None
         if mix is not None:
             said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
-            other = PseudoLabels.of(self.corrected(said), mix["ignore"])
+            other = PseudoLabels.of(part.spread(said), mix["ignore"])
         strong = paste(strong, strong.flip(0) if mix is None else mix["strong"][:, 0], box)
         if self.teacher is not None:
             weak = self.teacher(unlabeled["weak"], correlate=part.regions, features=part.spreads)
@@ -61,7 +61,7 @@ class FixMatch(WeakToStrong):
             both = self.model(images, correlate=part.head, features=part.spreads)
             labelled, weak = both.split(count)
             mixed = self.model(strong, correlate=part.head)
-        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"])
         target = pseudo.paste(pseudo.reversed() if other is None else other, box)
         masks = part.masks(weak, size, progress)
         labels, reliable = part.targets(target, threshold, masks, ~box & target.counted, weak.logits.shape[1])

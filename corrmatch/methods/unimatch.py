@@ -39,7 +39,7 @@ class UniMatch(WeakToStrong):
         truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         count, size = truth.shape[0], (truth.shape[1], truth.shape[2])
         said = answer(self.model, self.teacher, mix["weak"], features=part.spreads)
-        other = PseudoLabels.of(self.corrected(said), mix["ignore"])
+        other = PseudoLabels.of(part.spread(said), mix["ignore"])
         both = torch.cat([labeled["image"], unlabeled["weak"]])
         plain = self.model(both, perturb=True, correlate=part.head, features=part.spreads)
         labelled, perturbed = plain.split(count)
@@ -50,7 +50,7 @@ class UniMatch(WeakToStrong):
         strong = self.model(torch.cat([paste(*pair) for pair in pairs]), correlate=part.head)
         along = part.logits(strong).chunk(2) if part.head else (None, None)
 
-        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"])
         masks = part.masks(weak, size, progress)
         scalars = {"x": self.supervised(labelled.logits, truth)}
         if part.head:

@@ -47,7 +47,7 @@ class UniMatchV2(WeakToStrong):
         truth, boxes = labeled["label"], unlabeled["box"].unbind(1)
         images, size = unlabeled["weak"], (truth.shape[1], truth.shape[2])
         weak = answer(self.model, self.teacher, images, correlate=part.regions, features=part.spreads)
-        pseudo, threshold = self.label(weak, unlabeled["ignore"], truth)
+        pseudo, threshold = self.label(weak, unlabeled["ignore"])
         labelled = self.model(labeled["image"], correlate=part.head)
         views = [paste(view, view.flip(0), box) for view, box in zip(unlabeled["strong"].unbind(1), boxes, strict=True)]
         factors = complementary_dropout(len(images), self.model.widths, images.device)

@@ -63,7 +63,7 @@ def count(
         for i, (image, mask) in enumerate(loader):
             image, truth, padding = _padded(image.to(device), mask.to(device), crop)
             out = network(image, correlate=propagation.head, features=propagation.spreads)
-            pseudo = PseudoLabels.of(method.corrected(out), padding)
+            pseudo = PseudoLabels.of(propagation.spread(out), padding)
             before = after = Labels(pseudo.labels, pseudo.reliable(method.threshold))
             generator = torch.Generator(device).manual_seed(process + i * processes)  # the same in each evaluation
             if propagation.regions:

@@ -63,7 +63,7 @@ ALIVE = {
 # Other published forms of methods.
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
-    "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05", "fixmatch.align=0.5")),
+    "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05",)),
     "corrmatch, teacher": (
         "corrmatch",
         ("corrmatch.teacher=train", "train.logit_adjustment=0.5", "propagation.label_temperature=0.1"),
@@ -80,7 +80,7 @@ FORMS = {
     ),
     "unimatch, averaged": (
         "unimatch",
-        ("unimatch.teacher=eval", "unimatch.class_share=0.5", "unimatch.align=0.5", "propagation.region_threshold=0.8"),
+        ("unimatch.teacher=eval", "unimatch.class_share=0.5", "propagation.region_threshold=0.8"),
     ),
     "self_training, views": (
         "self_training",
@@ -94,7 +94,7 @@ FORMS = {
     ),
     "fixmatch, thresholds of classes": (
         "fixmatch",
-        ("fixmatch.class_share=0.5", "fixmatch.align=0.5", "propagation.region_threshold=0.8"),
+        ("fixmatch.class_share=0.5", "propagation.region_threshold=0.8"),
     ),
     "cross_teacher, contrast": (
         "cross_teacher",

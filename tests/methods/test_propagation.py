@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from recordings import method_of, progress
+from recordings import progress
 from training import scalars, small_config
 
 from corrmatch.config import ConfigError, PropagationConfig
@@ -52,7 +52,7 @@ def test_a_confirmed_pixel_keeps_its_label_and_becomes_reliable(pseudo, masks):
 def test_labels_are_propagated_along_the_features_of_the_decoder():
     generator = torch.Generator().manual_seed(0)
     features, logits = (torch.randn(2, c, 5, 7, generator=generator) for c in (6, 3))
-    found = Propagation(PropagationConfig(label_temperature=0.2)).spread(logits, Prediction(logits, features=features))
+    found = Propagation(PropagationConfig(label_temperature=0.2)).spread(Prediction(logits, features=features))
     x = features.flatten(2).double()
     x = x / x.norm(dim=1, keepdim=True)
     p = (x.mT @ x / 0.2).softmax(2)
@@ -63,26 +63,32 @@ def test_labels_are_propagated_along_the_features_of_the_decoder():
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2", "corrmatch"])
-def test_methods_label_with_propagated_logits(name):
-    method = method_of(name, 3, torch.nn.Conv2d(1, 1, 1), align=0.5)
-    method.alignment.mean.copy_(torch.tensor([0.6, 0.3, 0.1]))
-    method.alignment.labels.copy_(torch.tensor([4, 4, 4]))
-    method.propagation = Propagation(PropagationConfig(label_temperature=0.2))
-    generator = torch.Generator().manual_seed(0)
-    features, logits = (torch.randn(2, c, 5, 7, generator=generator) for c in (6, 3))
-    out = Prediction(logits, features=features)
-    expected = method.propagation.spread(method.alignment(logits), out)
-    assert torch.equal(method.corrected(out), expected)
-    assert not torch.equal(expected.argmax(1), logits.argmax(1)), "the case changes no label"
+def test_methods_label_with_propagated_logits(name, small_sample, tmp_path, monkeypatch):
+    """If these are certain, all pixels are reliable."""
+    run, asked = (
+        Trainer(small_config(small_sample, tmp_path, f"method={name}", "propagation.label_temperature=0.1")),
+        [],
+    )
+
+    def certain(part, out):
+        assert out.features is not None
+        asked.append(out)
+        return torch.zeros_like(out.logits).index_fill(1, torch.tensor(2), 50.0)
+
+    monkeypatch.setattr(Propagation, "spread", certain)
+    run.advance(run.loader())
+    assert asked
+    assert run.log.write(1, {})["reliable"] == 1
 
 
 def test_without_the_key_labels_stay():
     logits = torch.randn(1, 3, 2, 2)
     off = Propagation(PropagationConfig())
     assert not off.spreads
-    assert off.spread(logits, Prediction(logits)) is logits
+    assert torch.equal(off.spread(Prediction(logits.requires_grad_())), logits)
+    assert not off.spread(Prediction(logits)).requires_grad
     with pytest.raises(ValueError, match="features=True"):
-        Propagation(PropagationConfig(label_temperature=0.1)).spread(logits, Prediction(logits))
+        Propagation(PropagationConfig(label_temperature=0.1)).spread(Prediction(logits))
 
 
 @pytest.mark.parametrize("name", ["supervised", "dual_teacher"])

@@ -31,23 +31,24 @@ class Propagation:
         self.head, self.regions, self.weight = bool(config.head), bool(config.regions), config.weight
         self.spreads = config.label_temperature is not None
 
-    def spread(self, logits: Tensor, out: Prediction) -> Tensor:
-        r"""Logits of propagated probabilities; the logits themselves without `propagation.label_temperature`, T.
+    def spread(self, out: Prediction) -> Tensor:
+        r"""The logits that pseudo-labels are made from: of propagated probabilities with a `label_temperature` T.
 
         .. math::
             z_j \leftarrow \log \sum_i P_{ij} \operatorname{softmax}(z_i), \qquad
             P_{ij} = \operatorname{softmax}_j (\cos(x_i, x_j) / T)
 
         with the decoder's features x of `out`. The softmax of the result divides by the mass sum_i P_ij. Labels become
-        more alike where features are alike. No gradient.
+        more alike where features are alike. Without the key these are the logits z of `out`. No gradient.
         """
+        logits = out.logits.detach()
         if self.config.label_temperature is None:
             return logits
         if out.features is None:
             raise ValueError("the network was not asked for the decoder's features: pass features=True")
         unit = functional.normalize(out.features.detach().float(), dim=1)
         scale = 1 / self.config.label_temperature
-        spread = ops.pixel_propagate(unit, unit, logits.detach().float().softmax(1), scale=scale)
+        spread = ops.pixel_propagate(unit, unit, logits.float().softmax(1), scale=scale)
         return spread.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.dtype)
 
     def logits(self, out: Prediction) -> Tensor:

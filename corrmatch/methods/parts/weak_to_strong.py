@@ -1,16 +1,15 @@
-"""The common part of weak-to-strong methods: teacher, correction of logits, and thresholds of pseudo-labels."""
+"""The common part of weak-to-strong methods: teacher and thresholds of pseudo-labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from corrmatch.config import Config, key
-from corrmatch.methods.base import Method, Progress, Step
-from corrmatch.methods.parts.alignment import Alignment
+from corrmatch.methods.base import Method, Progress
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.methods.parts.teacher import MODES, Teacher
 from corrmatch.methods.parts.threshold import ClassThreshold
@@ -23,20 +22,17 @@ class WeakToStrong(Method):
 
     Attributes:
         teacher: The moving average that makes pseudo-labels; None if the trained network makes them.
-        alignment: The alignment of class frequencies; None without the key `align`.
         class_thresholds: One threshold for each class; None without the key `class_share`.
     """
 
     @dataclass
     class Options:
-        """Teacher, correction and thresholds of pseudo-labels."""
+        """Teacher and thresholds of pseudo-labels."""
 
         threshold: float = key(0.95, "confidence from which a pseudo-label counts", low=0, high=1)
         teacher: str | None = key(None, "label with an averaged network in this mode; it is then evaluated",
                                   choices=(None, *MODES))  # fmt: skip
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
-        align: float | None = key(None, "align the class frequencies of pseudo-labels with those of labels, to this "
-                                  "power: 1 as labelled, 0 all equal", low=0, high=1)  # fmt: skip
         class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
                                         "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
 
@@ -50,7 +46,6 @@ class WeakToStrong(Method):
         self.teacher: Teacher | None = None
         if o.teacher is not None:
             self.teacher = Teacher(self.model, o.decay, ramp=True, mode=o.teacher, buffers="average")
-        self.alignment = None if o.align is None else Alignment(build.num_classes, o.align)
         self.class_thresholds: ClassThreshold | None = None
         if o.class_share is not None:
             self.class_thresholds = ClassThreshold(build.num_classes, o.threshold, o.class_share)
@@ -61,44 +56,24 @@ class WeakToStrong(Method):
         """The key of this name, or the current thresholds of the classes (C,)."""
         return self.options.threshold if self.class_thresholds is None else self.class_thresholds.threshold
 
-    def corrected(self, out: Prediction) -> Tensor:
-        """The logits without gradient, aligned if `align` is set, and then propagated along the decoder's features."""
-        logits = out.logits.detach() if self.alignment is None else self.alignment(out.logits)
-        return self.propagation.spread(logits, out)
-
-    def learn_labels(self, labeled: Mapping[str, Tensor]) -> Step:
-        """As in all methods; the alignment also counts the labels."""
-        if self.alignment is not None:
-            self.alignment.see_labels(labeled["label"])
-        return super().learn_labels(labeled)
-
-    def label(self, out: Prediction, ignore: Tensor, truth: Tensor) -> tuple[PseudoLabels, float | Tensor]:
+    def label(self, out: Prediction, ignore: Tensor) -> tuple[PseudoLabels, float | Tensor]:
         """Pseudo-labels of weak views, and their threshold.
 
-        The batch counts for the frequencies and thresholds of the classes, which are updated at the end of the step.
+        The batch counts for the thresholds of the classes, which are updated at the end of the step.
 
         Args:
             out: The prediction on the weak views.
             ignore: bool (B, H, W), padding of the views.
-            truth: (B', H, W), the labels of the batch.
         """
-        pseudo = PseudoLabels.of(self.corrected(out), ignore)
-        self.count(out.logits, pseudo, truth)
-        return pseudo, self.threshold
-
-    def count(self, logits: Tensor, pseudo: PseudoLabels, truth: Tensor) -> None:
-        """Adds a batch to the counts for frequencies and thresholds of the classes."""
-        if self.alignment is not None:
-            self.alignment.see_labels(truth)
-            self.alignment.see(logits, pseudo.ignore)
+        pseudo = PseudoLabels.of(self.propagation.spread(out), ignore)
         if self.class_thresholds is not None:
             self.class_thresholds.see(pseudo)
+        return pseudo, self.threshold
 
     def after_step(self, progress: Progress) -> None:
-        """Updates the frequencies and thresholds of the classes, and the teacher."""
-        for part in (self.alignment, self.class_thresholds):
-            if part is not None:
-                part.finish_step()
+        """Updates the thresholds of the classes, and the teacher."""
+        if self.class_thresholds is not None:
+            self.class_thresholds.finish_step()
         if self.teacher is not None:
             self.teacher.follow(self.model, progress.step)
 
