@@ -29,6 +29,7 @@ from corrmatch.models.network import Network
 from corrmatch.training.evaluate import Scores
 from corrmatch.training.predict import load_model
 
+TINY = torch.finfo(torch.float32).tiny
 VIEWS = {"one": Views(), "several": Views((0.75, 1.0, 1.25, 1.5), reflect=True)}
 
 
@@ -39,7 +40,7 @@ def score(network: Network, data: Data, taus: Sequence[float], views: str) -> di
     shift = log_frequencies(data)[:, None, None]
     confusion = {tau: torch.zeros(classes, classes, dtype=torch.int64) for tau in taus}
     for image, mask in Labelled(data.val, data.table, None):
-        log_probability = VIEWS[views].probability(network, image).clamp(min=1e-38).log()
+        log_probability = VIEWS[views].probability(network, image).clamp(min=TINY).log()
         known = mask != IGNORE
         for tau in taus:
             labels = (log_probability - tau * shift).argmax(0)

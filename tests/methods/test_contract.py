@@ -96,6 +96,7 @@ FORMS = {
         "fixmatch",
         ("fixmatch.class_share=0.5", "propagation.region_threshold=0.8"),
     ),
+    "subclass, adjusted": ("subclass", ("train.logit_adjustment=0.5",)),
     "cross_teacher, contrast": (
         "cross_teacher",
         (
