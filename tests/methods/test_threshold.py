@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from recordings import method_of
+from training import small_config
 
 from corrmatch.config import ConfigError, load_config
 from corrmatch.methods import build_method
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.methods.parts.threshold import BINS, ClassThreshold
+from corrmatch.training.trainer import Trainer
 
 
 def pseudo_labels(seed=0, classes=4, batch=2):
@@ -91,3 +93,28 @@ def test_regions_need_a_threshold_of_their_own(method):
 def test_diagnostics_and_panels_get_the_thresholds_of_the_classes():
     method = method_of("fixmatch", 5, torch.nn.Conv2d(1, 1, 1), class_share=0.5)
     assert method.threshold.shape == (5,)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_process")
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2", "corrmatch"])
+def test_thresholds_of_classes_follow_the_pseudo_labels_of_a_step(name, small_sample, tmp_path, monkeypatch):
+    """Each method shows its weak views' labels once a batch, and updates the thresholds once a step."""
+    keys = (f"{name}.class_share=0.5", "propagation.region_threshold=0.5", "train.accumulate=2")
+    run = Trainer(small_config(small_sample, tmp_path, f"method={name}", *keys))
+    expected, see, shown = ClassThreshold(6, run.method.options.threshold, 0.5), ClassThreshold.see, []
+
+    def watched(thresholds, pseudo):
+        shown.append(pseudo)
+        see(thresholds, pseudo)
+
+    monkeypatch.setattr(ClassThreshold, "see", watched)
+    before, loader = run.method.threshold.clone(), run.loader()
+    run.advance(loader)
+    assert len(shown) == 2
+    for pseudo in shown:
+        assert pseudo.labels.shape == (2, 49, 49)
+        see(expected, pseudo)
+    expected.finish_step()
+    assert torch.equal(run.method.threshold, expected.threshold)
+    assert not torch.equal(run.method.threshold, before)
