@@ -1,12 +1,14 @@
-"""Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
+r"""Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
 
-    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] --out FILE.json
+    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] \
+        [--extra-scales 0.75] --out FILE.json
 
 labels whole unlabelled images whose masks are available, and prints for each combination the share of right labels and,
 for each class, precision, recall and the share of its pixels that are labelled as another class. Values are `none` or
 those of the keys `propagation.label_temperature` and `class_share`. A share keeps the most confident pixels of
 each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained without it: tau
-log(class frequency) is subtracted from its logits. Labels are compared at the stride of the logits. Nothing is trained.
+log(class frequency) is subtracted from its logits. The extra scales are those of the key `extra_scales`, in all
+combinations. Labels are compared at the stride of the logits. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import IGNORE, Data, find_data
 from corrmatch.data.whole import Labelled
 from corrmatch.methods.parts.propagation import Propagation
+from corrmatch.methods.parts.scales import predict
 from corrmatch.models.network import Network, Prediction
 from corrmatch.training.predict import load_model
 
@@ -43,12 +47,12 @@ class Labelling:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, network: Network, data: Data, images: int) -> Labelling:
+    def of(cls, network: Network, data: Data, images: int, extra_scales: Sequence[float] = ()) -> Labelling:
         """Predictions on so many images, which are spread evenly over the list."""
         items = data.withheld[:: max(1, len(data.withheld) // images)]
         predictions, truth = [], []
         for image, mask in Labelled(items, data.table, None):
-            out = network(image[None], features=True)
+            out = predict(network, image[None], extra_scales, features=True)
             predictions.append(out)
             truth.append(F.interpolate(mask[None, None].float(), out.logits.shape[2:])[0, 0].long())
         return cls(predictions, torch.stack(truth), log_frequencies(data))
@@ -91,11 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tau", type=float, nargs="+", default=[0.0])
     parser.add_argument("--temperature", type=optional, nargs="+", default=[None])
     parser.add_argument("--share", type=optional, nargs="+", default=[0.5])
+    parser.add_argument("--extra-scales", type=float, nargs="+", default=[])
     parser.add_argument("--images", type=int, default=172)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     network, config, classes = load_model(options.checkpoint)
-    labelling, found = Labelling.of(network, find_data(config.data), options.images), []
+    labelling = Labelling.of(network, find_data(config.data), options.images, options.extra_scales)
+    found = []
     for setting in itertools.product(options.tau, options.temperature, options.share):
         names = dict(zip(("tau", "temperature", "share"), setting, strict=True))
         measured = labelling.measure(*setting)
@@ -105,7 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
         rounded = {k: v if isinstance(v, float) else [round(x, 4) for x in v.tolist()] for k, v in measured.items()}
         found.append(names | rounded)
     if options.out is not None:
-        content = {"checkpoint": f"{options.checkpoint.parent.name}/{options.checkpoint.name}", "classes": classes}
+        checkpoint = f"{options.checkpoint.parent.name}/{options.checkpoint.name}"
+        content = {"checkpoint": checkpoint, "classes": classes, "extra_scales": options.extra_scales}
         options.out.write_text(
             json.dumps(content | {"environment": environment("cpu"), "results": found}, indent=1) + "\n"
         )
