@@ -1,14 +1,14 @@
-r"""Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
+"""Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
 
-    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] \
-        [--extra-scales 0.75] --out FILE.json
+    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] [--scale none 0.75]
+        --out FILE.json
 
 labels whole unlabelled images whose masks are available, and prints for each combination the share of right labels and,
 for each class, precision, recall and the share of its pixels that are labelled as another class. Values are `none` or
-those of the keys `propagation.label_temperature` and `class_share`. A share keeps the most confident pixels of
-each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained without it: tau
-log(class frequency) is subtracted from its logits. The extra scales are those of the key `extra_scales`, in all
-combinations. Labels are compared at the stride of the logits. Nothing is trained.
+those of the keys `propagation.label_temperature`, `class_share` and `extra_scales` (one scale). A share keeps the most
+confident pixels of each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained
+without it: tau log(class frequency) is subtracted from its logits. Labels are compared at the stride of the logits.
+Nothing is trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +46,13 @@ class Labelling:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, network: Network, data: Data, images: int, extra_scales: Sequence[float] = ()) -> Labelling:
-        """Predictions on so many images, which are spread evenly over the list."""
+    def of(cls, network: Network, data: Data, images: int, scale: float | None = None) -> Labelling:
+        """Predictions on so many images, which are spread evenly over the list, also at an extra scale."""
         items = data.withheld[:: max(1, len(data.withheld) // images)]
+        scales = () if scale is None else (scale,)
         predictions, truth = [], []
         for image, mask in Labelled(items, data.table, None):
-            out = predict(network, image[None], extra_scales, features=True)
+            out = predict(network, image[None], scales, features=True)
             predictions.append(out)
             truth.append(F.interpolate(mask[None, None].float(), out.logits.shape[2:])[0, 0].long())
         return cls(predictions, torch.stack(truth), log_frequencies(data))
@@ -95,24 +95,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tau", type=float, nargs="+", default=[0.0])
     parser.add_argument("--temperature", type=optional, nargs="+", default=[None])
     parser.add_argument("--share", type=optional, nargs="+", default=[0.5])
-    parser.add_argument("--extra-scales", type=float, nargs="+", default=[])
+    parser.add_argument("--scale", type=optional, nargs="+", default=[None])
     parser.add_argument("--images", type=int, default=172)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     network, config, classes = load_model(options.checkpoint)
-    labelling = Labelling.of(network, find_data(config.data), options.images, options.extra_scales)
-    found = []
-    for setting in itertools.product(options.tau, options.temperature, options.share):
-        names = dict(zip(("tau", "temperature", "share"), setting, strict=True))
-        measured = labelling.measure(*setting)
+    data, found = find_data(config.data), []
+    labellings = {scale: Labelling.of(network, data, options.images, scale) for scale in options.scale}
+    for scale, *setting in itertools.product(options.scale, options.tau, options.temperature, options.share):
+        names = dict(zip(("scale", "tau", "temperature", "share"), (scale, *setting), strict=True))
+        measured = labellings[scale].measure(*setting)
         print(names, f"right {100 * measured['right']:.1f}, kept {100 * measured['kept']:.1f} per cent")
         for row in ("precision", "recall", "wrong"):
             print(f"  {row:10}", *(f"{name} {100 * x:.0f}" for name, x in zip(classes, measured[row], strict=True)))
         rounded = {k: v if isinstance(v, float) else [round(x, 4) for x in v.tolist()] for k, v in measured.items()}
         found.append(names | rounded)
     if options.out is not None:
-        checkpoint = f"{options.checkpoint.parent.name}/{options.checkpoint.name}"
-        content = {"checkpoint": checkpoint, "classes": classes, "extra_scales": options.extra_scales}
+        content = {"checkpoint": f"{options.checkpoint.parent.name}/{options.checkpoint.name}", "classes": classes}
         options.out.write_text(
             json.dumps(content | {"environment": environment("cpu"), "results": found}, indent=1) + "\n"
         )
