@@ -1,6 +1,6 @@
 """Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
 
-    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] [--scale 0.75] --out FILE
+    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] [--scale 0.75] --out F
 
 labels whole unlabelled images whose masks are available, and prints for each combination the share of right labels and,
 for each class, precision, recall and the share of its pixels that are labelled as another class. Values are `none` or
