@@ -1,13 +1,12 @@
 """Measures pseudo-labels of a trained network by class, under combinations of correction, propagation and share.
 
-    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] [--scale 0.75] --out F
+    python benchmarks/label_study.py CHECKPOINT [--tau 0 0.5] [--temperature 0.05] [--share 0.5] --out FILE.json
 
 labels whole unlabelled images whose masks are available, and prints for each combination the share of right labels and,
 for each class, precision, recall and the share of its pixels that are labelled as another class. Values are `none` or
-those of the keys `propagation.label_temperature`, `class_share` and `extra_scales` (one scale). A share keeps the most
-confident pixels of each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained
-without it: tau log(class frequency) is subtracted from its logits. Labels are compared at the stride of the logits.
-Nothing is trained.
+those of the keys `propagation.label_temperature` and `class_share`. A share keeps the most confident pixels of
+each label, over all images. tau is that of `train.logit_adjustment`, for a network that was trained without it: tau
+log(class frequency) is subtracted from its logits. Labels are compared at the stride of the logits. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from corrmatch.data.classes import log_frequencies
 from corrmatch.data.datasets import IGNORE, Data, find_data
 from corrmatch.data.whole import Labelled
 from corrmatch.methods.parts.propagation import Propagation
-from corrmatch.methods.parts.scales import predict
 from corrmatch.models.network import Network, Prediction
 from corrmatch.training.predict import load_model
 
@@ -45,13 +43,12 @@ class Labelling:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, network: Network, data: Data, images: int, scale: float | None = None) -> Labelling:
-        """Predictions on so many images, which are spread evenly over the list, also at an extra scale."""
+    def of(cls, network: Network, data: Data, images: int) -> Labelling:
+        """Predictions on so many images, which are spread evenly over the list."""
         items = data.withheld[:: max(1, len(data.withheld) // images)]
-        scales = () if scale is None else (scale,)
         predictions, truth = [], []
         for image, mask in Labelled(items, data.table, None):
-            out = predict(network, image[None], scales, features=True)
+            out = network(image[None], features=True)
             predictions.append(out)
             truth.append(F.interpolate(mask[None, None].float(), out.logits.shape[2:])[0, 0].long())
         return cls(predictions, torch.stack(truth), log_frequencies(data))
@@ -94,16 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tau", type=float, nargs="+", default=[0.0])
     parser.add_argument("--temperature", type=optional, nargs="+", default=[None])
     parser.add_argument("--share", type=optional, nargs="+", default=[0.5])
-    parser.add_argument("--scale", type=optional, nargs="+", default=[None])
     parser.add_argument("--images", type=int, default=172)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     network, config, classes = load_model(options.checkpoint)
-    data, found = find_data(config.data), []
-    labellings = {scale: Labelling.of(network, data, options.images, scale) for scale in options.scale}
-    for scale, *setting in itertools.product(options.scale, options.tau, options.temperature, options.share):
-        names = dict(zip(("scale", "tau", "temperature", "share"), (scale, *setting), strict=True))
-        measured = labellings[scale].measure(*setting)
+    labelling, found = Labelling.of(network, find_data(config.data), options.images), []
+    for setting in itertools.product(options.tau, options.temperature, options.share):
+        names = dict(zip(("tau", "temperature", "share"), setting, strict=True))
+        measured = labelling.measure(*setting)
         print(names, f"right {100 * measured['right']:.1f}, kept {100 * measured['kept']:.1f} per cent")
         for row in ("precision", "recall", "wrong"):
             print(f"  {row:10}", *(f"{name} {100 * x:.0f}" for name, x in zip(classes, measured[row], strict=True)))

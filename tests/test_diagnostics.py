@@ -149,7 +149,6 @@ def test_images_are_cut_and_their_padding_does_not_count(shades):
     method = SimpleNamespace(
         labeller=Brightness(),
         threshold=0.0,
-        extra_scales=(),
         propagation=Propagation(PropagationConfig(head=False)),
     )
     device = torch.device("cpu")

@@ -13,7 +13,6 @@ from training import shorten, small_config
 from corrmatch.data.datasets import IGNORE, find_data
 from corrmatch.data.sample import draw_sample
 from corrmatch.data.whole import Labelled
-from corrmatch.methods.parts.scales import predict
 from corrmatch.training.predict import load_model
 from corrmatch.training.trainer import Trainer
 
@@ -54,16 +53,3 @@ def test_it_measures_the_labels_of_the_network(tmp_path):
     assert 0.25 <= found[0.0, None, 0.25]["kept"] < 0.35
     assert found[0.0, 0.1, None]["right"] != plain["right"]
     assert found[0.5, None, None]["right"] != plain["right"]
-
-    label_study.main([str(checkpoint), "--share", "none", "--scale", "none", "0.75", "--out", str(tmp_path / "s")])
-    content = json.loads((tmp_path / "s").read_text())
-    assert [row["scale"] for row in content["results"]] == [None, 0.75]
-    right = 0
-    with torch.inference_mode():
-        for image, mask in Labelled(data.withheld, data.table, None):
-            logits = predict(network, image[None], (0.75,)).logits
-            truth = F.interpolate(mask[None, None].float(), logits.shape[2:])[0, 0]
-            right += (logits.argmax(1)[0] == truth)[truth != IGNORE].sum().item()
-    assert content["results"][0]["right"] == pytest.approx(plain["right"])
-    assert content["results"][1]["right"] == pytest.approx(right / total)
-    assert content["results"][1]["right"] != plain["right"]

@@ -132,11 +132,6 @@ class Method(nn.Module):
         """The least confidence of a pseudo-label: the method's key of this name, or 0."""
         return getattr(self.options, "threshold", 0.0)
 
-    @property
-    def extra_scales(self) -> Sequence[float]:
-        """The scales at which `labeller` labels too, see `scales.predict`."""
-        return ()
-
     def panels(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Label maps and bool maps (B, H, W) and bool masks (B, K, H, W) to log, with a network in evaluation mode."""
         return {"prediction": enlarge(model(images).logits, images.shape[2:]).argmax(1)}

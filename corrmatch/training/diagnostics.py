@@ -1,7 +1,7 @@
 """Quality of pseudo-labels (`eval.pseudo_labels`): they are compared with masks of unlabelled images.
 
 No other part of a run opens these masks. The middle of each image, of the size of a training view, is labelled in
-evaluation mode by the network whose labels the method trains on, at the method's scales and threshold. Where there is a
+evaluation mode by the network whose labels the method trains on, at the method's threshold. Where there is a
 correlation head the labels also go through region propagation, whether or not the method makes use of it, unless pixels
 have a threshold for each class and regions have none.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,9 @@ from corrmatch.data.datasets import IGNORE, Data, Item
 from corrmatch.data.whole import Labelled
 from corrmatch.masks import RegionMasks
 from corrmatch.methods.base import Method
-from corrmatch.methods.parts.propagation import Propagation, query_key
+from corrmatch.methods.parts.propagation import Propagation
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
-from corrmatch.methods.parts.scales import predict
-from corrmatch.models.network import Network, evaluating
+from corrmatch.models.network import evaluating
 
 IMAGES = 256  # the most that are compared: evenly spread over those that have a mask
 
@@ -54,7 +53,7 @@ def count(
     processes: int = 1,
 ) -> Sums:  # fmt: skip
     """Sums over the images. Each image is handled by one process."""
-    crop, classes, network = config.train.crop, len(data.classes), cast(Network, method.labeller)
+    crop, classes, network = config.train.crop, len(data.classes), method.labeller
     regions = method.propagation.head and method.propagation.fits(method.threshold)
     propagation = Propagation(dataclasses.replace(method.propagation.config, regions=regions))
     mine = Labelled(items[process::processes], data.table, crop)
@@ -63,7 +62,7 @@ def count(
     with evaluating(network):
         for i, (image, mask) in enumerate(loader):
             image, truth, padding = _padded(image.to(device), mask.to(device), crop)
-            out = predict(network, image, method.extra_scales, correlate=propagation.head, features=propagation.spreads)
+            out = network(image, correlate=propagation.head, features=propagation.spreads)
             pseudo = PseudoLabels.of(propagation.spread(out), padding)
             before = after = Labels(pseudo.labels, pseudo.reliable(method.threshold))
             generator = torch.Generator(device).manual_seed(process + i * processes)  # the same in each evaluation
@@ -72,7 +71,7 @@ def count(
                 after = Labels(*propagation.targets(pseudo, method.threshold, masks, ~padding, classes))
                 parts = (
                     region_sums(masks, truth, classes),
-                    row_sums(*query_key(out), masks.packed.shape[1], generator),
+                    row_sums(out.query, out.key, masks.packed.shape[1], generator),
                 )
                 _add(sums, *parts)
             _add(sums, label_sums(before, after, truth, classes))

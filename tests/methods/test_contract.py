@@ -64,7 +64,6 @@ ALIVE = {
 FORMS = {
     "fixmatch, second form": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.partner=batch")),
     "fixmatch, propagated labels": ("fixmatch", ("propagation.label_temperature=0.05",)),
-    "fixmatch, labels at two scales": ("fixmatch", ("fixmatch.teacher=eval", "fixmatch.extra_scales=[0.75]")),
     "corrmatch, teacher": (
         "corrmatch",
         ("corrmatch.teacher=train", "train.logit_adjustment=0.5", "propagation.label_temperature=0.1"),

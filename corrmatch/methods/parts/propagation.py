@@ -53,7 +53,7 @@ class Propagation:
 
     def logits(self, out: Prediction) -> Tensor:
         """The logits propagated along the correlation map, at the stride of the last features."""
-        query, key = query_key(out)
+        query, key = _query_key(out)
         return nn.propagate_logits(query, key, out.logits)
 
     def from_start(self, corr: Tensor, progress: Progress) -> Tensor:
@@ -80,7 +80,7 @@ class Propagation:
 
     def sample(self, out: Prediction, size: tuple[int, int], generator: torch.Generator) -> RegionMasks:
         """Region masks of the images."""
-        query, key = query_key(out)
+        query, key = _query_key(out)
         return nn.sample_region_masks(
             query, key, self.config.num_masks, size, threshold=self.config.mask_threshold,
             connected=self.config.connected, generator=generator,
@@ -137,8 +137,7 @@ def resolve(config: PropagationConfig, published: bool, pseudo_labels: bool) -> 
     return dataclasses.replace(config, head=head, regions=regions)
 
 
-def query_key(out: Prediction) -> tuple[Tensor, Tensor]:
-    """Query and key of the correlation head. Raises ValueError if the network was not asked for them."""
+def _query_key(out: Prediction) -> tuple[Tensor, Tensor]:
     if out.query is None or out.key is None:
         raise ValueError("the network was not asked for query and key: pass correlate=True")
     return out.query, out.key

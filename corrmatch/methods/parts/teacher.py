@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corrmatch.methods.parts.scales import predict
-from corrmatch.models.network import Network, Prediction, evaluating
+from corrmatch.models.network import Prediction, evaluating
 
 MODES = ("eval", "train")
 BUFFERS = ("copy", "average", "own")
@@ -31,27 +29,21 @@ class Teacher(nn.Module):
         mode: "eval" or "train": the mode that the teacher keeps, also when the method changes its own.
         buffers: The statistics of batch norm: "copy" copies the student's, "average" averages them like parameters
             (but not counters), "own" leaves them to the teacher's forward passes.
-        extra_scales: The scales that predictions are averaged over, see `scales.predict`. Needs a `Network`.
     """
 
     def __init__(
-        self, student: nn.Module, decay: float, *, ramp: bool = False, mode: str = "eval", buffers: str = "copy",
-        extra_scales: Sequence[float] = (),
-    ):  # fmt: skip
+        self, student: nn.Module, decay: float, *, ramp: bool = False, mode: str = "eval", buffers: str = "copy"
+    ):
         super().__init__()
         if mode not in MODES or buffers not in BUFFERS:
             raise ValueError(f"mode, buffers: expected one of {MODES} and {BUFFERS}, got {mode!r} and {buffers!r}")
         self.decay, self.ramp, self.mode, self.buffers_are = decay, ramp, mode, buffers
-        self.extra_scales = tuple(extra_scales)
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.train()
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The network's output, without gradient."""
         with torch.no_grad():
-            if self.extra_scales:
-                (images,) = arguments
-                return predict(cast(Network, self.network), images, self.extra_scales, **options)
             return self.network(*arguments, **options)
 
     def train(self, mode: bool = True) -> Teacher:

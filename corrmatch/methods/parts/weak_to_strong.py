@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from corrmatch.config import Config, ConfigError, key
+from corrmatch.config import Config, key
 from corrmatch.methods.base import Method, Progress
 from corrmatch.methods.parts.pseudo_labels import PseudoLabels
 from corrmatch.methods.parts.teacher import MODES, Teacher
@@ -35,8 +35,6 @@ class WeakToStrong(Method):
         decay: float = key(0.996, "of the averaged network", low=0, high=1)
         class_share: float | None = key(None, "a threshold for each class instead: the confidence that this share of "
                                         "the pixels labelled with it reach", low=0, high=1)  # fmt: skip
-        extra_scales: list[float] = key([], "the teacher labels the weak views also at these scales, reflected; the "
-                                        "probabilities are averaged", low=0.1)  # fmt: skip
 
     labels_first = True
     spreads_labels = True
@@ -47,11 +45,7 @@ class WeakToStrong(Method):
         o = self.options
         self.teacher: Teacher | None = None
         if o.teacher is not None:
-            self.teacher = Teacher(
-                self.model, o.decay, ramp=True, mode=o.teacher, buffers="average", extra_scales=o.extra_scales
-            )
-        elif o.extra_scales:
-            raise ConfigError(f"{config.method}.extra_scales: expected {config.method}.teacher, which labels at them")
+            self.teacher = Teacher(self.model, o.decay, ramp=True, mode=o.teacher, buffers="average")
         self.class_thresholds: ClassThreshold | None = None
         if o.class_share is not None:
             self.class_thresholds = ClassThreshold(build.num_classes, o.threshold, o.class_share)
@@ -61,11 +55,6 @@ class WeakToStrong(Method):
     def threshold(self) -> float | Tensor:
         """The key of this name, or the current thresholds of the classes (C,)."""
         return self.options.threshold if self.class_thresholds is None else self.class_thresholds.threshold
-
-    @property
-    def extra_scales(self) -> Sequence[float]:
-        """The key of this name."""
-        return self.options.extra_scales
 
     def label(self, out: Prediction, ignore: Tensor) -> tuple[PseudoLabels, float | Tensor]:
         """Pseudo-labels of weak views, and their threshold.
