@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import bench_corr
@@ -183,7 +184,9 @@ def test_interrupted_run_leaves_what_was_timed(tmp_path, timed):
     ops = dict.fromkeys([timed, "pixel_propagate"])
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--batch", "1", "--sizes", "61", "--ops", ",".join(ops)]
     command += ["--budget", "3" if len(ops) > 1 else "600", "--json", str(figures)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    # A shell starts jobs in the background with SIGINT ignored, and children inherit that.
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heeded)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = json.loads(figures.read_text())["cases"] if figures.exists() else []
