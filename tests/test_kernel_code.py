@@ -81,6 +81,7 @@ from corrmatch.kernels import inspect, pixel_propagate, pixel_propagate_backward
 from corrmatch.kernels.configs import tiles_for
 from corrmatch.kernels.plan import padded_channels
 
+inspect.assembled = lambda ptx, arch: (0, 0, "")  # nothing is read from the machine code
 arch, dtype, pieces, depth, channels = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
 depth, channels = padded_channels(depth), padded_channels(channels)
 tiles = tiles_for(arch, pieces > 1, max(depth, channels))
