@@ -14,12 +14,15 @@ from emulator import build
 if not torch.cuda.is_available():  # then the kernels run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+from interpreter import patch_once  # imports Triton
+
 import corrmatch
 from corrmatch import _C
 from corrmatch.ops.backend import use_emulator
 
 if not torch.cuda.is_available():
     use_emulator(build.Extension())
+    patch_once()
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
