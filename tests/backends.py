@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from emulator import build
+from interpreter import patch_once
 
 if not torch.cuda.is_available():  # then the kernels run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
-
-from interpreter import patch_once  # imports Triton
 
 import corrmatch
 from corrmatch import _C
@@ -22,7 +21,8 @@ from corrmatch.ops.backend import use_emulator
 
 if not torch.cuda.is_available():
     use_emulator(build.Extension())
-    patch_once()
+    if corrmatch.backends()["triton"].available:
+        patch_once()
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from triton import language
-from triton.language import core
-from triton.runtime import interpreter
-
 
 def patch_once() -> None:
     """Calls of device functions do not replace the operations of `triton.language` again.
@@ -13,6 +9,10 @@ def patch_once() -> None:
     The interpreter replaces all of them when a kernel starts, and again for each device function that the kernel calls,
     although they are the interpreter's already.
     """
+    from triton import language  # its import reads TRITON_INTERPRET
+    from triton.language import core
+    from triton.runtime import interpreter
+
     replace = interpreter._patch_lang
 
     def replace_once(function):
