@@ -127,7 +127,7 @@ def wait(step: SuiteStep, limit: float, environment: dict[str, str], log: Any) -
     """Runs a process and its children. Returns its exit code, or None if it had to be stopped."""
     process = subprocess.Popen(
         step.command, cwd=step.folder, env=environment | {"PATH": search_path()}, stdin=subprocess.DEVNULL,
-        stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts,
+        stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     try:
         return process.wait(limit)
@@ -142,8 +142,8 @@ def wait(step: SuiteStep, limit: float, environment: dict[str, str], log: Any) -
         process.wait()
 
 
-def _heed_interrupts() -> None:
-    # A process that a shell starts in the background ignores SIGINT, and so would its children.
+def heed_interrupts() -> None:
+    """For new processes: one that a shell starts in the background ignores SIGINT, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import bench_corr
 import numpy as np
 import pytest
 import torch
+from gpu_suite import heed_interrupts
 from harness import measure, report
 from ops import OPS, connected_components, pixel_propagate
 
@@ -184,9 +184,7 @@ def test_interrupted_run_leaves_what_was_timed(tmp_path, timed):
     ops = dict.fromkeys([timed, "pixel_propagate"])
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--batch", "1", "--sizes", "61", "--ops", ",".join(ops)]
     command += ["--budget", "3" if len(ops) > 1 else "600", "--json", str(figures)]
-    # A shell starts jobs in the background with SIGINT ignored, and children inherit that.
-    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heeded)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         found = json.loads(figures.read_text())["cases"] if figures.exists() else []
